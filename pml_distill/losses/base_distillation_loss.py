@@ -1,0 +1,128 @@
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+
+IndicesTuple = tuple[torch.Tensor, ...]
+
+
+class BaseDistillationLoss(BaseMetricLossFunction):
+    """Base of all distillation losses: ``loss(embeddings, labels, indices_tuple, ref_emb=teacher_embeddings)``.
+
+    ``ref_emb`` holds the teacher's embeddings of the same samples in the same order, row for row. Here, once:
+
+    - ``ref_emb`` must be given and have as many rows as ``embeddings``;
+    - the teacher is detached and brought to the student's device;
+    - the maths runs in float32 with autocast off, whatever comes in (float64 stays float64);
+    - a zero row has no direction, so that a distance that normalises sends it a zero gradient (the bare
+      normalisation of PyTorch would multiply the gradient by 1e12).
+
+    Labels are optional: the losses do not read them, but a reducer may. Subclasses implement ``compute_loss``
+    and return one value per sample or per pair, so that every PML reducer applies; the default is the mean.
+
+    Args:
+        distance: any PML distance; default ``LpDistance()``, the Euclidean distance of L2-normalised embeddings.
+        reducer: any PML reducer; default ``MeanReducer()``.
+        embedding_regularizer: as in every PML loss, applied to the student's embeddings.
+
+    Shapes:
+        embeddings: (B, Ds), float16, bfloat16, float32 or float64. ref_emb: (B, Dt). labels: (B,) or None.
+        indices_tuple: None, a PML pair tuple (a1, p, a2, n) or triplet tuple (a, p, n). It is read as a set of
+        (anchor, other) pairs: each pair counts once, however often the miner names it.
+
+    Raises:
+        ValueError: ``ref_emb`` is missing, is not 2-D, or has another number of rows (or of columns, for losses
+            that compare the two spaces point by point).
+    """
+
+    #: Whether student and teacher embeddings must have the same width.
+    equal_widths = False
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        indices_tuple: IndicesTuple | None = None,
+        ref_emb: torch.Tensor | None = None,
+        ref_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the reduced loss, a float32 (or float64) scalar under the default reducer."""
+        teacher = self._checked_teacher(embeddings, ref_emb)
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        teacher = teacher.detach().to(device=embeddings.device, dtype=dtype)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return super().forward(embeddings.to(dtype), labels, indices_tuple, teacher, ref_labels)
+
+    def _checked_teacher(self, embeddings: torch.Tensor, ref_emb: torch.Tensor | None) -> torch.Tensor:
+        name = type(self).__name__
+        if ref_emb is None:
+            raise ValueError(
+                f"{name} needs the teacher's embeddings: pass ref_emb=teacher_embeddings, a tensor with one row "
+                f"for each row of embeddings {tuple(embeddings.shape)}."
+            )
+        shapes = f"embeddings has shape {tuple(embeddings.shape)} and ref_emb has shape {tuple(ref_emb.shape)}"
+        if embeddings.ndim != 2 or ref_emb.ndim != 2:
+            raise ValueError(f"{name} expects 2-D embeddings and ref_emb of shape (batch, width), but {shapes}.")
+        if len(embeddings) != len(ref_emb):
+            hint = ""
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                hint = (
+                    " DistributedLossWrapper(efficient=True) gathers only ref_emb; a distillation loss needs both "
+                    "sides of every row: use DistributedLossWrapper(loss, efficient=False)."
+                )
+            raise ValueError(
+                f"{name} compares student and teacher row for row, but {shapes}: the numbers of rows differ.{hint}"
+            )
+        if self.equal_widths and embeddings.shape[1] != ref_emb.shape[1]:
+            raise ValueError(
+                f"{name} needs equal widths, but {shapes}. Bring the student to the teacher's width with a "
+                f"projection embedder, for example torch.nn.Linear({embeddings.shape[1]}, {ref_emb.shape[1]})."
+            )
+        return ref_emb
+
+    def directed(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings with the gradient of zero rows cut, where ``self.distance`` normalises them."""
+        if not self.distance.normalize_embeddings:
+            return embeddings
+        is_zero = (embeddings == 0).all(dim=1, keepdim=True)
+        return torch.where(is_zero, embeddings.detach(), embeddings)
+
+    def distance_matrix(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the (B, B) matrix of ``self.distance``; its diagonal may be off zero by rounding."""
+        return self.distance(self.directed(embeddings))
+
+    def pair_mask(self, indices_tuple: IndicesTuple, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the (B, B) boolean matrix of the (anchor, other) pairs in a pair or triplet tuple."""
+        size, device = len(embeddings), embeddings.device
+        if len(indices_tuple) == 3:
+            anchors, positives, negatives = indices_tuple
+            indices_tuple = (anchors, positives, anchors, negatives)
+        mask = torch.zeros(size, size, dtype=torch.bool, device=device)
+        for anchors, others in (indices_tuple[:2], indices_tuple[2:]):
+            mask[anchors.to(device), others.to(device)] = True
+        return mask.fill_diagonal_(False)
+
+    def pair_losses(
+        self, losses: torch.Tensor, indices_tuple: IndicesTuple | None, embeddings: torch.Tensor
+    ) -> dict[str, dict[str, Any]]:
+        """Return PML's loss dictionary for a (B, B) matrix of losses: all pairs i != j, or those of the tuple."""
+        if len(embeddings) < 2:
+            return self.zero_losses()
+        size = len(embeddings)
+        if indices_tuple is None:
+            rows = torch.arange(size, device=embeddings.device)
+            anchors, others = off_diagonal(rows[:, None].expand(size, size)), off_diagonal(rows.expand(size, size))
+            losses = off_diagonal(losses)
+        else:
+            anchors, others = self.pair_mask(indices_tuple, embeddings).nonzero(as_tuple=True)
+            if len(anchors) == 0:
+                return self.zero_losses()
+            losses = losses[anchors, others]
+        return {"loss": {"losses": losses, "indices": (anchors, others), "reduction_type": "pos_pair"}}
+
+
+def off_diagonal(mat: torch.Tensor) -> torch.Tensor:
+    """Return the B(B - 1) entries of a (B, B) matrix that lie off its diagonal, row by row."""
+    size = len(mat)
+    # In row-major order the diagonal is every (B + 1)-th entry, the first included.
+    return mat.flatten()[1:].view(size - 1, size + 1)[:, :-1].flatten()

@@ -1,0 +1,222 @@
+from functools import lru_cache
+
+import torch
+
+from .base_distillation_loss import BaseDistillationLoss
+from .similarity_score import check_score_parameters, similarity_score
+
+LONGEST_SOFT_LIST = 14
+# Finite, because the gradient of a log-sum-exp over nothing but -inf is NaN; exp() of it is 0 in every dtype.
+ABSENT = -1e30
+
+
+class DarkRankLoss(BaseDistillationLoss):
+    r"""The teacher's ranking of the batch, seen from each sample as the query, taught to the student.
+
+    Scores S = -alpha * d^beta (for an inverted distance alpha * sign(d) * abs(d)^beta) define a Plackett-Luce
+    model of rankings: from the candidates that remain, the next is c with probability exp S_c / sum exp S. For
+    each query, the list c_1 ... c_L are the ``list_length`` candidates nearest in the teacher's space (ties by
+    index).
+
+    Hard (ListMLE), minus the log-likelihood of the teacher's order under the student:
+
+    .. math:: L_q = \sum_{k=1}^{L} \Big( \log \sum_{j \in \{c_k, ..., c_L\} \cup rest} e^{S_j} - S_{c_k} \Big)
+
+    Soft (ListNet), the cross entropy between the teacher's and the student's distribution over all L! orders of
+    the list. A candidate is picked exactly once in every order, so that it needs only the 2^L subsets R of the
+    list, where P_t(R) is the teacher's probability that just R remains at some point:
+
+    .. math:: L_q = \sum_{R \neq \emptyset} P_t(R) \log \sum_{j \in R \cup rest} e^{S_j} - \sum_{k=1}^{L} S_{c_k}
+
+    ``rest`` are the candidates outside the list with ``tail=True`` and nothing with ``tail=False``. With the tail
+    (a top-L Plackett-Luce model) a student that puts a stranger before the list is penalised; without it the
+    loss orders the list and nothing else, and can lower the accuracy it should raise.
+
+    The soft loss is the KL divergence of the paper's Eq. 5 plus the teacher's entropy, a constant: same
+    gradient, but not zero for a perfect student. Labels are not used. With ``indices_tuple`` the candidates of a
+    query are those that it is paired with; queries without any are left out.
+
+    Source: Chen et al., "DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer",
+    AAAI 2018, Eqs. 1-5. Settings in use:
+
+    - the paper: alpha = 3, beta = 3, weight 2, a single query per batch of 8 and the whole batch as its list;
+    - the authors' repository: score -(scale * d^2)^power with power 2 and scale 3.5, so alpha = 12.25 and
+      beta = 4; soft with list_length 4 and no tail, hard with the whole list; the mean over the first half of
+      the batch as queries, effective weight 2. Its hand-written backward leaves out the query's own gradient,
+      its forward underflows for far candidates; here every sample is a query, the query's gradient counts and
+      nothing underflows;
+    - the repository of Relational Knowledge Distillation: hard, alpha = 3, beta = 3, list_length 4, no tail, mean
+      over all queries, weight 1.
+
+    Args:
+        transfer: ``"soft"`` or ``"hard"``.
+        alpha: scale of the score, positive.
+        beta: power of the distance, positive.
+        list_length: L, how many of the teacher's nearest neighbours are ranked (cut to B - 1); None for all.
+            The soft loss costs 2^L terms per query and takes up to 14.
+        tail: whether the rest of the batch competes in every denominator.
+        **kwargs: ``distance``, ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per query (``element``).
+
+    Raises:
+        ValueError: ``transfer`` is neither of the two, ``alpha`` or ``beta`` is not positive, ``list_length`` is
+            below 1 or too long for the soft loss; ``ref_emb`` is missing or differs in rows.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+        >>> loss = DarkRankLoss(transfer="hard")
+        >>> bool(loss(teacher, ref_emb=teacher) < loss(teacher.flip(0).roll(1, 0), ref_emb=teacher))
+        True
+    """
+
+    def __init__(
+        self,
+        transfer: str = "soft",
+        alpha: float = 3.0,
+        beta: float = 3.0,
+        list_length: int | None = 4,
+        tail: bool = True,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if transfer not in ("soft", "hard"):
+            raise ValueError(f'transfer must be "soft" or "hard", but is {transfer!r}.')
+        check_score_parameters(alpha, beta)
+        if list_length is not None and list_length < 1:
+            raise ValueError(f"list_length must be None or at least 1, but is {list_length}.")
+        if transfer == "soft" and list_length is not None:
+            check_soft_list_length(list_length)
+        self.transfer, self.alpha, self.beta = transfer, alpha, beta
+        self.list_length, self.tail = list_length, tail
+        self.add_to_recordable_attributes(list_of_names=["alpha", "beta"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        size = len(embeddings)
+        if size < 2:
+            return self.zero_losses()
+        student_scores = self.scores(embeddings)
+        with torch.no_grad():
+            teacher_scores = self.scores(ref_emb)
+            queries = torch.arange(size, device=embeddings.device)
+            outside = torch.eye(size, dtype=torch.bool, device=embeddings.device)
+            if indices_tuple is not None:
+                outside = ~self.pair_mask(indices_tuple, embeddings)
+                queries = (~outside).any(dim=1).nonzero().flatten()
+                if len(queries) == 0:
+                    return self.zero_losses()
+                teacher_scores, outside = teacher_scores[queries], outside[queries]
+            length = min(self.list_length or size, size - 1)
+            nearest = teacher_scores.masked_fill(outside, -torch.inf).argsort(dim=1, descending=True, stable=True)
+            ranked = nearest[:, :length]
+            missing = None if indices_tuple is None else outside.gather(1, ranked)
+            teacher_list = mask_missing(teacher_scores.gather(1, ranked), missing)
+        if indices_tuple is not None:
+            student_scores = student_scores[queries]
+        student_list = mask_missing(student_scores.gather(1, ranked), missing)
+        rest = None
+        if self.tail and length < size - 1:
+            rest = student_scores.masked_fill(outside.scatter(1, ranked, True), ABSENT).logsumexp(dim=1)
+        losses = (
+            hard_losses(student_list, rest, missing)
+            if self.transfer == "hard"
+            else soft_losses(student_list, teacher_list, rest, missing)
+        )
+        return {"loss": {"losses": losses, "indices": queries, "reduction_type": "element"}}
+
+    def scores(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the (B, B) matrix of similarity scores; query along the rows."""
+        return similarity_score(self.distance_matrix(embeddings), self.distance, self.alpha, self.beta)
+
+
+def check_soft_list_length(length: int) -> None:
+    """Raise ``ValueError`` for a list whose subsets are too many."""
+    if length > LONGEST_SOFT_LIST:
+        raise ValueError(
+            f"list_length is {length}, but the soft loss sums over 2^list_length subsets for each query and takes "
+            f'at most {LONGEST_SOFT_LIST}. Shorten the list, or use transfer="hard", which takes any length.'
+        )
+
+
+def mask_missing(scores: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
+    """Silence the places of a list that a query has too few candidates to fill."""
+    return scores if missing is None else scores.masked_fill(missing, ABSENT)
+
+
+def hard_losses(
+    student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor | None
+) -> torch.Tensor:
+    """ListMLE: (Q, L) student scores in the teacher's order, (Q,) log-sum-exp of the rest -> (Q,) losses."""
+    chain = student.flip(1) if rest is None else torch.cat([rest[:, None], student.flip(1)], dim=1)
+    denominators = chain.logcumsumexp(dim=1).flip(1)[:, : student.shape[1]]
+    losses = denominators - student
+    if missing is not None:
+        losses = losses.masked_fill(missing, 0)
+    return losses.sum(dim=1)
+
+
+def soft_losses(
+    student: torch.Tensor, teacher: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor | None
+) -> torch.Tensor:
+    """ListNet: (Q, L) scores of both sides, (Q,) log-sum-exp of the rest -> (Q,) losses."""
+    queries, length = student.shape
+    check_soft_list_length(length)
+    student, teacher = student.t(), teacher.t()
+    empty = student.new_full((queries,), ABSENT)
+    with torch.no_grad():
+        remains = remaining_probabilities(teacher, subset_logsumexp(teacher, empty))
+        if missing is not None:
+            # A list is filled from the front: without its missing places, a subset is empty if it shares no bit
+            # with the places that are filled.
+            filled = 2 ** (~missing).sum(dim=1) - 1
+            subsets = torch.arange(2**length, device=student.device)
+            remains = remains.masked_fill(subsets[:, None] & filled == 0, 0)
+            student_sum = student.masked_fill(missing.t(), 0).sum(dim=0)
+    denominators = subset_logsumexp(student, empty if rest is None else rest)
+    if missing is None:
+        student_sum = student.sum(dim=0)
+    return (remains[1:] * denominators[1:]).sum(dim=0) - student_sum
+
+
+def subset_logsumexp(scores: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp over each subset of L candidates and a base: (L, Q), (Q,) -> (2^L, Q).
+
+    Bit k of the row number says whether candidate k belongs to the subset.
+    """
+    table = base[None]
+    for score in scores:
+        table = torch.cat([table, torch.logaddexp(table, score)])
+    return table
+
+
+def remaining_probabilities(scores: torch.Tensor, logsumexp: torch.Tensor) -> torch.Tensor:
+    """Probability under Plackett-Luce that just the subset R remains at some point: (L, Q), (2^L, Q) -> (2^L, Q).
+
+    P(all) = 1 and P(R) = sum over c outside R of P(R + c) * exp(S_c) / sum over R + c of exp(S).
+    """
+    length, queries = scores.shape
+    probabilities = scores.new_zeros(2**length, queries)
+    probabilities[-1] = 1
+    for subsets, added, supersets in subset_levels(length, scores.device):
+        picked = (scores[added] - logsumexp[supersets]).exp()
+        probabilities[subsets] = (probabilities[supersets] * picked).sum(dim=1)
+    return probabilities
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def subset_levels(
+    length: int, device: torch.device
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each subset size m = L - 1 ... 1: the subsets (n,), the L - m candidates outside, R with each added."""
+    subsets = torch.arange(2**length)
+    bits = subsets[:, None] >> torch.arange(length) & 1
+    levels = []
+    for size in range(length - 1, 0, -1):
+        members = (bits.sum(dim=1) == size).nonzero().flatten()
+        added = (bits[members] == 0).nonzero()[:, 1].view(len(members), length - size)
+        supersets = members[:, None] | 1 << added
+        levels.append((members.to(device), added.to(device), supersets.to(device)))
+    return levels

@@ -1,0 +1,51 @@
+import torch
+from torch.nn import functional as F
+
+from .base_distillation_loss import BaseDistillationLoss
+
+
+class LogitDistillationLoss(BaseDistillationLoss):
+    r"""Divergence of the student's softened class probabilities from the teacher's.
+
+    .. math:: L_i = T^2 \; KL(softmax(z_t / T) \,\|\, softmax(z_s / T))
+
+    ``embeddings`` are the student's logits z_s and ``ref_emb`` the teacher's logits z_t. The distance and
+    ``indices_tuple`` are not used.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015. The default mean over the batch
+    is the usual ``batchmean``; capacity-dynamic distillation (Xie et al. 2023) uses T = 2 with weight 1,
+    DarkRank's comparison T = 4 with the factor T^2 as the weight.
+
+    Args:
+        temperature: T, a positive number; larger values soften both distributions.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings and ref_emb: (B, C) logits of the same classes. Reducer input: ``loss``, one value per sample
+        (``element``).
+
+    Raises:
+        ValueError: ``temperature`` is not positive; ``ref_emb`` is missing or differs in shape.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
+        >>> round(LogitDistillationLoss(temperature=2)(logits, ref_emb=logits).item(), 6)
+        0.0
+    """
+
+    equal_widths = True
+
+    def __init__(self, temperature: float = 4.0, **kwargs):
+        super().__init__(**kwargs)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be a positive number, but is {temperature}.")
+        self.temperature = temperature
+        self.add_to_recordable_attributes(name="temperature", is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        student = F.log_softmax(embeddings / self.temperature, dim=1)
+        teacher = F.log_softmax(ref_emb / self.temperature, dim=1)
+        losses = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1) * self.temperature**2
+        indices = torch.arange(len(embeddings), device=embeddings.device)
+        return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
