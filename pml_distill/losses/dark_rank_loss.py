@@ -15,8 +15,8 @@ class DarkRankLoss(BaseDistillationLoss):
 
     Scores S = -alpha * d^beta (for an inverted distance alpha * sign(d) * abs(d)^beta) define a Plackett-Luce
     model of rankings: from the candidates that remain, the next is c with probability exp S_c / sum exp S. For
-    each query, the list c_1 ... c_L are the ``list_length`` candidates nearest in the teacher's space (ties by
-    index).
+    each query, the list c_1 ... c_L are the ``list_length`` candidates nearest in the teacher's space (ties in no
+    fixed order).
 
     Hard (ListMLE), minus the log-likelihood of the teacher's order under the student:
 
@@ -109,8 +109,7 @@ class DarkRankLoss(BaseDistillationLoss):
                     return self.zero_losses()
                 teacher_scores, outside = teacher_scores[queries], outside[queries]
             length = min(self.list_length or size, size - 1)
-            nearest = teacher_scores.masked_fill(outside, -torch.inf).argsort(dim=1, descending=True, stable=True)
-            ranked = nearest[:, :length]
+            ranked = teacher_scores.masked_fill(outside, -torch.inf).topk(length, dim=1).indices
             missing = None if indices_tuple is None else outside.gather(1, ranked)
             teacher_list = mask_missing(teacher_scores.gather(1, ranked), missing)
         if indices_tuple is not None:
@@ -149,12 +148,38 @@ def hard_losses(
     student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor | None
 ) -> torch.Tensor:
     """ListMLE: (Q, L) student scores in the teacher's order, (Q,) log-sum-exp of the rest -> (Q,) losses."""
-    chain = student.flip(1) if rest is None else torch.cat([rest[:, None], student.flip(1)], dim=1)
-    denominators = chain.logcumsumexp(dim=1).flip(1)[:, : student.shape[1]]
-    losses = denominators - student
+    chain = student.flip(1)
+    counted = None if missing is None else ~missing.flip(1)
+    if rest is not None:
+        chain = torch.cat([rest[:, None], chain], dim=1)
+        counted = torch.ones_like(student, dtype=torch.bool) if counted is None else counted
+        counted = torch.cat([torch.zeros_like(counted[:, :1]), counted], dim=1)
     if missing is not None:
-        losses = losses.masked_fill(missing, 0)
-    return losses.sum(dim=1)
+        student = student.masked_fill(missing, 0)
+    return SummedLogCumSumExp.apply(chain, counted) - student.sum(dim=1)
+
+
+class SummedLogCumSumExp(torch.autograd.Function):
+    """The sum of ``logcumsumexp(chain, dim=1)`` over the counted places, None for all: (Q, N), (Q, N) -> (Q,).
+
+    Its own backward, because that of ``torch.logcumsumexp`` runs the slow scan twice, once for each sign of the
+    incoming gradient; here a row has one sign.
+    """
+
+    @staticmethod
+    def forward(ctx, chain, counted):
+        """Scan once and keep the result."""
+        scan = chain.logcumsumexp(dim=1)
+        ctx.save_for_backward(chain, scan, counted)
+        return (scan if counted is None else scan.masked_fill(~counted, 0)).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Entry j receives the sum over k >= j of exp(chain_j - scan_k), each at most 1."""
+        chain, scan, counted = ctx.saved_tensors
+        later = -scan if counted is None else (-scan).masked_fill(~counted, ABSENT)
+        later = later.flip(1).logcumsumexp(dim=1).flip(1)
+        return grad[:, None] * (chain + later).exp(), None
 
 
 def soft_losses(
@@ -205,7 +230,6 @@ def remaining_probabilities(scores: torch.Tensor, logsumexp: torch.Tensor) -> to
     return probabilities
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def subset_levels(
     length: int, device: torch.device
