@@ -1,0 +1,54 @@
+import copy
+
+import torch
+
+
+class FrozenTeacher(torch.nn.Module):
+    """A network that teaches: a callable from a batch to embeddings (B, Dt), without gradients.
+
+    The given modules are put into eval mode and their parameters no longer require gradients; both hold for as
+    long as the teacher lives, whatever ``train()`` is called on it. A trainer keeps it outside of ``models``, so
+    that it never drifts with the batch-norm statistics and never enters a checkpoint.
+
+    Args:
+        trunk: the network, images in, features or embeddings out.
+        embedder: what turns the trunk's output into embeddings; None for nothing.
+        dtype: the precision to run in, such as ``torch.bfloat16``: a converted copy is made then, and the given
+            modules keep theirs. None for the modules' own. Autocast of the caller does not apply.
+
+    Shapes:
+        data: whatever the trunk takes, moved to its device and precision. Returns (B, Dt).
+
+    Example:
+        >>> teacher = FrozenTeacher(torch.nn.Linear(8, 4))
+        >>> teacher(torch.zeros(2, 8)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        trunk: torch.nn.Module,
+        embedder: torch.nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        embedder = torch.nn.Identity() if embedder is None else embedder
+        if dtype is not None:
+            trunk, embedder = copy.deepcopy((trunk, embedder))
+            trunk, embedder = trunk.to(dtype), embedder.to(dtype)
+        self.trunk, self.embedder = trunk, embedder
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, data: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the embeddings of ``data``; the samples' ``index`` in the dataset is not needed here."""
+        weight = next(self.parameters(), None)
+        if weight is not None:
+            data = data.to(device=weight.device, dtype=weight.dtype if data.is_floating_point() else None)
+        with torch.autocast(data.device.type, enabled=False):
+            return self.embedder(self.trunk(data))
+
+    def train(self, mode: bool = True) -> "FrozenTeacher":
+        """Stay in eval mode."""
+        return super().train(False)

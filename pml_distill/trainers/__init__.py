@@ -1,0 +1,7 @@
+"""pytorch-metric-learning trainers with a teacher."""
+
+from .base_distillation_trainer import BaseDistillationTrainer
+from .distillation_trainer import DistillationTrainer
+from .distillation_with_classifier import DistillationWithClassifier
+
+__all__ = ["BaseDistillationTrainer", "DistillationTrainer", "DistillationWithClassifier"]

@@ -1,0 +1,338 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+from pytorch_metric_learning.utils.loss_tracker import LossTracker
+
+from .random_state import get_random_state, set_random_state
+from .resumable_data_loader import ResumableDataLoader
+
+Teacher = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
+
+
+class BaseDistillationTrainer(BaseTrainer):
+    """What the distillation trainers add to PML's: a teacher, mixed precision, accumulation, full resume.
+
+    Everything else is PML's: miners, samplers, schedulers, ``loss_weights``, ``gradient_clippers``,
+    ``freeze_these``, hooks, and ``HookContainer`` for logging, saving and early stopping.
+
+    A batch is what the dataset yields: ``(data, labels)``, ``(data, labels, index)`` or, without labels, just
+    ``data``. The teacher sees it once per step, as ``teacher(data, index)``. ``tuple_miner`` runs on the student's
+    embeddings, and what it returns goes to both losses.
+
+    Differences from PML's trainers, beyond the additions: loss weights are not applied in place (that breaks the
+    backward of losses that end in a root or an exponential), keys must match exactly, and the end-of-epoch hook
+    finds the mean of each loss over the epoch in ``trainer.epoch_losses``.
+
+    Args:
+        *args: those of PML's trainer: models, optimizers, batch_size, loss_funcs, dataset.
+        teacher: ``FrozenTeacher``, or any frozen callable from (data, index) to embeddings. It lives outside of
+            ``models``: it stays in eval mode and out of every checkpoint.
+        amp_dtype: ``torch.float16`` (with a gradient scaler) or ``torch.bfloat16`` runs the student's networks
+            under autocast; losses are computed in float32. None: no autocast.
+        accumulation_steps: how many batches make one optimizer step; their gradients are summed. An epoch still
+            goes through the data once.
+        **kwargs: PML's further arguments.
+
+    Keys:
+        ``models["projection"]``, optional, maps the student's embeddings to the teacher's width for
+        ``distillation_loss`` alone. It is trained and saved beside the student and is no part of it.
+
+    Raises:
+        ValueError: the teacher is missing, unused, not frozen, among the models, or shares parameters with the
+            student; a key is unknown; ``amp_dtype`` or ``accumulation_steps`` is out of range;
+            ``DistributedLossWrapper(efficient=True)`` around a distillation loss.
+    """
+
+    loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss",)
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Teacher | None = None,
+        amp_dtype: torch.dtype | None = None,
+        accumulation_steps: int = 1,
+        **kwargs: Any,
+    ):
+        # PML's constructor ends in the checks, which read these.
+        self.teacher, self.amp_dtype, self.accumulation_steps = teacher, amp_dtype, accumulation_steps
+        self.epoch, self.data_position = 0, None
+        super().__init__(*args, **kwargs)
+        self.scaler = torch.amp.GradScaler(
+            torch.device(self.data_device).type, enabled=amp_dtype == torch.float16
+        )
+
+    def training_step(self, *batches: Any) -> dict[str, torch.Tensor]:
+        """Update the student once, from one batch or from several whose gradients are summed.
+
+        For a loop of your own; ``train`` calls it for you. Modules are not switched to train mode here.
+
+        Args:
+            *batches: each ``(data, labels)``, ``(data, labels, index)`` or just ``data``.
+
+        Returns:
+            The weighted losses by name and their ``total_loss``, detached; sums over the batches.
+        """
+        self.zero_grad()
+        self.update_loss_weights()
+        sums = dict.fromkeys(self.losses, 0)
+        for batch in batches:
+            self.zero_losses()
+            self.calculate_loss(split_batch(batch))
+            self.loss_tracker.update(self.loss_weights)
+            self.backward()
+            sums = {k: total + torch.as_tensor(self.losses[k]).detach() for k, total in sums.items()}
+        self.clip_gradients()
+        self.step_optimizers()
+        self.losses.update(sums)
+        return sums
+
+    def forward_and_backward(self) -> None:
+        """Make one step from the next batches of the dataset."""
+        losses = self.training_step(*(self.get_batch() for _ in range(self.accumulation_steps)))
+        if self.iteration == 0:
+            self.epoch_losses = dict.fromkeys(losses, 0)
+        for name, loss in losses.items():
+            self.epoch_losses[name] = self.epoch_losses[name] + loss / self.iterations_per_epoch
+
+    def calculate_loss(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute ``metric_loss`` and ``distillation_loss``; return student and teacher embeddings."""
+        data, labels, index = curr_batch
+        data = c_f.to_device(data, device=self.data_device)
+        with self.autocast():
+            output = self.compute_embeddings(data)
+            projected = self.models["projection"](output) if "projection" in self.models else output
+        embeddings, projected = in_float32(output), in_float32(projected)
+        teacher_embeddings = None
+        if any(self.wants(key) for key in self.loss_keys_with_teacher):
+            teacher_embeddings = self.teacher(data, index)
+        indices_tuple = self.maybe_mine_embeddings(embeddings, labels)
+        if self.wants("metric_loss"):
+            self.losses["metric_loss"] = self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple)
+        if self.wants("distillation_loss"):
+            self.losses["distillation_loss"] = self.loss_funcs["distillation_loss"](
+                projected, labels, indices_tuple, ref_emb=teacher_embeddings
+            )
+        return embeddings, teacher_embeddings
+
+    def wants(self, loss_name: str) -> bool:
+        """Whether this loss is there and has a weight."""
+        return loss_name in self.loss_funcs and self.loss_weights[loss_name] > 0
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the student's networks."""
+        device = torch.device(self.data_device).type
+        return torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def maybe_mine_embeddings(self, embeddings: torch.Tensor, labels: torch.Tensor | None) -> tuple | None:
+        """Run ``tuple_miner``, if there is one."""
+        if "tuple_miner" in self.mining_funcs and labels is None:
+            raise ValueError('mining_funcs["tuple_miner"] needs labels, but the dataset yields none.')
+        return super().maybe_mine_embeddings(embeddings, labels)
+
+    def get_batch(self) -> tuple:
+        """Return the next (data, labels, index); labels and index may be None."""
+        self.dataloader_iter, batch = c_f.try_next_on_generator(self.dataloader_iter, self.dataloader)
+        data, labels, index = split_batch(self.data_and_label_getter(batch))
+        if labels is not None:
+            labels = c_f.process_label(labels, self.label_hierarchy_level, self.label_mapper)
+        if "subset_batch_miner" in self.mining_funcs:
+            kept = self.mine_subset(data, labels)
+            data, labels, index = (None if x is None else x[kept] for x in (data, labels, index))
+        return data, labels, index
+
+    @torch.no_grad()
+    def mine_subset(self, data: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return the rows that ``subset_batch_miner`` keeps, judged by the student in eval mode."""
+        self.set_to_eval()
+        kept = self.mining_funcs["subset_batch_miner"](self.compute_embeddings(data), labels)
+        self.set_to_train()
+        return kept
+
+    def backward(self) -> None:
+        """Scale the loss for float16 and go back."""
+        self.scaler.scale(self.losses["total_loss"]).backward()
+
+    def clip_gradients(self) -> None:
+        """Bring the gradients back to their scale, then clip."""
+        for optimizer in self.stepping_optimizers():
+            self.scaler.unscale_(optimizer)
+        super().clip_gradients()
+
+    def step_optimizers(self) -> None:
+        """Step, unless float16 gradients have overflowed."""
+        for optimizer in self.stepping_optimizers():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def stepping_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that are not frozen and have gradients; a scaler refuses one that has none."""
+        return [
+            optimizer
+            for name, optimizer in self.optimizers.items()
+            if name.removesuffix("_optimizer") not in self.freeze_these
+            and any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        ]
+
+    def save_checkpoint(self, path: str | os.PathLike) -> None:
+        """Write all that an undisturbed continuation needs, replacing an older file only once complete.
+
+        Models, losses, miners, optimizers, schedulers, scaler, epoch, the random states of Python, NumPy and
+        torch, and the place in the data. Call it last in the end-of-epoch hook.
+        """
+        state: dict[str, Any] = {
+            name: {key: unwrapped(value).state_dict() for key, value in stateful(getattr(self, name))}
+            for name in SAVED
+        }
+        state.update(
+            epoch=self.epoch,
+            scaler=self.scaler.state_dict(),
+            random_state=get_random_state(),
+            data_position=self.dataloader.position(),
+        )
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        torch.save(state, unfinished)
+        os.replace(unfinished, path)
+
+    def load_checkpoint(self, path: str | os.PathLike) -> int:
+        """Restore what ``save_checkpoint`` wrote and return the epoch to go on with.
+
+        ``trainer.train(start_epoch=trainer.load_checkpoint(path), num_epochs=...)`` ends, on the CPU, with the
+        weights of a run that was never interrupted.
+
+        Raises:
+            ValueError: the checkpoint is of a trainer with other models, optimizers, schedulers or losses.
+        """
+        state = torch.load(path, map_location=self.data_device, weights_only=True)
+        for name in SAVED:
+            ours = dict(stateful(getattr(self, name)))
+            if state[name].keys() != ours.keys():
+                raise ValueError(
+                    f"{path} holds {name} {sorted(state[name])}, but this trainer has {sorted(ours)}."
+                )
+            for key, value in ours.items():
+                unwrapped(value).load_state_dict(state[name][key])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.data_position = state["epoch"], state["data_position"]
+        set_random_state(state["random_state"])
+        return self.epoch + 1
+
+    def initialize_dataloader(self) -> None:
+        """Build the loader, at the place in the data where the checkpoint was written."""
+        self.dataloader = ResumableDataLoader(
+            c_f.get_train_dataloader(
+                self.dataset, self.batch_size, self.sampler, self.dataloader_num_workers, self.collate_fn
+            ),
+            self.data_position,
+        )
+        self.data_position = None
+        if not self.iterations_per_epoch:
+            self.iterations_per_epoch = max(1, len(self.dataloader) // self.accumulation_steps)
+        self.dataloader_iter = iter(self.dataloader)
+
+    def initialize_loss_tracker(self) -> None:
+        """Track losses with weights that are not applied in place."""
+        self.loss_tracker = WeightedLossTracker(list(self.loss_names))
+        self.losses = self.loss_tracker.losses
+
+    def custom_setup(self) -> None:
+        """Check what the teacher needs."""
+        wanting = [key for key in self.loss_keys_with_teacher if key in self.loss_funcs]
+        if "teacher" in self.models:
+            raise ValueError(
+                'models has the key "teacher", where PML would train and save it. Pass '
+                "teacher=FrozenTeacher(trunk, embedder) instead."
+            )
+        if not self.loss_funcs:
+            raise ValueError('loss_funcs is empty; give "metric_loss", "distillation_loss" or both.')
+        if wanting and self.teacher is None:
+            raise ValueError(f"loss_funcs has {wanting}, but teacher is None; pass FrozenTeacher(trunk, embedder).")
+        if self.teacher is not None and not wanting:
+            raise ValueError(
+                f"teacher is given, but loss_funcs has only {sorted(self.loss_funcs)}; a teacher serves "
+                f"{list(self.loss_keys_with_teacher)}."
+            )
+        if isinstance(self.teacher, torch.nn.Module):
+            check_frozen(self.teacher, self.models)
+        for key in wanting:
+            if isinstance(self.loss_funcs[key], DistributedLossWrapper) and self.loss_funcs[key].efficient:
+                raise ValueError(
+                    f'loss_funcs["{key}"] is a DistributedLossWrapper with efficient=True, which gathers only one '
+                    "side of each row; use efficient=False."
+                )
+        if self.amp_dtype not in (None, torch.float16, torch.bfloat16):
+            raise ValueError(f"amp_dtype must be None, torch.float16 or torch.bfloat16, but is {self.amp_dtype}.")
+        if self.accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, but is {self.accumulation_steps}.")
+
+    def verify_dict_keys(self) -> None:
+        """Hold every key to the exact name; PML accepts what merely begins like one."""
+        super().verify_dict_keys()
+        for name, checker in self.schema.children.items():
+            allowed = checker.keys(checker, self.schema.children) if callable(checker.keys) else checker.keys
+            unknown = [key for key in getattr(self, name) or () if key not in allowed]
+            if unknown:
+                raise ValueError(f"{name} has the unknown keys {unknown}; known are {sorted(allowed)}.")
+
+    def modify_schema(self) -> None:
+        """Allow the keys of the distillation."""
+        super().modify_schema()
+        self.schema["models"].keys += ["projection"]
+        self.schema["models"].important = ["embedder"]
+        self.schema["loss_funcs"].keys += ["distillation_loss"]
+        self.schema["loss_funcs"].important = []
+
+
+class WeightedLossTracker(LossTracker):
+    """PML's loss tracker without its in-place product, which spoils what a backward has saved."""
+
+    def weight_the_losses(self, exclude_loss: tuple[str, ...] = ("total_loss",)) -> None:
+        """Multiply each loss by its weight."""
+        for name in self.losses:
+            if name not in exclude_loss:
+                self.losses[name] = self.losses[name] * self.loss_weights[name]
+
+
+def split_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return (data, labels, index) of a batch that may be only data, or lack the index."""
+    if not isinstance(batch, (tuple, list)):
+        return batch, None, None
+    data, labels, index = (*batch, None, None)[:3]
+    return data, labels, index
+
+
+def in_float32(embeddings: torch.Tensor) -> torch.Tensor:
+    """Raise half precision to float32 for the losses; float64 stays."""
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+
+
+def check_frozen(teacher: torch.nn.Module, models: dict[str, torch.nn.Module]) -> None:
+    """Raise ``ValueError`` if the teacher would learn."""
+    if any(p.requires_grad for p in teacher.parameters()):
+        raise ValueError(
+            f"teacher, a {type(teacher).__name__}, has parameters that require gradients; "
+            "pass FrozenTeacher(trunk, embedder)."
+        )
+    taught = {id(p) for p in teacher.parameters()}
+    for key, model in models.items():
+        if any(id(p) in taught for p in model.parameters()):
+            raise ValueError(f'teacher and models["{key}"] share parameters; give the teacher a copy of its own.')
+
+
+def stateful(objects: dict[str, Any] | None) -> list[tuple[str, Any]]:
+    """Return the items that have a state to save."""
+    return [(key, value) for key, value in (objects or {}).items() if hasattr(value, "state_dict")]
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module inside of a data-parallel wrapper."""
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    return module.module if isinstance(module, wrappers) else module

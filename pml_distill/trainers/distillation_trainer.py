@@ -1,0 +1,14 @@
+from pytorch_metric_learning.trainers import MetricLossOnly
+
+from .base_distillation_trainer import BaseDistillationTrainer
+
+
+class DistillationTrainer(BaseDistillationTrainer, MetricLossOnly):
+    """PML's ``MetricLossOnly`` with a teacher: ``metric_loss`` and ``distillation_loss``, either or both.
+
+    Without ``metric_loss`` no labels are needed. All arguments and methods are those of
+    ``BaseDistillationTrainer``.
+
+    Keys:
+        models: ``trunk``, ``embedder``, ``projection``. loss_funcs: ``metric_loss``, ``distillation_loss``.
+    """

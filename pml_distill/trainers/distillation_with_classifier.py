@@ -1,0 +1,69 @@
+from typing import Any
+
+import torch
+from pytorch_metric_learning.trainers import TrainWithClassifier
+from pytorch_metric_learning.utils import common_functions as c_f
+
+from ..teachers import FrozenTeacher
+from .base_distillation_trainer import BaseDistillationTrainer, in_float32
+
+
+class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
+    """PML's ``TrainWithClassifier`` with a teacher that may also have a classifier.
+
+    Args:
+        teacher_classifier: turns the teacher's embeddings into logits (B, C) for ``logit_distillation_loss``; it
+            is frozen like the teacher.
+        **kwargs: as for ``BaseDistillationTrainer``.
+
+    Keys:
+        models: ``trunk``, ``embedder``, ``projection``, ``classifier``. loss_funcs: ``metric_loss``,
+        ``classifier_loss``, ``distillation_loss``, ``logit_distillation_loss``.
+
+    Raises:
+        ValueError: as for ``BaseDistillationTrainer``; ``logit_distillation_loss`` without ``teacher_classifier``
+            or without a ``classifier`` among the models.
+    """
+
+    loss_keys_with_teacher = ("distillation_loss", "logit_distillation_loss")
+
+    def __init__(self, *args: Any, teacher_classifier: torch.nn.Module | None = None, **kwargs: Any):
+        self.teacher_classifier = None if teacher_classifier is None else FrozenTeacher(teacher_classifier)
+        super().__init__(*args, **kwargs)
+
+    def custom_setup(self) -> None:
+        """Check that both sides of the logit distillation are there."""
+        super().custom_setup()
+        if "logit_distillation_loss" in self.loss_funcs and self.teacher_classifier is None:
+            raise ValueError(
+                'loss_funcs has "logit_distillation_loss", which needs teacher_classifier, a module from the '
+                "teacher's embeddings to its logits, but teacher_classifier is None."
+            )
+        for key in ("classifier_loss", "logit_distillation_loss"):
+            if key in self.loss_funcs and "classifier" not in self.models:
+                raise ValueError(
+                    f'loss_funcs has "{key}", which needs models["classifier"], but models has only '
+                    f"{sorted(self.models)}."
+                )
+
+    def calculate_loss(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add the losses of the classifier to those of the embeddings."""
+        embeddings, teacher_embeddings = super().calculate_loss(curr_batch)
+        if not (self.wants("classifier_loss") or self.wants("logit_distillation_loss")):
+            return embeddings, teacher_embeddings
+        labels = curr_batch[1]
+        with self.autocast():
+            logits = in_float32(self.models["classifier"](embeddings))
+        if self.wants("classifier_loss"):
+            labels = c_f.to_device(labels, logits)
+            self.losses["classifier_loss"] = self.loss_funcs["classifier_loss"](logits, labels)
+        if self.wants("logit_distillation_loss"):
+            self.losses["logit_distillation_loss"] = self.loss_funcs["logit_distillation_loss"](
+                logits, labels, ref_emb=self.teacher_classifier(teacher_embeddings)
+            )
+        return embeddings, teacher_embeddings
+
+    def modify_schema(self) -> None:
+        """Allow the key of the logit distillation."""
+        super().modify_schema()
+        self.schema["loss_funcs"].keys += ["logit_distillation_loss"]

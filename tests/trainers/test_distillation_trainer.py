@@ -1,0 +1,383 @@
+import copy
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from conftest import Blobs, network, weights
+from pytorch_metric_learning.losses import BaseMetricLossFunction, ContrastiveLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+from pml_distill.losses import AbsoluteTeacherLoss, DarkRankLoss, RelativeTeacherLoss
+from pml_distill.teachers import FrozenTeacher
+
+
+class CountingTeacher(FrozenTeacher):
+    calls = 0
+
+    def forward(self, data, index=None):
+        self.calls += 1
+        self.index = index
+        return super().forward(data, index)
+
+
+def test_distillation_lowers_the_distillation_loss(make_trainer):
+    trainer = make_trainer(loss_funcs={"distillation_loss": RelativeTeacherLoss()}, iterations_per_epoch=30)
+    trainer.train(1, 1)
+    first = trainer.epoch_losses["distillation_loss"]
+    trainer.train(2, 4)
+    assert trainer.epoch_losses["distillation_loss"] < 0.7 * first
+
+
+def test_teacher_runs_once_per_batch_and_stays_frozen(make_trainer):
+    teacher = CountingTeacher(network(out=7, seed=1))
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = make_trainer(teacher=teacher, iterations_per_epoch=5)
+    trainer.train(1, 1)
+    assert teacher.calls == 5
+    assert not any(m.training for m in teacher.modules())
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+
+
+def test_teacher_gets_the_index_of_a_dataset_that_yields_one(make_trainer, blobs):
+    class Indexed(Blobs):
+        def __getitem__(self, i):
+            return (*super().__getitem__(i), i)
+
+    teacher = CountingTeacher(network(out=7, seed=1))
+    trainer = make_trainer(teacher=teacher, dataset=Indexed(), iterations_per_epoch=1)
+    trainer.train(1, 1)
+    assert teacher.index.shape == (16,)
+
+
+def test_runs_without_labels(make_trainer):
+    class Unlabelled(Blobs):
+        def __getitem__(self, i):
+            return super().__getitem__(i)[0]
+
+    trainer = make_trainer(dataset=Unlabelled(), loss_funcs={"distillation_loss": DarkRankLoss()})
+    before = weights(trainer)
+    trainer.train(1, 1)
+    assert trainer.epoch_losses["distillation_loss"] > 0
+    assert not torch.equal(before["0.weight"], weights(trainer)["0.weight"])
+
+
+def test_metric_loss_alone_needs_no_teacher(make_trainer):
+    trainer = make_trainer(teacher=None, loss_funcs={"metric_loss": ContrastiveLoss()})
+    trainer.train(1, 1)
+    assert trainer.epoch_losses["metric_loss"] > 0
+
+
+def test_a_zero_weight_spares_the_teacher(make_trainer):
+    teacher = CountingTeacher(network(out=7, seed=1))
+    trainer = make_trainer(teacher=teacher, loss_weights={"metric_loss": 1, "distillation_loss": 0})
+    trainer.train(1, 1)
+    assert teacher.calls == 0
+
+
+def test_training_step_in_a_plain_loop(make_trainer, blobs):
+    trainer = make_trainer()
+    images = torch.stack([blobs[i][0] for i in range(16)])
+    losses = [trainer.training_step((images, blobs.labels[:16])) for _ in range(40)]
+    assert losses[-1]["total_loss"] < losses[0]["total_loss"]
+    total = losses[0]["metric_loss"] + losses[0]["distillation_loss"]
+    assert torch.allclose(losses[0]["total_loss"], total)
+
+
+def test_loss_weights_are_applied_out_of_place(make_trainer, blobs):
+    class RootLoss(BaseMetricLossFunction):
+        def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+            loss = embeddings.square().sum().sqrt()
+            return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
+
+    trainer = make_trainer(
+        loss_funcs={"metric_loss": RootLoss(), "distillation_loss": RelativeTeacherLoss("frobenius")},
+        loss_weights={"metric_loss": 0.5, "distillation_loss": 2.0},
+    )
+    data = torch.stack([blobs[i][0] for i in range(16)])
+    embeddings = trainer.compute_embeddings(data)
+    losses = trainer.training_step((data, blobs.labels[:16]))
+    assert torch.allclose(losses["metric_loss"], 0.5 * embeddings.norm())
+
+
+def test_gradients_of_accumulated_batches_sum(make_trainer, blobs):
+    def gradients(trainer, *batches):
+        trainer.gradient_clippers = {
+            "trunk_grad_clipper": lambda: grads.extend(
+                p.grad.clone() for p in trainer.models["trunk"].parameters()
+            )
+        }
+        grads = []
+        trainer.training_step(*batches)
+        return grads
+
+    parts = {"loss_funcs": {"distillation_loss": AbsoluteTeacherLoss()}, "teacher": FrozenTeacher(network(seed=1))}
+    data = [torch.stack([blobs[i][0] for i in range(8)]) for _ in range(3)]
+    together = gradients(make_trainer(**parts), *data)
+    apart = [gradients(make_trainer(**parts), batch) for batch in data]
+    for whole, *pieces in zip(together, *apart):
+        assert torch.allclose(whole, sum(pieces), atol=1e-6)
+
+
+def test_an_epoch_of_accumulated_steps_goes_through_the_data_once(make_trainer):
+    teacher = CountingTeacher(network(out=7, seed=1))
+    trainer = make_trainer(teacher=teacher, accumulation_steps=2)
+    trainer.train(1, 1)
+    assert trainer.iterations_per_epoch == 2 and teacher.calls == 4
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision_learns_like_float32(make_trainer, amp_dtype):
+    results = []
+    for dtype in (None, amp_dtype):
+        trainer = make_trainer(amp_dtype=dtype, iterations_per_epoch=40)
+        torch.manual_seed(0)
+        trainer.train(1, 2)
+        results.append(trainer.epoch_losses["total_loss"].item())
+    assert results[1] == pytest.approx(results[0], rel=0.1)
+
+
+def test_float16_overflow_skips_the_step_and_lowers_the_scale(make_trainer, blobs):
+    trainer = make_trainer(amp_dtype=torch.float16)
+    before, scale = weights(trainer), trainer.scaler.get_scale()
+    data = torch.stack([blobs[i][0] for i in range(16)])
+    handle = trainer.models["trunk"][0].weight.register_hook(lambda grad: grad * torch.inf)
+    trainer.training_step((data, blobs.labels[:16]))
+    assert trainer.scaler.get_scale() == scale / 2
+    assert torch.equal(before["0.weight"], weights(trainer)["0.weight"])
+    handle.remove()
+    trainer.training_step((data, blobs.labels[:16]))
+    assert not torch.equal(before["0.weight"], weights(trainer)["0.weight"])
+
+
+def test_gradient_clipper_sees_unscaled_gradients(make_trainer, blobs):
+    norms = []
+    for dtype in (None, torch.float16):
+        trainer = make_trainer(amp_dtype=dtype)
+        parameters = list(trainer.models["trunk"].parameters())
+        trainer.gradient_clippers = {
+            "trunk_grad_clipper": lambda p=parameters: norms.append(float(torch.nn.utils.clip_grad_norm_(p, 1e9)))
+        }
+        torch.manual_seed(0)
+        data = torch.stack([blobs[i][0] for i in range(16)])
+        trainer.training_step((data, blobs.labels[:16]))
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+def test_projection_bridges_widths_and_learns(make_trainer):
+    trunk, projection = network(), torch.nn.Linear(5, 7)
+    before = projection.weight.clone()
+    trainer = make_trainer(
+        models={"trunk": trunk, "projection": projection},
+        optimizers={
+            "trunk_optimizer": torch.optim.Adam(trunk.parameters()),
+            "projection_optimizer": torch.optim.Adam(projection.parameters()),
+        },
+        loss_funcs={"metric_loss": ContrastiveLoss(), "distillation_loss": AbsoluteTeacherLoss()},
+    )
+    trainer.train(1, 1)
+    assert not torch.equal(before, projection.weight)
+
+
+def test_without_projection_the_error_offers_one(make_trainer):
+    trainer = make_trainer(loss_funcs={"distillation_loss": AbsoluteTeacherLoss()})
+    with pytest.raises(ValueError, match=r"\(16, 5\).*\(16, 7\).*torch.nn.Linear\(5, 7\)"):
+        trainer.train(1, 1)
+
+
+def test_miners_samplers_schedulers_and_freezing(make_trainer, blobs):
+    trunk, embedder = network(), torch.nn.Linear(5, 5)
+    optimizer = torch.optim.SGD(embedder.parameters(), lr=0.1)
+    frozen = copy.deepcopy(trunk.state_dict())
+    trainer = make_trainer(
+        models={"trunk": trunk, "embedder": embedder},
+        optimizers={"embedder_optimizer": optimizer},
+        lr_schedulers={"embedder_scheduler_by_epoch": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)},
+        loss_funcs={"metric_loss": TripletMarginLoss(), "distillation_loss": RelativeTeacherLoss()},
+        mining_funcs={"tuple_miner": MultiSimilarityMiner()},
+        sampler=MPerClassSampler(blobs.labels, m=4, batch_size=16, length_before_new_iter=64),
+        freeze_these=["trunk"],
+    )
+    trainer.train(1, 2)
+    assert optimizer.param_groups[0]["lr"] == 0.025
+    assert all(torch.equal(frozen[k], v) for k, v in trunk.state_dict().items())
+
+
+def test_subset_batch_miner(make_trainer):
+    class FirstHalf(torch.nn.Module):
+        def forward(self, embeddings, labels):
+            assert not embeddings.requires_grad
+            return torch.arange(len(labels) // 2)
+
+    teacher = CountingTeacher(network(out=7, seed=1))
+    trainer = make_trainer(teacher=teacher, mining_funcs={"subset_batch_miner": FirstHalf()})
+    trainer.initialize_dataloader()
+    data, labels, index = trainer.get_batch()
+    assert len(data) == len(labels) == 8 and index is None
+
+
+def test_tuple_miner_without_labels_is_an_error(make_trainer):
+    class Unlabelled(Blobs):
+        def __getitem__(self, i):
+            return super().__getitem__(i)[0]
+
+    trainer = make_trainer(
+        dataset=Unlabelled(),
+        loss_funcs={"distillation_loss": RelativeTeacherLoss()},
+        mining_funcs={"tuple_miner": BatchHardMiner()},
+    )
+    with pytest.raises(ValueError, match="tuple_miner.*needs labels"):
+        trainer.train(1, 1)
+
+
+def test_end_of_epoch_hook_sees_the_losses(make_trainer):
+    seen = []
+    trainer = make_trainer(end_of_epoch_hook=lambda t: seen.append(float(t.epoch_losses["distillation_loss"])))
+    trainer.train(1, 2)
+    assert len(seen) == 2 and all(value > 0 for value in seen)
+
+
+def shared_teacher(make_trainer):
+    trunk = network()
+    return make_trainer(models={"trunk": trunk}, teacher=FrozenTeacher(trunk))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": None}, r"distillation_loss.*teacher is None.*FrozenTeacher"),
+        ({"teacher": network()}, r"teacher, a Sequential, has parameters that require gradients"),
+        ({"loss_funcs": {}}, "loss_funcs is empty"),
+        ({"loss_funcs": {"metric_loss": ContrastiveLoss()}}, "teacher is given, but loss_funcs has only"),
+        ({"models": {"trunk": network(), "teacher": network()}}, r"models has the key \"teacher\""),
+        ({"models": {"trunk": network(), "trunk_teacher": network()}}, "models has the unknown keys"),
+        ({"amp_dtype": torch.float64}, "amp_dtype must be .* torch.float64"),
+        ({"accumulation_steps": 0}, "accumulation_steps must be at least 1, but is 0"),
+        (
+            {"loss_funcs": {"distillation_loss": DistributedLossWrapper(RelativeTeacherLoss(), efficient=True)}},
+            "efficient=True",
+        ),
+    ],
+)
+def test_errors_name_what_is_wrong(make_trainer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**changes)
+
+
+def test_student_sharing_parameters_with_its_teacher_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="share parameters"):
+        shared_teacher(make_trainer)
+
+
+def test_unknown_loss_key_is_refused(make_trainer):
+    with pytest.raises(AssertionError, match="loss_funcs keys must be one of"):
+        make_trainer(loss_funcs={"distillation_loss": RelativeTeacherLoss(), "kd_loss": RelativeTeacherLoss()})
+
+
+RUN = textwrap.dedent(
+    """
+    import os, signal, sys
+    sys.path.insert(0, {folder!r})
+    import numpy as np
+    import torch
+    from conftest import Blobs, network
+    from pytorch_metric_learning.losses import ContrastiveLoss
+    from pytorch_metric_learning.samplers import MPerClassSampler
+    from pml_distill.losses import DarkRankLoss
+    from pml_distill.teachers import FrozenTeacher
+    from pml_distill.trainers import DistillationTrainer
+
+    checkpoint, kill_at, amp, sampled, iterations, workers = sys.argv[1], *map(int, sys.argv[2:])
+    torch.manual_seed(0)
+    np.random.seed(0)
+    blobs = Blobs()
+    trunk = torch.nn.Sequential(network(), torch.nn.Dropout(0.2))
+    optimizer = torch.optim.Adam(trunk.parameters(), lr=0.01)
+
+    def end_of_epoch(trainer):
+        torch.rand(3)  # an evaluation may draw random numbers, too
+        if trainer.epoch == 2:
+            trainer.save_checkpoint(checkpoint)
+
+    def end_of_iteration(trainer):
+        if (trainer.epoch, trainer.iteration) == (kill_at, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = DistillationTrainer(
+        models={{"trunk": trunk}},
+        optimizers={{"trunk_optimizer": optimizer}},
+        batch_size=16,
+        loss_funcs={{"metric_loss": ContrastiveLoss(), "distillation_loss": DarkRankLoss()}},
+        dataset=blobs,
+        teacher=FrozenTeacher(network(out=7, seed=1)),
+        sampler=MPerClassSampler(blobs.labels, 4, 16, 80) if sampled else None,
+        lr_schedulers={{"trunk_scheduler_by_iteration": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9)}},
+        iterations_per_epoch=iterations or None,
+        dataloader_num_workers=workers,
+        data_device=torch.device("cpu"),
+        amp_dtype=torch.float16 if amp else None,
+        end_of_iteration_hook=end_of_iteration,
+        end_of_epoch_hook=end_of_epoch,
+    )
+    start = trainer.load_checkpoint(checkpoint) if os.path.exists(checkpoint) else 1
+    trainer.train(start, 4)
+    torch.save(trunk.state_dict(), checkpoint + ".final")
+    """
+)
+
+
+@pytest.mark.parametrize(
+    ("amp", "sampled", "iterations", "workers"), [(0, 0, 0, 0), (1, 1, 3, 0), (0, 0, 3, 1)]
+)
+def test_a_killed_and_resumed_run_ends_like_an_undisturbed_one(tmp_path, amp, sampled, iterations, workers):
+    code = RUN.format(folder=os.path.dirname(__file__))
+
+    def run(name, kill_at):
+        arguments = [str(tmp_path / name), *map(str, (kill_at, amp, sampled, iterations, workers))]
+        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+    assert run("whole", 0).returncode == 0
+    assert run("broken", 3).returncode == -signal.SIGKILL
+    assert not (tmp_path / "broken.final").exists()
+    assert run("broken", 0).returncode == 0
+    whole, broken = torch.load(tmp_path / "whole.final"), torch.load(tmp_path / "broken.final")
+    assert all(torch.equal(whole[k], broken[k]) for k in whole)
+
+
+def test_checkpoint_restores_every_random_state(make_trainer, tmp_path):
+    trainer = make_trainer(end_of_epoch_hook=lambda t: t.save_checkpoint(tmp_path / "state.pth"))
+    trainer.train(1, 1)
+    drawn = random.random(), np.random.rand(), torch.rand(())
+    assert make_trainer().load_checkpoint(tmp_path / "state.pth") == 2
+    assert drawn == (random.random(), np.random.rand(), torch.rand(()))
+
+
+def test_checkpoint_of_another_trainer_is_refused(make_trainer, tmp_path):
+    trainer = make_trainer(end_of_epoch_hook=lambda t: t.save_checkpoint(tmp_path / "state.pth"))
+    trainer.train(1, 1)
+    other = make_trainer(loss_funcs={"distillation_loss": RelativeTeacherLoss()})
+    with pytest.raises(ValueError, match=r"holds loss_funcs \['distillation_loss', 'metric_loss'\].*has"):
+        other.load_checkpoint(tmp_path / "state.pth")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_whole(make_trainer, tmp_path, monkeypatch):
+    path = tmp_path / "state.pth"
+    trainer = make_trainer(end_of_epoch_hook=lambda t: t.save_checkpoint(path))
+    trainer.train(1, 1)
+    good = path.read_bytes()
+
+    def broken_save(state, target):
+        target.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", broken_save)
+    with pytest.raises(OSError, match="No space"):
+        trainer.save_checkpoint(path)
+    assert path.read_bytes() == good
