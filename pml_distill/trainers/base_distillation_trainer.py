@@ -8,6 +8,7 @@ from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from pytorch_metric_learning.utils.loss_tracker import LossTracker
+from tqdm import tqdm
 
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
@@ -93,13 +94,35 @@ class BaseDistillationTrainer(BaseTrainer):
         self.losses.update(sums)
         return sums
 
+    def train(self, start_epoch: int = 1, num_epochs: int = 1) -> None:
+        """Train from epoch ``start_epoch`` to epoch ``num_epochs``, which is the last one and not a count.
+
+        One progress bar for all epochs; the loss is read from the device only when the bar is drawn, where PML
+        waits for it at each iteration.
+        """
+        self.initialize_dataloader()
+        total = max(0, num_epochs - start_epoch + 1) * self.iterations_per_epoch
+        with tqdm(total=total, unit="step", desc=f"epoch {start_epoch}/{num_epochs}") as bar:
+            for self.epoch in range(start_epoch, num_epochs + 1):
+                bar.set_description(f"epoch {self.epoch}/{num_epochs}", refresh=False)
+                self.set_to_train()
+                self.epoch_losses = dict.fromkeys(self.losses, 0)
+                for self.iteration in range(self.iterations_per_epoch):
+                    self.forward_and_backward()
+                    self.end_of_iteration_hook(self)
+                    for name, loss in self.losses.items():
+                        self.epoch_losses[name] = self.epoch_losses[name] + loss / self.iterations_per_epoch
+                    if bar.update():
+                        bar.set_postfix(total_loss=float(self.losses["total_loss"]), refresh=False)
+                    self.step_lr_schedulers(end_of_epoch=False)
+                self.step_lr_schedulers(end_of_epoch=True)
+                self.zero_losses()
+                if self.end_of_epoch_hook(self) is False:
+                    break
+
     def forward_and_backward(self) -> None:
         """Make one step from the next batches of the dataset."""
-        losses = self.training_step(*(self.get_batch() for _ in range(self.accumulation_steps)))
-        if self.iteration == 0:
-            self.epoch_losses = dict.fromkeys(losses, 0)
-        for name, loss in losses.items():
-            self.epoch_losses[name] = self.epoch_losses[name] + loss / self.iterations_per_epoch
+        self.training_step(*(self.get_batch() for _ in range(self.accumulation_steps)))
 
     def calculate_loss(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute ``metric_loss`` and ``distillation_loss``; return student and teacher embeddings."""

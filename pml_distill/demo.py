@@ -1,0 +1,243 @@
+"""The demo's experiment: a teacher, a student alone, and the same student with each distillation loss."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+from torch import nn
+
+from .datasets import Digits, Glyphs
+from .losses import (
+    AbsoluteTeacherLoss,
+    BaseDistillationLoss,
+    DarkRankLoss,
+    LogitDistillationLoss,
+    RelativeTeacherLoss,
+    SimilarityRegressionLoss,
+)
+from .models import SmallResNet
+from .teachers import FrozenTeacher
+from .trainers import DistillationWithClassifier
+from .utils import model_cost, neighbor_agreement
+
+EMBEDDING_SIZE = 128
+BATCH_SIZE = 128
+PER_CLASS = 4
+TEACHER_WIDTH, STUDENT_WIDTH = 32, 8
+DATASETS = {"glyphs": Glyphs, "digits": Digits}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A loss to distil with and its weight beside the metric loss."""
+
+    make: Callable[[], BaseDistillationLoss]
+    weight: float
+
+
+#: Weights found by benchmarks/search_weights.py on the validation classes of Glyphs.
+LOSSES = {
+    "soft_dark_rank": Distillation(lambda: DarkRankLoss("soft", list_length=8), 1.0),
+    "hard_dark_rank": Distillation(lambda: DarkRankLoss("hard", list_length=16), 0.1),
+    "similarity_regression": Distillation(SimilarityRegressionLoss, 10.0),
+    "absolute_teacher": Distillation(AbsoluteTeacherLoss, 10.0),
+    "relative_teacher": Distillation(RelativeTeacherLoss, 30.0),
+    "logit_distillation": Distillation(lambda: LogitDistillationLoss(temperature=4), 1.0),
+}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What makes two runs of the demo comparable; an output folder holds the runs of one configuration."""
+
+    dataset: str = "glyphs"
+    epochs: int = 12
+    train_split: str = "train+val"
+    test_split: str = "test"
+
+
+class Demo:
+    """All runs of one configuration in one folder.
+
+    A finished run is a row of ``results.jsonl`` and is never computed again; an interrupted one goes on from its
+    last epoch.
+
+    Args:
+        config: what to compare.
+        out: the folder; created if missing.
+        device: where to train.
+
+    Raises:
+        ValueError: ``out`` holds the runs of another configuration.
+    """
+
+    def __init__(self, config: DemoConfig, out: str | os.PathLike, device: torch.device):
+        self.config, self.out, self.device = config, Path(out), device
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.claim_folder()
+        dataset = DATASETS[config.dataset]
+        self.train_set, self.test_set = dataset(config.train_split), dataset(config.test_split)
+        self.image_shape = tuple(self.test_set[0][0].shape)
+        self.num_classes = len(set(self.train_set.labels.tolist()))
+        logging.getLogger("PML").setLevel(logging.ERROR)
+
+    def claim_folder(self) -> None:
+        """Write the configuration into the folder, or check that it is the one there."""
+        path, ours = self.out / "config.json", asdict(self.config)
+        if path.exists():
+            theirs = json.loads(path.read_text())
+            if theirs != ours:
+                raise ValueError(
+                    f"out folder {self.out} holds a demo with {theirs}, not {ours}; choose another folder."
+                )
+        elif any(self.out.iterdir()):
+            raise ValueError(f"out folder {self.out} is not empty and holds no demo; choose another folder.")
+        path.write_text(json.dumps(ours, indent=2))
+
+    def results(self) -> list[dict]:
+        """Return the finished runs."""
+        path = self.out / "results.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def run(self, name: str, seed: int, distillation: Distillation | None = None) -> dict:
+        """Train and test one network, unless that has been done: ``teacher``, ``student`` or the name of a loss."""
+        for row in self.results():
+            if (row["name"], row["seed"]) == (name, seed):
+                return row
+        folder = self.out / f"seed{seed}" / name
+        models = self.networks(TEACHER_WIDTH if name == "teacher" else STUDENT_WIDTH, seed)
+        trainer, tester = self.trainer_and_tester(folder, models, seed, name, distillation)
+        checkpoint = folder / "checkpoint.pth"
+        start = trainer.load_checkpoint(checkpoint) if checkpoint.exists() else 1
+        trainer.train(start, self.config.epochs)
+        tester.test({"test": self.test_set}, self.config.epochs, models["trunk"], models["embedder"])
+        accuracies = tester.all_accuracies["test"]
+        embeddings = tester.embeddings
+        torch.save(embeddings.half(), folder / "embeddings.pth")
+        row = {
+            "name": name,
+            "seed": seed,
+            "precision_at_1": accuracies["precision_at_1_level0"],
+            "mean_average_precision_at_r": accuracies["mean_average_precision_at_r_level0"],
+            "neighbor_agreement": neighbor_agreement(embeddings, self.embeddings("teacher", seed)),
+        }
+        torch.save({key: model.state_dict() for key, model in models.items()}, folder / "models.pth")
+        with open(self.out / "results.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def embeddings(self, name: str, seed: int) -> torch.Tensor:
+        """Return the normalised embeddings of the test set by a finished run."""
+        return torch.load(self.out / f"seed{seed}" / name / "embeddings.pth", map_location=self.device).float()
+
+    def networks(self, width: int, seed: int) -> dict[str, nn.Module]:
+        """Build trunk, embedder and classifier, the same for a seed whatever is done with them."""
+        torch.manual_seed(seed)
+        trunk = SmallResNet(width, in_channels=self.image_shape[0])
+        embedder = nn.Linear(trunk.output_size, EMBEDDING_SIZE)
+        classifier = nn.Linear(EMBEDDING_SIZE, self.num_classes)
+        models = {"trunk": trunk, "embedder": embedder, "classifier": classifier}
+        return {key: model.to(self.device) for key, model in models.items()}
+
+    def teacher(self, seed: int) -> tuple[FrozenTeacher, nn.Module]:
+        """Return the trained teacher of a seed and its classifier."""
+        models = self.networks(TEACHER_WIDTH, seed)
+        saved = torch.load(self.out / f"seed{seed}" / "teacher" / "models.pth", map_location=self.device)
+        for key, model in models.items():
+            model.load_state_dict(saved[key])
+        return FrozenTeacher(models["trunk"], models["embedder"]), models["classifier"]
+
+    def trainer_and_tester(
+        self,
+        folder: Path,
+        models: dict[str, nn.Module],
+        seed: int,
+        name: str,
+        distillation: Distillation | None,
+    ) -> tuple[DistillationWithClassifier, GlobalEmbeddingSpaceTester]:
+        """Build what every run has in common, and add the teacher where there is a loss to distil with."""
+        from pytorch_metric_learning.utils import common_functions as c_f
+        from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
+
+        record_keeper, _, _ = get_record_keeper(str(folder / "logs"), str(folder / "tensorboard"))
+        hooks = HookContainer(record_keeper, log_freq=10)
+        loss_funcs: dict[str, nn.Module] = {"metric_loss": MultiSimilarityLoss()}
+        loss_weights = {"metric_loss": 1.0}
+        teacher = teacher_classifier = None
+        if name == "teacher":
+            loss_funcs["classifier_loss"] = nn.CrossEntropyLoss()
+            loss_weights["classifier_loss"] = 0.1
+        if distillation is not None:
+            loss = distillation.make()
+            teacher, classifier = self.teacher(seed)
+            if isinstance(loss, LogitDistillationLoss):
+                key, teacher_classifier = "logit_distillation_loss", classifier
+            else:
+                key = "distillation_loss"
+            loss_funcs[key], loss_weights[key] = loss, distillation.weight
+        parameters = [p for model in models.values() for p in model.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2)
+        c_f.NUMPY_RANDOM.seed(seed)
+        torch.manual_seed(seed)
+        size = len(self.train_set)
+        trainer = DistillationWithClassifier(
+            models=models,
+            optimizers={"trunk_optimizer": optimizer},
+            batch_size=BATCH_SIZE,
+            loss_funcs=loss_funcs,
+            loss_weights=loss_weights,
+            dataset=self.train_set,
+            dataset_labels=self.train_set.labels,
+            set_min_label_to_zero=True,
+            sampler=MPerClassSampler(self.train_set.labels, PER_CLASS, BATCH_SIZE, size),
+            lr_schedulers={
+                "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(
+                    optimizer, 3e-3, total_steps=self.config.epochs * (size // BATCH_SIZE), pct_start=0.2
+                )
+            },
+            teacher=teacher,
+            teacher_classifier=teacher_classifier,
+            data_device=self.device,
+            dataloader_num_workers=0,
+            end_of_iteration_hook=hooks.end_of_iteration_hook,
+            end_of_epoch_hook=lambda trainer: trainer.save_checkpoint(folder / "checkpoint.pth"),
+        )
+
+        def end_of_testing(tester: GlobalEmbeddingSpaceTester) -> None:
+            hooks.end_of_testing_hook(tester)
+            record_keeper.save_records()
+            tester.embeddings = tester.embeddings_and_labels["test"][0]
+
+        tester = GlobalEmbeddingSpaceTester(
+            batch_size=512,
+            data_device=self.device,
+            dataloader_num_workers=0,
+            accuracy_calculator=AccuracyCalculator(
+                include=("precision_at_1", "mean_average_precision_at_r"),
+                k="max_bin_count",
+                device=self.device,
+                knn_func=CustomKNN(LpDistance(), batch_size=1024),
+            ),
+            end_of_testing_hook=end_of_testing,
+        )
+        return trainer, tester
+
+    def costs(self) -> dict:
+        """Measure both networks as they would be deployed: trunk and embedder."""
+        return {
+            role: model_cost(nn.Sequential(models["trunk"], models["embedder"]), self.image_shape)
+            for role, models in (
+                ("teacher", self.networks(TEACHER_WIDTH, 0)),
+                ("student", self.networks(STUDENT_WIDTH, 0)),
+            )
+        }
