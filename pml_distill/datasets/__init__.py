@@ -1,0 +1,19 @@
+"""Datasets: ``Glyphs`` and ``Digits`` need no download; CUB, Cars196 and SOP are PML's own classes."""
+
+from typing import Any
+
+from .digits import Digits
+from .glyphs import Glyphs
+
+FROM_PML = ("CUB", "Cars196", "StanfordOnlineProducts")
+
+__all__ = ["CUB", "Cars196", "Digits", "Glyphs", "StanfordOnlineProducts"]
+
+
+def __getattr__(name: str) -> Any:
+    # PML's datasets import torchvision, which costs more than all of this package.
+    if name in FROM_PML:
+        from pytorch_metric_learning import datasets
+
+        return getattr(datasets, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

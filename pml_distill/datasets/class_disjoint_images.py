@@ -1,0 +1,89 @@
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from .jitter import random_jitter
+
+SPLITS = ("train", "val", "train+val", "test")
+
+
+class ClassDisjointImages(torch.utils.data.Dataset):
+    """Grey images in memory, split by class: half of the classes train, half test.
+
+    A fifth of the training classes are the validation split. Training images are jittered anew at each read,
+    with torch's global generator; the others are a fixed jittered copy. A batch is jittered in one go where a
+    ``DataLoader`` asks for it as a whole.
+
+    Args:
+        images: (N, h, w) uint8.
+        labels: (N,) class numbers from 0.
+        split: ``"train"``, ``"val"``, ``"train+val"`` or ``"test"``.
+        size: side of the square images that are returned, 8 to 64 pixels.
+        channels: 1, or 3 equal ones for networks that expect colour.
+        augment: whether each read is jittered anew; None for just the training splits.
+        return_index: whether items are (image, label, index).
+        seed: decides which classes belong to which split, and the fixed jitter.
+
+    Items:
+        (image, label): float32 (channels, size, size), about -1 to 1, and an int.
+
+    Attributes:
+        labels: (len,) int64 tensor, for samplers and accuracy calculators.
+
+    Raises:
+        ValueError: ``split``, ``size`` or ``channels`` is none of the above.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        split: str,
+        size: int,
+        channels: int,
+        augment: bool | None,
+        return_index: bool,
+        seed: int,
+    ):
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, but is {split!r}.")
+        if not 8 <= size <= 64:
+            raise ValueError(f"size must be from 8 to 64 pixels, but is {size}.")
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, but is {channels}.")
+        kept = np.isin(labels, split_classes(int(labels.max()) + 1, seed)[split])
+        self.labels = torch.as_tensor(labels[kept], dtype=torch.int64)
+        pixels = torch.as_tensor(images[kept])[:, None].float() / 255
+        if pixels.shape[-1] != size:
+            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+        self.augment = split.startswith("train") if augment is None else augment
+        self.channels, self.return_index = channels, return_index
+        self.pixels = pixels if self.augment else random_jitter(pixels, torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple]:
+        """Return several items at once; what a ``DataLoader`` calls for a batch."""
+        indices = torch.as_tensor(indices)
+        images = self.pixels[indices]
+        if self.augment:
+            images = random_jitter(images)
+        images = (2 * images - 1).expand(-1, self.channels, -1, -1)
+        labels = self.labels[indices].tolist()
+        if self.return_index:
+            return list(zip(images, labels, indices.tolist()))
+        return list(zip(images, labels))
+
+
+def split_classes(num_classes: int, seed: int) -> dict[str, np.ndarray]:
+    """Return the classes of each split."""
+    classes = np.random.RandomState(seed).permutation(num_classes)
+    training, test = np.split(classes, [num_classes // 2])
+    val, train = np.split(training, [len(training) // 5])
+    return {"train": train, "val": val, "train+val": training, "test": test}
