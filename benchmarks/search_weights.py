@@ -26,50 +26,53 @@ from pml_distill.losses import (
 )
 
 TRIALS = {
-    "soft_4": (lambda: DarkRankLoss("soft", list_length=4), (0.03, 0.3, 3.0)),
-    "soft_8": (lambda: DarkRankLoss("soft", list_length=8), (0.03, 0.3, 3.0)),
-    "hard_8": (lambda: DarkRankLoss("hard", list_length=8), (0.03, 0.3, 3.0)),
-    "hard_all": (lambda: DarkRankLoss("hard", list_length=None), (0.003, 0.03, 0.3)),
-    "absolute": (AbsoluteTeacherLoss, (3.0, 10.0, 30.0, 100.0)),
-    "relative": (RelativeTeacherLoss, (10.0, 30.0, 100.0)),
-    "relative_l2": (lambda: RelativeTeacherLoss("l2"), (30.0, 100.0, 300.0)),
-    "regression": (SimilarityRegressionLoss, (3.0, 10.0, 30.0)),
-    "logit": (lambda: LogitDistillationLoss(temperature=4), (0.03, 0.3, 3.0)),
+    "soft_4": (lambda: DarkRankLoss("soft", list_length=4), (0.01, 0.03, 0.1, 0.3)),
+    "soft_8": (lambda: DarkRankLoss("soft", list_length=8), (0.01, 0.03, 0.1)),
+    "hard_8": (lambda: DarkRankLoss("hard", list_length=8), (0.01, 0.03, 0.1)),
+    "hard_all": (lambda: DarkRankLoss("hard", list_length=None), (0.003, 0.01, 0.03)),
+    "absolute": (AbsoluteTeacherLoss, (3.0, 10.0, 30.0)),
+    "relative": (RelativeTeacherLoss, (3.0, 10.0, 30.0)),
+    "regression": (SimilarityRegressionLoss, (1.0, 3.0, 10.0)),
+    "logit": (lambda: LogitDistillationLoss(temperature=4), (0.03, 0.1, 0.3, 1.0)),
 }
+RATES = (3e-3, 1e-2, 2e-2, 3e-2)
 
 
-def run(job: tuple[Path, float, str, float]) -> dict:
-    out, learning_rate, loss, weight = job
+def run(job: tuple[Path, str, float]) -> dict:
+    out, loss, value = job
     torch.set_num_threads(1)
-    config = DemoConfig(learning_rate=learning_rate, train_split="train", test_split="val")
-    demo = Demo(config, out / f"lr{learning_rate}", torch.device("cpu"))
-    if loss in ("teacher", "student"):
-        row = demo.run(loss, 0)
+    demo = Demo(DemoConfig(train_split="train", test_split="val"), out, torch.device("cpu"))
+    if loss == "teacher":
+        row = demo.run("teacher", 0)
+    elif loss == "student":
+        row = demo.run(f"student@{value:g}", 0, learning_rate=value)
     else:
-        row = demo.run(f"{loss}@{weight:g}", 0, Distillation(TRIALS[loss][0], weight))
-    return {"loss": loss, "weight": weight, "learning_rate": learning_rate, **row}
+        row = demo.run(f"{loss}@{value:g}", 0, Distillation(TRIALS[loss][0], value))
+    return {"loss": loss, "learning_rate" if loss == "student" else "weight": value, **row}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("weight_search"))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--losses", nargs="+", default=list(TRIALS))
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--losses", nargs="+", default=["student", *TRIALS], choices=["student", *TRIALS])
     options = parser.parse_args()
-    rate = 3e-3
+    run((options.out, "teacher", 0.0))
+    jobs = [
+        (options.out, loss, value)
+        for loss in options.losses
+        for value in (RATES if loss == "student" else TRIALS[loss][1])
+    ]
     rows = []
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        rows += pool.map(run, [(options.out, r, "teacher", 0.0) for r in options.learning_rates], chunksize=1)
-        jobs = [(options.out, r, "student", 0.0) for r in options.learning_rates]
-        jobs += [(options.out, rate, loss, weight) for loss in options.losses for weight in TRIALS[loss][1]]
-        for row in pool.imap(run, jobs, chunksize=1):
+        for row in pool.imap_unordered(run, jobs, chunksize=1):
             rows.append(row)
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            print("\n", {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    columns = ["loss", "weight", "learning_rate", "precision_at_1", "mean_average_precision_at_r", "neighbor_agreement"]
     with open(options.out / "weight_search.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(sorted(rows, key=lambda row: (row["loss"], row.get("weight", row.get("learning_rate")))))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         demo.error(str(error))
     except KeyboardInterrupt:
-        print(f"\nInterrupted. The same command goes on from here; finished runs are in {options.out}.", file=sys.stderr)
+        print(
+            f"\nInterrupted. The same command goes on from here; finished runs are in {options.out}.", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -119,7 +121,10 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
     bar_chart(
         demo.out / "map_at_r.png",
         {row["network"]: mean_and_error(values(name, metric)) for row, name in zip(table[2:], names)},
-        {"student alone": mean_and_error(values("student", metric))[0], "teacher": mean_and_error(values("teacher", metric))[0]},
+        {
+            "student alone": mean_and_error(values("student", metric))[0],
+            "teacher": mean_and_error(values("teacher", metric))[0],
+        },
         "MAP@R on unseen classes",
     )
     best = max(names, key=lambda name: mean_and_error(values(name, metric))[0])

@@ -34,6 +34,8 @@ EMBEDDING_SIZE = 128
 BATCH_SIZE = 128
 PER_CLASS = 4
 TEACHER_WIDTH, STUDENT_WIDTH = 32, 8
+#: The best for either network alone, on the validation classes.
+TEACHER_RATE, STUDENT_RATE = 3e-3, 1e-2
 DATASETS = {"glyphs": Glyphs, "digits": Digits}
 
 
@@ -61,8 +63,7 @@ class DemoConfig:
     """What makes two runs of the demo comparable; an output folder holds the runs of one configuration."""
 
     dataset: str = "glyphs"
-    epochs: int = 12
-    learning_rate: float = 3e-3
+    epochs: int = 10
     train_split: str = "train+val"
     test_split: str = "test"
 
@@ -110,14 +111,25 @@ class Demo:
         path = self.out / "results.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def run(self, name: str, seed: int, distillation: Distillation | None = None) -> dict:
-        """Train and test one network, unless that has been done: ``teacher``, ``student`` or the name of a loss."""
+    def run(
+        self, name: str, seed: int, distillation: Distillation | None = None, learning_rate: float = STUDENT_RATE
+    ) -> dict:
+        """Train and test one network, unless that has been done, and return its figures.
+
+        Args:
+            name: ``teacher``, or whatever a student's run shall be called.
+            seed: of the initial weights, the order of the data and its augmentation.
+            distillation: what the student learns beside the metric loss; None for the student alone.
+            learning_rate: the student's.
+        """
         for row in self.results():
             if (row["name"], row["seed"]) == (name, seed):
                 return row
         folder = self.out / f"seed{seed}" / name
         models = self.networks(TEACHER_WIDTH if name == "teacher" else STUDENT_WIDTH, seed)
-        trainer, tester = self.trainer_and_tester(folder, models, seed, name, distillation)
+        trainer, tester = self.trainer_and_tester(
+            folder, models, seed, TEACHER_RATE if name == "teacher" else learning_rate, distillation
+        )
         checkpoint = folder / "checkpoint.pth"
         start = trainer.load_checkpoint(checkpoint) if checkpoint.exists() else 1
         trainer.train(start, self.config.epochs)
@@ -164,7 +176,7 @@ class Demo:
         folder: Path,
         models: dict[str, nn.Module],
         seed: int,
-        name: str,
+        learning_rate: float,
         distillation: Distillation | None,
     ) -> tuple[DistillationWithClassifier, GlobalEmbeddingSpaceTester]:
         """Build what every run has in common, and add the teacher where there is a loss to distil with."""
@@ -176,9 +188,8 @@ class Demo:
         loss_funcs: dict[str, nn.Module] = {"metric_loss": MultiSimilarityLoss()}
         loss_weights = {"metric_loss": 1.0}
         teacher = teacher_classifier = None
-        if name == "teacher":
-            loss_funcs["classifier_loss"] = nn.CrossEntropyLoss()
-            loss_weights["classifier_loss"] = 0.1
+        if folder.name == "teacher":
+            loss_funcs["classifier_loss"], loss_weights["classifier_loss"] = nn.CrossEntropyLoss(), 0.1
         if distillation is not None:
             loss = distillation.make()
             teacher, classifier = self.teacher(seed)
@@ -189,6 +200,9 @@ class Demo:
             loss_funcs[key], loss_weights[key] = loss, distillation.weight
         parameters = [p for model in models.values() for p in model.parameters()]
         optimizer = torch.optim.AdamW(parameters, weight_decay=1e-2)
+        per_class = PER_CLASS
+        while per_class * self.num_classes < BATCH_SIZE:
+            per_class *= 2
         c_f.NUMPY_RANDOM.seed(seed)
         torch.manual_seed(seed)
         size = len(self.train_set)
@@ -201,11 +215,11 @@ class Demo:
             dataset=self.train_set,
             dataset_labels=self.train_set.labels,
             set_min_label_to_zero=True,
-            sampler=MPerClassSampler(self.train_set.labels, PER_CLASS, BATCH_SIZE, size),
+            sampler=MPerClassSampler(self.train_set.labels, per_class, BATCH_SIZE, size),
             lr_schedulers={
                 "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(
                     optimizer,
-                    self.config.learning_rate,
+                    learning_rate,
                     total_steps=self.config.epochs * (size // BATCH_SIZE),
                     pct_start=0.2,
                 )

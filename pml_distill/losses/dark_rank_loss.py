@@ -144,9 +144,7 @@ def mask_missing(scores: torch.Tensor, missing: torch.Tensor | None) -> torch.Te
     return scores if missing is None else scores.masked_fill(missing, ABSENT)
 
 
-def hard_losses(
-    student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor | None
-) -> torch.Tensor:
+def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor | None) -> torch.Tensor:
     """ListMLE: (Q, L) student scores in the teacher's order, (Q,) log-sum-exp of the rest -> (Q,) losses."""
     chain = student.flip(1)
     counted = None if missing is None else ~missing.flip(1)
@@ -231,9 +229,7 @@ def remaining_probabilities(scores: torch.Tensor, logsumexp: torch.Tensor) -> to
 
 
 @lru_cache(maxsize=64)
-def subset_levels(
-    length: int, device: torch.device
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def subset_levels(length: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each subset size m = L - 1 ... 1: the subsets (n,), the L - m candidates outside, R with each added."""
     subsets = torch.arange(2**length)
     bits = subsets[:, None] >> torch.arange(length) & 1

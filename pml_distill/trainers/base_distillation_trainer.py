@@ -65,9 +65,7 @@ class BaseDistillationTrainer(BaseTrainer):
         self.teacher, self.amp_dtype, self.accumulation_steps = teacher, amp_dtype, accumulation_steps
         self.epoch, self.data_position = 0, None
         super().__init__(*args, **kwargs)
-        self.scaler = torch.amp.GradScaler(
-            torch.device(self.data_device).type, enabled=amp_dtype == torch.float16
-        )
+        self.scaler = torch.amp.GradScaler(torch.device(self.data_device).type, enabled=amp_dtype == torch.float16)
 
     def training_step(self, *batches: Any) -> dict[str, torch.Tensor]:
         """Update the student once, from one batch or from several whose gradients are summed.
@@ -107,7 +105,8 @@ class BaseDistillationTrainer(BaseTrainer):
                 bar.set_description(f"epoch {self.epoch}/{num_epochs}", refresh=False)
                 self.set_to_train()
                 self.epoch_losses = dict.fromkeys(self.losses, 0)
-                for self.iteration in range(self.iterations_per_epoch):
+                for iteration in range(self.iterations_per_epoch):
+                    self.iteration = iteration
                     self.forward_and_backward()
                     self.end_of_iteration_hook(self)
                     for name, loss in self.losses.items():
@@ -210,8 +209,7 @@ class BaseDistillationTrainer(BaseTrainer):
         torch, and the place in the data. Call it last in the end-of-epoch hook.
         """
         state: dict[str, Any] = {
-            name: {key: unwrapped(value).state_dict() for key, value in stateful(getattr(self, name))}
-            for name in SAVED
+            name: {key: unwrapped(value).state_dict() for key, value in stateful(getattr(self, name))} for name in SAVED
         }
         state.update(
             epoch=self.epoch,
@@ -238,9 +236,7 @@ class BaseDistillationTrainer(BaseTrainer):
         for name in SAVED:
             ours = dict(stateful(getattr(self, name)))
             if state[name].keys() != ours.keys():
-                raise ValueError(
-                    f"{path} holds {name} {sorted(state[name])}, but this trainer has {sorted(ours)}."
-                )
+                raise ValueError(f"{path} holds {name} {sorted(state[name])}, but this trainer has {sorted(ours)}.")
             for key, value in ours.items():
                 unwrapped(value).load_state_dict(state[name][key])
         self.scaler.load_state_dict(state["scaler"])

@@ -22,7 +22,9 @@ def format_table(rows: Sequence[dict[str, str]]) -> str:
 
     def line(cells: dict[str, str]) -> str:
         first, *others = columns
-        return "| " + " | ".join([cells[first].ljust(widths[first])] + [cells[c].rjust(widths[c]) for c in others]) + " |"
+        return (
+            "| " + " | ".join([cells[first].ljust(widths[first])] + [cells[c].rjust(widths[c]) for c in others]) + " |"
+        )
 
     rule = "|" + "|".join("-" * (widths[c] + 1) + (":" if i else "-") for i, c in enumerate(columns)) + "|"
     return "\n".join([line({c: c for c in columns}), rule, *map(line, rows)])
@@ -76,7 +78,9 @@ def neighbor_sheet(
     columns = 1 + len(spaces) * (k + 1)
     figure = Figure(figsize=(0.62 * columns, 0.62 * len(queries) + 0.4))
     axes = figure.subplots(len(queries), columns, squeeze=False)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.4 / figure.get_figheight(), wspace=0.1, hspace=0.1)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, bottom=0.01, top=1 - 0.4 / figure.get_figheight(), wspace=0.1, hspace=0.1
+    )
     for ax in axes.flat:
         ax.set_axis_off()
     axes[0, 0].set_title("query", fontsize=9)

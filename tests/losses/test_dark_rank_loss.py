@@ -94,9 +94,7 @@ def test_hard_equals_the_written_out_likelihood(tail, length):
         s, t = loss.scores(student)[query], loss.scores(teacher)[query]
         order = [j for j in t.argsort(descending=True).tolist() if j != query]
         listed = order[: length or 7]
-        expected = sum(
-            s[order[k:] if tail else listed[k:]].logsumexp(0) - s[listed[k]] for k in range(len(listed))
-        )
+        expected = sum(s[order[k:] if tail else listed[k:]].logsumexp(0) - s[listed[k]] for k in range(len(listed)))
         assert losses[query].item() == pytest.approx(expected.item(), rel=1e-10)
 
 

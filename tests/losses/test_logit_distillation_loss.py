@@ -12,9 +12,7 @@ def test_equals_the_authors_loss(case):
 
 def test_gradient_hardly_depends_on_a_high_temperature():
     student, teacher = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
-    gradients = [
-        torch.autograd.grad(LogitDistillationLoss(t)(student, ref_emb=teacher), student)[0] for t in (50, 100)
-    ]
+    gradients = [torch.autograd.grad(LogitDistillationLoss(t)(student, ref_emb=teacher), student)[0] for t in (50, 100)]
     assert torch.allclose(*gradients, rtol=0.05, atol=1e-3)
 
 

@@ -110,9 +110,7 @@ def test_loss_weights_are_applied_out_of_place(make_trainer, blobs):
 def test_gradients_of_accumulated_batches_sum(make_trainer, blobs):
     def gradients(trainer, *batches):
         trainer.gradient_clippers = {
-            "trunk_grad_clipper": lambda: grads.extend(
-                p.grad.clone() for p in trainer.models["trunk"].parameters()
-            )
+            "trunk_grad_clipper": lambda: grads.extend(p.grad.clone() for p in trainer.models["trunk"].parameters())
         }
         grads = []
         trainer.training_step(*batches)
@@ -333,9 +331,7 @@ RUN = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize(
-    ("amp", "sampled", "iterations", "workers"), [(0, 0, 0, 0), (1, 1, 3, 0), (0, 0, 3, 1)]
-)
+@pytest.mark.parametrize(("amp", "sampled", "iterations", "workers"), [(0, 0, 0, 0), (1, 1, 3, 0), (0, 0, 3, 1)])
 def test_a_killed_and_resumed_run_ends_like_an_undisturbed_one(tmp_path, amp, sampled, iterations, workers):
     code = RUN.format(folder=os.path.dirname(__file__))
 

@@ -1,0 +1,114 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning.samplers import MPerClassSampler
+from torch.utils.data import DataLoader
+
+from pml_distill.datasets import Digits, Glyphs
+from pml_distill.datasets.glyphs import cached_glyphs, render_glyphs
+
+both = pytest.mark.parametrize("dataset", [Glyphs, Digits])
+
+
+def test_680_classes_of_16_faces_none_empty_and_none_twice():
+    images, labels, characters = render_glyphs()
+    assert len(characters) == len(set(characters)) == 680
+    assert np.array_equal(np.bincount(labels), np.full(680, 16))
+    assert images.any(axis=(1, 2)).all()
+    assert sum(c in characters for c in "AΑА") == 1
+
+
+@both
+def test_classes_of_the_splits_are_disjoint_and_complete(dataset):
+    train, val, both, test = (set(dataset(s).labels.tolist()) for s in ("train", "val", "train+val", "test"))
+    assert not train & val and not both & test and train | val == both
+    assert both | test == set(range(len(both | test)))
+    assert len(val) == len(both) // 5
+
+
+@both
+def test_items(dataset):
+    data = dataset("test", size=24, channels=3, return_index=True)
+    image, label, index = data[7]
+    assert image.shape == (3, 24, 24) and image.dtype == torch.float32 and torch.equal(image[0], image[2])
+    assert index == 7 and label == data.labels[7]
+    assert image.amin() > -3 and image.amax() < 3
+    assert len(dataset("test")[0]) == 2
+
+
+def test_characters_name_the_classes():
+    data = Glyphs("test")
+    assert all(data.characters[label].isprintable() for label in data.labels.tolist())
+
+
+@both
+def test_test_images_are_a_fixed_jittered_copy(dataset):
+    data = dataset("test")
+    assert torch.equal(data[3][0], data[3][0])
+    assert torch.equal(data[3][0], dataset("test")[3][0])
+    assert not torch.equal(data[3][0], dataset("test", augment=True)[3][0])
+
+
+@both
+def test_training_images_are_jittered_anew_and_reproducibly(dataset):
+    data = dataset("train")
+    torch.manual_seed(0)
+    first, second = data[3][0], data[3][0]
+    torch.manual_seed(0)
+    assert not torch.equal(first, second) and torch.equal(first, data[3][0])
+
+
+def test_seed_decides_the_split():
+    assert set(Glyphs("train", seed=1).labels.tolist()) != set(Glyphs("train").labels.tolist())
+
+
+@both
+def test_with_pmls_sampler_and_workers(dataset):
+    data = dataset("train")
+    sampler = MPerClassSampler(data.labels, 4, 16, 32)
+
+    def images(workers):
+        torch.manual_seed(0)
+        return [batch[0] for batch in DataLoader(data, 16, sampler=sampler, num_workers=workers)]
+
+    assert images(0)[0].shape == (16, 1, data[0][0].shape[1], data[0][0].shape[2])
+    workers = images(2)
+    assert not torch.equal(workers[0], workers[1])
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 99])
+def test_a_damaged_cache_is_rendered_anew_with_a_warning(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    images, labels, characters = cached_glyphs()
+    (path,) = (tmp_path / "pml_distill").iterdir()
+    assert path.name == "glyphs-v1.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match="glyphs-v1.npz is damaged"):
+        again = cached_glyphs()
+    assert np.array_equal(images, again[0]) and np.array_equal(labels, again[1]) and characters == again[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cached_glyphs()
+
+
+def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="not cached"):
+        assert len(Glyphs("test")) == 5440
+
+
+@both
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "dev"}, "split must be one of train, val, train\\+val, test, but is 'dev'"),
+        ({"size": 128}, "size must be from 8 to 64 pixels, but is 128"),
+        ({"channels": 4}, "channels must be 1 or 3, but is 4"),
+    ],
+)
+def test_errors_name_the_argument(dataset, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dataset(**arguments)

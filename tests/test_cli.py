@@ -1,0 +1,130 @@
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+from pml_distill import cli
+from pml_distill.demo import LOSSES, Demo, DemoConfig
+
+QUICK = ["demo", "--dataset", "digits", "--epochs", "1", "--device", "cpu", "--losses", "relative_teacher"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert cli.main([*QUICK, "--seeds", "2", "--out", str(out)]) == 0
+    return out
+
+
+def test_demo_writes_table_csv_pictures_and_logs(finished):
+    rows = list(csv.DictReader(open(finished / "results.csv")))
+    assert [(row["name"], row["seed"]) for row in rows] == [
+        (name, seed) for name in ("teacher", "student", "relative_teacher") for seed in "01"
+    ]
+    for row in rows:
+        assert 0 <= float(row["mean_average_precision_at_r"]) <= float(row["precision_at_1"]) <= 1
+        assert int(row["flops"]) > 0 and float(row["latency_ms_batch_64"]) > 0
+    assert float(rows[0]["neighbor_agreement"]) == 1 and float(rows[0]["gap_recovered"]) == 1
+    assert int(rows[0]["parameters"]) > 10 * int(rows[2]["parameters"])
+    table = (finished / "table.md").read_text()
+    assert "relative_teacher" in table and "±" in table and "MAP@R" in table
+    for name in ("map_at_r.png", "neighbors.png"):
+        assert min(Image.open(finished / name).size) > 100
+    logs = finished / "seed0" / "relative_teacher" / "logs"
+    assert (logs / "loss_histories.csv").exists() and any("TEST_vs_self" in p.name for p in logs.iterdir())
+
+
+def test_run_again_it_trains_nothing(finished, capsys, monkeypatch):
+    monkeypatch.setattr(Demo, "networks", lambda *args: pytest.fail("trained again") if args[1] != 32 else None)
+    monkeypatch.setattr(Demo, "costs", lambda self: pytest.skip("reached the report without training"))
+    cli.main([*QUICK, "--seeds", "2", "--out", str(finished)])
+
+
+def test_another_configuration_is_refused(finished, capsys):
+    before = (finished / "results.jsonl").read_text()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*QUICK, "--epochs", "2", "--out", str(finished)])
+    assert stop.value.code == 2 and "choose another folder" in capsys.readouterr().err
+    assert (finished / "results.jsonl").read_text() == before
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(SystemExit):
+        cli.main([*QUICK, "--out", str(tmp_path)])
+    assert "is not empty and holds no demo" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_interrupted_it_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Demo, "run", interrupted)
+    assert cli.main([*QUICK, "--out", str(tmp_path / "out")]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--losses", "dark_rank"], r"unknown names \['dark_rank'\]; known are .*soft_dark_rank"),
+        (["--seeds", "0"], "--seeds must be at least 1, but is 0"),
+        (["--epochs", "-3"], "--epochs must be at least 1, but is -3"),
+    ],
+)
+def test_wrong_arguments_are_named_and_nothing_is_written(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*QUICK, "--out", str(tmp_path / "out"), *arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    import re
+
+    assert re.search(message, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_run_starts_from_the_same_weights_and_batches(tmp_path):
+    import torch
+
+    demo = Demo(DemoConfig("digits", 1), tmp_path / "out", torch.device("cpu"))
+    demo.run("teacher", 0)
+    first, second = demo.networks(8, 0), demo.networks(8, 0)
+    assert all(torch.equal(a, b) for key in first for a, b in zip(first[key].parameters(), second[key].parameters()))
+    orders = []
+    for name in ("student", "relative_teacher"):
+        trainer, _ = demo.trainer_and_tester(tmp_path / name, demo.networks(8, 0), 0, 0.01, LOSSES.get(name))
+        trainer.initialize_dataloader()
+        trainer.epoch = 1
+        orders.append(trainer.get_batch()[1])
+    assert torch.equal(*orders)
+
+
+def test_an_interrupted_run_goes_on_from_its_last_epoch(tmp_path):
+    import torch
+
+    def demo(name):
+        return Demo(DemoConfig("digits", 2), tmp_path / name, torch.device("cpu"))
+
+    whole = demo("whole").run("teacher", 0)
+    broken = demo("broken")
+    original = Demo.trainer_and_tester
+
+    def stops_after_one_epoch(self, *args):
+        trainer, tester = original(self, *args)
+        save = trainer.end_of_epoch_hook
+
+        def stop(trainer):
+            save(trainer)
+            raise KeyboardInterrupt
+
+        trainer.end_of_epoch_hook = stop
+        return trainer, tester
+
+    broken.trainer_and_tester = stops_after_one_epoch.__get__(broken)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run("teacher", 0)
+    assert broken.results() == []
+    assert demo("broken").run("teacher", 0) == whole
+    assert json.loads((tmp_path / "broken" / "config.json").read_text())["epochs"] == 2
