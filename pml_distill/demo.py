@@ -35,7 +35,7 @@ BATCH_SIZE = 128
 PER_CLASS = 4
 TEACHER_WIDTH, STUDENT_WIDTH = 32, 8
 #: The best for either network alone, on the validation classes.
-TEACHER_RATE, STUDENT_RATE = 3e-3, 1e-2
+TEACHER_RATE, STUDENT_RATE = 3e-3, 2e-2
 DATASETS = {"glyphs": Glyphs, "digits": Digits}
 
 
@@ -136,7 +136,7 @@ class Demo:
         tester.test({"test": self.test_set}, self.config.epochs, models["trunk"], models["embedder"])
         accuracies = tester.all_accuracies["test"]
         embeddings = tester.embeddings
-        torch.save(embeddings.half(), folder / "embeddings.pth")
+        torch.save(embeddings, folder / "embeddings.pth")
         row = {
             "name": name,
             "seed": seed,
@@ -151,7 +151,7 @@ class Demo:
 
     def embeddings(self, name: str, seed: int) -> torch.Tensor:
         """Return the normalised embeddings of the test set by a finished run."""
-        return torch.load(self.out / f"seed{seed}" / name / "embeddings.pth", map_location=self.device).float()
+        return torch.load(self.out / f"seed{seed}" / name / "embeddings.pth", map_location=self.device)
 
     def networks(self, width: int, seed: int) -> dict[str, nn.Module]:
         """Build trunk, embedder and classifier, the same for a seed whatever is done with them."""
@@ -213,7 +213,7 @@ class Demo:
             loss_funcs=loss_funcs,
             loss_weights=loss_weights,
             dataset=self.train_set,
-            dataset_labels=self.train_set.labels,
+            dataset_labels=self.train_set.labels.numpy(),
             set_min_label_to_zero=True,
             sampler=MPerClassSampler(self.train_set.labels, per_class, BATCH_SIZE, size),
             lr_schedulers={

@@ -36,9 +36,9 @@ def test_demo_writes_table_csv_pictures_and_logs(finished):
 
 
 def test_run_again_it_trains_nothing(finished, capsys, monkeypatch):
-    monkeypatch.setattr(Demo, "networks", lambda *args: pytest.fail("trained again") if args[1] != 32 else None)
-    monkeypatch.setattr(Demo, "costs", lambda self: pytest.skip("reached the report without training"))
-    cli.main([*QUICK, "--seeds", "2", "--out", str(finished)])
+    monkeypatch.setattr(Demo, "trainer_and_tester", lambda *args: pytest.fail("trained again"))
+    assert cli.main([*QUICK, "--seeds", "2", "--out", str(finished)]) == 0
+    assert "relative_teacher" in capsys.readouterr().out
 
 
 def test_another_configuration_is_refused(finished, capsys):

@@ -82,9 +82,9 @@ class BaseDistillationLoss(BaseMetricLossFunction):
 
     def directed(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the embeddings with the gradient of zero rows cut, where ``self.distance`` normalises them."""
-        if not self.distance.normalize_embeddings:
+        if not (self.distance.normalize_embeddings and embeddings.requires_grad):
             return embeddings
-        is_zero = (embeddings == 0).all(dim=1, keepdim=True)
+        is_zero = torch.linalg.vector_norm(embeddings.detach(), torch.inf, dim=1, keepdim=True) == 0
         return torch.where(is_zero, embeddings.detach(), embeddings)
 
     def distance_matrix(self, embeddings: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,161 @@
+"""Time and memory of each loss, forward and backward, beside PML's own losses and the bare B x B Gram product.
+
+Runs of all losses are interleaved in one process, and medians are compared, so that the ratios hold on a busy
+machine. The peak memory is what one forward and backward allocates beyond its inputs. Usage:
+
+    python benchmarks/speed.py --out speed
+
+writes speed.csv, speed.md and speed.png into the folder.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss, TripletMarginLoss
+from torch.profiler import ProfilerActivity, profile
+
+from pml_distill.losses import (
+    AbsoluteTeacherLoss,
+    DarkRankLoss,
+    LogitDistillationLoss,
+    RelativeTeacherLoss,
+    SimilarityRegressionLoss,
+)
+from pml_distill.utils.report import format_table
+
+PER_CLASS = 4
+
+
+class GramProduct(torch.nn.Module):
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return (embeddings @ embeddings.t()).sum()
+
+
+PML = {"MultiSimilarityLoss": MultiSimilarityLoss(), "TripletMarginLoss": TripletMarginLoss()}
+OURS = {
+    "soft DarkRank, 4": DarkRankLoss("soft", list_length=4),
+    "soft DarkRank, 10": DarkRankLoss("soft", list_length=10),
+    "hard DarkRank, 10": DarkRankLoss("hard", list_length=10),
+    "hard DarkRank, all": DarkRankLoss("hard", list_length=None),
+    "relative teacher": RelativeTeacherLoss(),
+    "absolute teacher": AbsoluteTeacherLoss(),
+    "similarity regression": SimilarityRegressionLoss(),
+    "logit distillation": LogitDistillationLoss(),
+}
+
+
+def step(name: str, embeddings: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> None:
+    embeddings.grad = None
+    if name == "Gram product":
+        loss = GramProduct()(embeddings)
+    elif name in PML:
+        loss = PML[name](embeddings, labels)
+    else:
+        loss = OURS[name](embeddings, labels, ref_emb=teacher)
+    loss.backward()
+    if embeddings.is_cuda:
+        torch.cuda.synchronize()
+
+
+def peak_memory(*arguments) -> int:
+    """The most bytes allocated at once during a step, beyond those before it."""
+    embeddings = arguments[1]
+    if embeddings.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(*arguments)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(*arguments)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def measure(size: int, width: int, repeats: int, device: torch.device) -> list[dict]:
+    torch.manual_seed(0)
+    embeddings = torch.randn(size, width, device=device, requires_grad=True)
+    arguments = embeddings, torch.arange(size, device=device) // PER_CLASS, torch.randn(size, width, device=device)
+    # All triplets of a batch of 1024 do not fit into memory.
+    names = ["Gram product", *(n for n in PML if size < 1024 or n != "TripletMarginLoss"), *OURS]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats + 2):
+        for name in names:
+            start = time.perf_counter()
+            step(name, *arguments)
+            if repeat >= 2:
+                times[name].append(1000 * (time.perf_counter() - start))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return [
+        {
+            "loss": name,
+            "batch": size,
+            "width": width,
+            "ms": medians[name],
+            "to_multi_similarity": medians[name] / medians["MultiSimilarityLoss"],
+            "peak_mib": peak_memory(name, *arguments) / 2**20,
+        }
+        for name in names
+    ]
+
+
+def draw(rows: list[dict], path: Path, width: int) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("ms", "peak_mib"), ("ms, forward + backward", "peak MiB")):
+        for name in dict.fromkeys(row["loss"] for row in rows):
+            points = [(row["batch"], row[key]) for row in rows if row["loss"] == name and row["width"] == width]
+            style = "o-" if name in OURS else "s--"
+            axes.loglog(*zip(*points), style, label=name, markersize=4, linewidth=1.4)
+        axes.set_xlabel(f"batch size (width {width})")
+        axes.set_ylabel(label)
+        axes.grid(True, which="both", alpha=0.2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("speed"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for width in options.widths:
+        for size in options.batches:
+            rows += measure(size, width, options.repeats, torch.device(options.device))
+    with open(options.out / "speed.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    table = format_table(
+        [
+            {
+                "loss": row["loss"],
+                "B": str(row["batch"]),
+                "D": str(row["width"]),
+                "ms": f"{row['ms']:.2f}",
+                "x MultiSimilarity": f"{row['to_multi_similarity']:.2f}",
+                "peak MiB": f"{row['peak_mib']:.1f}",
+            }
+            for row in rows
+        ]
+    )
+    print(table)
+    (options.out / "speed.md").write_text(table + "\n")
+    draw(rows, options.out / "speed.png", options.widths[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:DistributedLossWrapper is being used in a non-distributed setting")
+def test_every_example_runs_as_it_stands():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        assert len(block.strip().splitlines()) <= 16
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["loss"].item() > 0 and names["loss_fn"](names["embeddings"], ref_emb=names["embeddings"]) > 0
+
+
+def test_the_map_names_what_there_is():
+    import importlib
+
+    for package in ("losses", "teachers", "trainers", "datasets", "models", "utils"):
+        for name in importlib.import_module(f"pml_distill.{package}").__all__:
+            assert f"`{name}`" in README or name in ("BaseDistillationTrainer", "ModelCost"), name
