@@ -26,14 +26,16 @@ from pml_distill.losses import (
 )
 
 TRIALS = {
-    "soft_4": (lambda: DarkRankLoss("soft", list_length=4), (0.01, 0.03, 0.1, 0.3)),
-    "soft_8": (lambda: DarkRankLoss("soft", list_length=8), (0.01, 0.03, 0.1)),
-    "hard_8": (lambda: DarkRankLoss("hard", list_length=8), (0.01, 0.03, 0.1)),
-    "hard_all": (lambda: DarkRankLoss("hard", list_length=None), (0.003, 0.01, 0.03)),
-    "absolute": (AbsoluteTeacherLoss, (3.0, 10.0, 30.0)),
-    "relative": (RelativeTeacherLoss, (3.0, 10.0, 30.0)),
-    "regression": (SimilarityRegressionLoss, (1.0, 3.0, 10.0)),
-    "logit": (lambda: LogitDistillationLoss(temperature=4), (0.03, 0.1, 0.3, 1.0)),
+    "soft_4": (lambda: DarkRankLoss("soft", list_length=4), (0.003, 0.01, 0.03, 0.1)),
+    "soft_8": (lambda: DarkRankLoss("soft", list_length=8), (0.003, 0.01, 0.03, 0.1)),
+    "hard_8": (lambda: DarkRankLoss("hard", list_length=8), (0.003, 0.01, 0.03, 0.1)),
+    "hard_16": (lambda: DarkRankLoss("hard", list_length=16), (0.001, 0.003, 0.01, 0.03)),
+    "hard_all": (lambda: DarkRankLoss("hard", list_length=None), (0.0003, 0.001, 0.003, 0.01)),
+    "absolute": (AbsoluteTeacherLoss, (1.0, 3.0, 10.0, 30.0)),
+    "relative": (RelativeTeacherLoss, (0.1, 0.3, 1.0, 3.0)),
+    "relative_l2": (lambda: RelativeTeacherLoss("l2"), (0.3, 1.0, 3.0, 10.0)),
+    "regression": (SimilarityRegressionLoss, (0.03, 0.1, 0.3, 1.0)),
+    "logit": (lambda: LogitDistillationLoss(temperature=4), (0.003, 0.01, 0.03, 0.1)),
 }
 RATES = (3e-3, 1e-2, 2e-2, 3e-2)
 

@@ -3,6 +3,8 @@ from typing import Any
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 
+from ..distances import EuclideanDistance
+
 IndicesTuple = tuple[torch.Tensor, ...]
 
 
@@ -21,7 +23,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     and return one value per sample or per pair, so that every PML reducer applies; the default is the mean.
 
     Args:
-        distance: any PML distance; default ``LpDistance()``, the Euclidean distance of L2-normalised embeddings.
+        distance: any PML distance; default ``EuclideanDistance()``, of L2-normalised embeddings.
         reducer: any PML reducer; default ``MeanReducer()``.
         embedding_regularizer: as in every PML loss, applied to the student's embeddings.
 
@@ -79,6 +81,10 @@ class BaseDistillationLoss(BaseMetricLossFunction):
                 f"projection embedder, for example torch.nn.Linear({embeddings.shape[1]}, {ref_emb.shape[1]})."
             )
         return ref_emb
+
+    def get_default_distance(self) -> EuclideanDistance:
+        """Return the distance to use where none is given."""
+        return EuclideanDistance()
 
     def directed(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the embeddings with the gradient of zero rows cut, where ``self.distance`` normalises them."""

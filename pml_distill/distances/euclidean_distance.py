@@ -1,0 +1,55 @@
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import LpDistance
+
+
+class EuclideanDistance(LpDistance):
+    r"""PML's ``LpDistance(p=2)`` with a faster matrix of a batch against itself.
+
+    .. math:: d_{ij} = \sqrt{\max(0, |x_i|^2 + |x_j|^2 - 2 x_i \cdot x_j)}
+
+    That matrix is symmetric: its gradient needs one product with the embeddings, where ``torch.cdist`` makes two
+    and copies both sides besides. Its diagonal is exactly zero. The gradient at distance zero is zero. For two
+    different batches it is ``LpDistance``. The default distance of the distillation losses.
+
+    Args:
+        normalize_embeddings: whether rows are divided by their L2 norm first.
+        **kwargs: ``power`` as in ``LpDistance``.
+
+    Example:
+        >>> import torch
+        >>> EuclideanDistance(normalize_embeddings=False)(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+        tensor([[0., 5.],
+                [5., 0.]])
+    """
+
+    def __init__(self, normalize_embeddings: bool = True, **kwargs: Any):
+        super().__init__(normalize_embeddings=normalize_embeddings, p=2, **kwargs)
+
+    def compute_mat(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
+        """Return the matrix of distances; PML passes the same tensor twice for a batch against itself."""
+        if ref_emb is query_emb:
+            return SelfDistance.apply(query_emb)
+        return super().compute_mat(query_emb, ref_emb)
+
+
+class SelfDistance(torch.autograd.Function):
+    """Euclidean distances of all rows to each other: (B, D) -> (B, B)."""
+
+    @staticmethod
+    def forward(ctx, embeddings):
+        """Compute from the Gram product."""
+        squares = embeddings.square().sum(dim=1)
+        mat = torch.addmm(squares[:, None] + squares, embeddings, embeddings.t(), alpha=-2)
+        mat = mat.clamp_(min=0).sqrt_().fill_diagonal_(0)
+        ctx.save_for_backward(embeddings, mat)
+        return mat
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Sum (x_i - x_j) / d_ij over both places of each pair, zero where d_ij is."""
+        embeddings, mat = ctx.saved_tensors
+        ratio = (grad / mat).masked_fill_(mat == 0, 0)
+        ratio = ratio + ratio.t()
+        return torch.addmm(embeddings * ratio.sum(dim=1, keepdim=True), ratio, embeddings, alpha=-1)
