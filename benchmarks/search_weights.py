@@ -1,8 +1,8 @@
 """Find the demo's loss weights on the validation classes of Glyphs, never the test classes.
 
 One teacher is trained on the training classes without the validation classes; then each loss is tried with each
-weight. The baseline, the student alone, gets as many trials, over learning rates and metric losses. Finished
-trials are not repeated. Usage:
+weight and learning rate. The baseline, the student alone, is tried with more learning rates. Finished trials are
+not repeated. Usage:
 
     python benchmarks/search_weights.py --out weight_search
 
@@ -37,20 +37,21 @@ TRIALS = {
     "regression": (SimilarityRegressionLoss, (0.03, 0.1, 0.3, 1.0)),
     "logit": (lambda: LogitDistillationLoss(temperature=4), (0.003, 0.01, 0.03, 0.1)),
 }
-RATES = (3e-3, 1e-2, 2e-2, 3e-2)
+RATES = (5e-3, 1e-2, 2e-2)
+BASELINE_RATES = (3e-3, 5e-3, 1e-2, 2e-2, 3e-2)
 
 
-def run(job: tuple[Path, str, float]) -> dict:
-    out, loss, value = job
+def run(job: tuple[Path, str, float, float]) -> dict:
+    out, loss, weight, rate = job
     torch.set_num_threads(1)
     demo = Demo(DemoConfig(train_split="train", test_split="val"), out, torch.device("cpu"))
     if loss == "teacher":
         row = demo.run("teacher", 0)
     elif loss == "student":
-        row = demo.run(f"student@{value:g}", 0, learning_rate=value)
+        row = demo.run(f"student@{rate:g}", 0, learning_rate=rate)
     else:
-        row = demo.run(f"{loss}@{value:g}", 0, Distillation(TRIALS[loss][0], value))
-    return {"loss": loss, "learning_rate" if loss == "student" else "weight": value, **row}
+        row = demo.run(f"{loss}@{weight:g}@{rate:g}", 0, Distillation(TRIALS[loss][0], weight), rate)
+    return {"loss": loss, "weight": weight, "learning_rate": rate, **row}
 
 
 def main() -> None:
@@ -58,13 +59,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("weight_search"))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--losses", nargs="+", default=["student", *TRIALS], choices=["student", *TRIALS])
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates for each weight")
     options = parser.parse_args()
-    run((options.out, "teacher", 0.0))
-    jobs = [
-        (options.out, loss, value)
-        for loss in options.losses
-        for value in (RATES if loss == "student" else TRIALS[loss][1])
-    ]
+    run((options.out, "teacher", 0.0, 0.0))
+    jobs = []
+    for loss in options.losses:
+        if loss == "student":
+            jobs += [(options.out, loss, 0.0, rate) for rate in BASELINE_RATES]
+        else:
+            jobs += [(options.out, loss, weight, rate) for weight in TRIALS[loss][1] for rate in options.rates]
     rows = []
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for row in pool.imap_unordered(run, jobs, chunksize=1):
@@ -74,7 +77,7 @@ def main() -> None:
     with open(options.out / "weight_search.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (row["loss"], row.get("weight", row.get("learning_rate")))))
+        writer.writerows(sorted(rows, key=lambda row: (row["loss"], row["weight"], row["learning_rate"])))
 
 
 if __name__ == "__main__":

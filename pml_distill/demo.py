@@ -49,13 +49,29 @@ class Distillation:
 
 #: Weights found by benchmarks/search_weights.py on the validation classes of Glyphs.
 LOSSES = {
-    "soft_dark_rank": Distillation(lambda: DarkRankLoss("soft", list_length=8), 1.0),
-    "hard_dark_rank": Distillation(lambda: DarkRankLoss("hard", list_length=16), 0.1),
-    "similarity_regression": Distillation(SimilarityRegressionLoss, 10.0),
-    "absolute_teacher": Distillation(AbsoluteTeacherLoss, 10.0),
-    "relative_teacher": Distillation(RelativeTeacherLoss, 30.0),
-    "logit_distillation": Distillation(lambda: LogitDistillationLoss(temperature=4), 1.0),
+    "soft_dark_rank": Distillation(lambda: DarkRankLoss("soft"), 0.01),
+    "hard_dark_rank": Distillation(lambda: DarkRankLoss("hard"), 0.01),
+    "similarity_regression": Distillation(SimilarityRegressionLoss, 1.0),
+    "absolute_teacher": Distillation(AbsoluteTeacherLoss, 3.0),
+    "relative_teacher": Distillation(RelativeTeacherLoss, 1.0),
+    "logit_distillation": Distillation(lambda: LogitDistillationLoss(temperature=4), 0.03),
 }
+
+
+class DemoTrainer(DistillationWithClassifier):
+    """Brings the distillation in between a fifth and a half of the training.
+
+    At the start all distances are near zero. A loss on distances or scores then drives the samples apart along
+    whatever differs, noise included, before the metric loss has shaped the space, and the student does not
+    recover: without this ramp the relative teacher and the similarity regression *lower* the accuracy.
+    """
+
+    def update_loss_weights(self) -> None:
+        """Set the weight of the teacher's loss for this step."""
+        progress = self.get_global_iteration() / self.total_steps
+        for key in self.loss_keys_with_teacher:
+            if key in self.full_weights:
+                self.loss_weights[key] = self.full_weights[key] * min(1, max(0, (progress - 0.2) / 0.3))
 
 
 @dataclass(frozen=True)
@@ -178,7 +194,7 @@ class Demo:
         seed: int,
         learning_rate: float,
         distillation: Distillation | None,
-    ) -> tuple[DistillationWithClassifier, GlobalEmbeddingSpaceTester]:
+    ) -> tuple[DemoTrainer, GlobalEmbeddingSpaceTester]:
         """Build what every run has in common, and add the teacher where there is a loss to distil with."""
         from pytorch_metric_learning.utils import common_functions as c_f
         from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
@@ -206,12 +222,13 @@ class Demo:
         c_f.NUMPY_RANDOM.seed(seed)
         torch.manual_seed(seed)
         size = len(self.train_set)
-        trainer = DistillationWithClassifier(
+        total_steps = self.config.epochs * (size // BATCH_SIZE)
+        trainer = DemoTrainer(
             models=models,
             optimizers={"trunk_optimizer": optimizer},
             batch_size=BATCH_SIZE,
             loss_funcs=loss_funcs,
-            loss_weights=loss_weights,
+            loss_weights=dict(loss_weights),
             dataset=self.train_set,
             dataset_labels=self.train_set.labels.numpy(),
             set_min_label_to_zero=True,
@@ -220,7 +237,7 @@ class Demo:
                 "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(
                     optimizer,
                     learning_rate,
-                    total_steps=self.config.epochs * (size // BATCH_SIZE),
+                    total_steps=total_steps,
                     pct_start=0.2,
                 )
             },
@@ -231,6 +248,7 @@ class Demo:
             end_of_iteration_hook=hooks.end_of_iteration_hook,
             end_of_epoch_hook=lambda trainer: trainer.save_checkpoint(folder / "checkpoint.pth"),
         )
+        trainer.full_weights, trainer.total_steps = loss_weights, total_steps
 
         def end_of_testing(tester: GlobalEmbeddingSpaceTester) -> None:
             hooks.end_of_testing_hook(tester)

@@ -77,7 +77,7 @@ class DarkRankLoss(BaseDistillationLoss):
         transfer: str = "soft",
         alpha: float = 3.0,
         beta: float = 3.0,
-        list_length: int | None = 4,
+        list_length: int | None = 8,
         tail: bool = True,
         **kwargs,
     ):
