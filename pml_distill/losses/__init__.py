@@ -13,8 +13,10 @@ from .relative_teacher_loss import RelativeTeacherLoss
 from .relaxed_contrastive_loss import RelaxedContrastiveLoss
 from .rkd_angle_loss import RKDAngleLoss
 from .rkd_distance_loss import RKDDistanceLoss
+from .similarity_distribution_loss import SimilarityDistributionLoss
 from .similarity_preserving_loss import SimilarityPreservingLoss
 from .similarity_regression_loss import SimilarityRegressionLoss
+from .teacher_queue import TeacherQueue
 
 __all__ = [
     "AbsoluteTeacherLoss",
@@ -30,6 +32,8 @@ __all__ = [
     "RegressionTeacherLoss",
     "RelativeTeacherLoss",
     "RelaxedContrastiveLoss",
+    "SimilarityDistributionLoss",
     "SimilarityPreservingLoss",
     "SimilarityRegressionLoss",
+    "TeacherQueue",
 ]
