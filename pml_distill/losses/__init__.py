@@ -3,6 +3,7 @@
 from .absolute_teacher_loss import AbsoluteTeacherLoss
 from .asymmetric_regression_loss import AsymmetricRegressionLoss
 from .base_distillation_loss import BaseDistillationLoss
+from .catalogue import CatalogueEntry, catalogue
 from .correlation_congruence_loss import CorrelationCongruenceLoss
 from .cosine_teacher_loss import CosineTeacherLoss
 from .dark_rank_loss import DarkRankLoss
@@ -22,6 +23,7 @@ __all__ = [
     "AbsoluteTeacherLoss",
     "AsymmetricRegressionLoss",
     "BaseDistillationLoss",
+    "CatalogueEntry",
     "CorrelationCongruenceLoss",
     "CosineTeacherLoss",
     "DarkRankLoss",
@@ -36,4 +38,5 @@ __all__ = [
     "SimilarityPreservingLoss",
     "SimilarityRegressionLoss",
     "TeacherQueue",
+    "catalogue",
 ]
