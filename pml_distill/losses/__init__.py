@@ -1,17 +1,42 @@
 """Distillation losses: ``loss(embeddings, labels, ref_emb=teacher_embeddings)``, one class per file."""
 
 from .absolute_teacher_loss import AbsoluteTeacherLoss
+from .asymmetric_regression_loss import AsymmetricRegressionLoss
 from .base_distillation_loss import BaseDistillationLoss
+from .catalogue import CatalogueEntry, catalogue
+from .correlation_congruence_loss import CorrelationCongruenceLoss
+from .cosine_teacher_loss import CosineTeacherLoss
 from .dark_rank_loss import DarkRankLoss
 from .logit_distillation_loss import LogitDistillationLoss
+from .probabilistic_transfer_loss import ProbabilisticTransferLoss
+from .regression_teacher_loss import RegressionTeacherLoss
 from .relative_teacher_loss import RelativeTeacherLoss
+from .relaxed_contrastive_loss import RelaxedContrastiveLoss
+from .rkd_angle_loss import RKDAngleLoss
+from .rkd_distance_loss import RKDDistanceLoss
+from .similarity_distribution_loss import SimilarityDistributionLoss
+from .similarity_preserving_loss import SimilarityPreservingLoss
 from .similarity_regression_loss import SimilarityRegressionLoss
+from .teacher_queue import TeacherQueue
 
 __all__ = [
     "AbsoluteTeacherLoss",
+    "AsymmetricRegressionLoss",
     "BaseDistillationLoss",
+    "CatalogueEntry",
+    "CorrelationCongruenceLoss",
+    "CosineTeacherLoss",
     "DarkRankLoss",
     "LogitDistillationLoss",
+    "ProbabilisticTransferLoss",
+    "RKDAngleLoss",
+    "RKDDistanceLoss",
+    "RegressionTeacherLoss",
     "RelativeTeacherLoss",
+    "RelaxedContrastiveLoss",
+    "SimilarityDistributionLoss",
+    "SimilarityPreservingLoss",
     "SimilarityRegressionLoss",
+    "TeacherQueue",
+    "catalogue",
 ]

@@ -1,0 +1,59 @@
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """What one needs to know of a loss to choose it.
+
+    Args:
+        name: name of the class in ``pml_distill.losses``.
+        family: ``"pointwise"`` (a sample against itself), ``"pairwise"`` (distances or similarities of pairs),
+            ``"relational"`` (angles, rows of similarities), ``"listwise"`` (rankings), ``"queue"`` (distributions
+            over a queue) or ``"logits"``.
+        needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``.
+        aligned: whether a student that reaches zero stands in the teacher's own space, as asymmetric retrieval
+            asks for.
+        cost: time in the batch size B, the width D and the queue's size Q.
+        source: where it was published.
+    """
+
+    name: str
+    family: str
+    needs: tuple[str, ...]
+    aligned: bool
+    cost: str
+    source: str
+
+
+CATALOGUE = (
+    CatalogueEntry("AbsoluteTeacherLoss", "pointwise", ("equal widths",), True, "B D", "Yu et al. 2019"),
+    CatalogueEntry("CosineTeacherLoss", "pointwise", ("equal widths",), True, "B D", "Budnik & Avrithis 2021"),
+    CatalogueEntry("RegressionTeacherLoss", "pointwise", ("equal widths",), True, "B D", "Budnik & Avrithis 2021"),
+    CatalogueEntry("LogitDistillationLoss", "logits", ("equal widths", "logits"), True, "B D", "Hinton et al. 2015"),
+    CatalogueEntry("AsymmetricRegressionLoss", "pairwise", ("equal widths",), True, "B² D", "Suma & Tolias 2023"),
+    CatalogueEntry("RelativeTeacherLoss", "pairwise", (), False, "B² D", "Yu et al. 2019"),
+    CatalogueEntry("SimilarityRegressionLoss", "pairwise", (), False, "B² D", "Chen et al. 2018"),
+    CatalogueEntry("RKDDistanceLoss", "pairwise", (), False, "B² D", "Park et al. 2019"),
+    CatalogueEntry("CorrelationCongruenceLoss", "pairwise", (), False, "B² D", "Peng et al. 2019"),
+    CatalogueEntry("RelaxedContrastiveLoss", "pairwise", (), False, "B² D", "Kim et al. 2021"),
+    CatalogueEntry("RKDAngleLoss", "relational", (), False, "B³ + B² D", "Park et al. 2019"),
+    CatalogueEntry("SimilarityPreservingLoss", "relational", (), False, "B² D", "Tung & Mori 2019"),
+    CatalogueEntry("ProbabilisticTransferLoss", "relational", (), False, "B² D", "Passalis & Tefas 2018"),
+    CatalogueEntry("DarkRankLoss", "listwise", (), False, "B² D + B 2^list_length", "Chen et al. 2018"),
+    # With a second queue, for the student, neither equal widths are needed nor are the spaces aligned.
+    CatalogueEntry(
+        "SimilarityDistributionLoss", "queue", ("equal widths", "queue"), True, "B Q D", "Koohpayegani et al. 2020"
+    ),
+)
+
+
+def catalogue() -> list[CatalogueEntry]:
+    """Return an entry for every loss of this package that compares embeddings, pointwise ones first.
+
+    Example:
+        >>> [entry.name for entry in catalogue() if entry.aligned and "equal widths" not in entry.needs]
+        []
+        >>> [entry.name for entry in catalogue() if entry.family == "listwise"]
+        ['DarkRankLoss']
+    """
+    return list(CATALOGUE)

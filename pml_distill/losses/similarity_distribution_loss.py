@@ -1,0 +1,107 @@
+from torch.nn import functional as F
+
+from .base_distillation_loss import BaseDistillationLoss, unit_rows
+from .teacher_queue import TeacherQueue
+
+
+class SimilarityDistributionLoss(BaseDistillationLoss):
+    r"""Each query's softmax distribution over a queue of earlier embeddings, taught to the student.
+
+    .. math:: L_i = KL\big(softmax(Q_t t_i / \tau_t) \,\|\, softmax(Q s_i / \tau_s)\big)
+
+    s and t are L2-normalised and Q_t is the ``TeacherQueue``. Q is the same queue (then widths must be equal, and
+    the spaces end up aligned), or, with ``student_width``, a second queue of the student's own embeddings (then
+    they do not). The queue is read before the batch enters, so that no query finds itself, or after it with
+    ``include_batch``; what it holds gets no gradient. It moves on in training mode only, and while it is empty
+    the loss is zero. With ``topk`` only the teacher's nearest in the queue count. The distance is not used, and
+    ``indices_tuple``, which speaks of the batch, is ignored.
+
+    Sources, as settings, with the widths of both sides at ``width``:
+
+    - CompRess (Koohpayegani et al., NeurIPS 2020): ``SimilarityDistributionLoss(128000, width,
+      student_temperature=0.04, teacher_temperature=0.04)``, and with ``student_width`` its two-queue form;
+    - SEED (Fang et al., ICLR 2021): ``student_temperature=0.2, teacher_temperature=0.01, include_batch=True``;
+    - RRD (Giakoumoglou and Stathaki, 2024): ``student_temperature=0.02, teacher_temperature=0.1,
+      include_batch=True``, behind linear projections of both sides;
+    - CSD (Wu et al., "Contextual Similarity Distillation for Asymmetric Image Retrieval", CVPR 2022):
+      ``student_temperature=1, teacher_temperature=0.01, topk=...``.
+
+    The mean over queries is the scale of CompRess; SEED and RRD report the cross entropy, which is the same plus
+    the teacher's entropy, a constant. A zero row is NaN in the code of CompRess; here it has similarity 0 to all.
+
+    Args:
+        queue_size: how many embeddings the queue holds.
+        width: width of the teacher's embeddings.
+        student_temperature: tau_s, positive.
+        teacher_temperature: tau_t, positive.
+        include_batch: whether the batch itself is among the candidates.
+        topk: how many of the teacher's nearest count; None for all.
+        student_width: width of the student's embeddings, for a second queue; None for one queue.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, ``student_width`` or ``width``), ref_emb: (B, ``width``). Reducer input: ``loss``, one
+        value per query (``element``).
+
+    Raises:
+        ValueError: a temperature is not positive, a size, width or ``topk`` is below 1; ``ref_emb`` is missing or
+            differs in rows; a width is not the one announced.
+
+    Example:
+        >>> import torch
+        >>> loss = SimilarityDistributionLoss(queue_size=64, width=4)
+        >>> loss(torch.eye(4).flip(0), ref_emb=torch.eye(4)).item()
+        0.0
+        >>> bool(loss(torch.eye(4).flip(0), ref_emb=torch.eye(4)) > 1)
+        True
+    """
+
+    def __init__(
+        self,
+        queue_size: int,
+        width: int,
+        student_temperature: float = 0.04,
+        teacher_temperature: float = 0.04,
+        include_batch: bool = False,
+        topk: int | None = None,
+        student_width: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for name, value in (
+            ("student_temperature", student_temperature),
+            ("teacher_temperature", teacher_temperature),
+        ):
+            if not value > 0:
+                raise ValueError(f"{name} must be a positive number, but is {value}.")
+        if topk is not None and topk < 1:
+            raise ValueError(f"topk must be None or at least 1, but is {topk}.")
+        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
+        self.include_batch, self.topk = include_batch, topk
+        self.equal_widths = student_width is None
+        self.queue = TeacherQueue(queue_size, width)
+        self.student_queue = None if student_width is None else TeacherQueue(queue_size, student_width)
+        self.add_to_recordable_attributes(list_of_names=["student_temperature", "teacher_temperature"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        teacher_rows, count = self.candidates(self.queue, ref_emb)
+        student_rows = teacher_rows
+        if self.student_queue is not None:
+            student_rows, _ = self.candidates(self.student_queue, embeddings)
+        teacher = self.queue.similarities(unit_rows(ref_emb), teacher_rows, count) / self.teacher_temperature
+        student = self.queue.similarities(unit_rows(embeddings), student_rows, count) / self.student_temperature
+        if self.topk is not None:
+            teacher, nearest = teacher.topk(min(self.topk, teacher.shape[1]), dim=1)
+            student = student.gather(1, nearest)
+        log_student, log_teacher = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+        losses = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+        return self.query_losses(losses, None, embeddings)
+
+    def candidates(self, queue, embeddings):
+        """Return rows and count of the queue as the batch sees them, and let the batch enter in training mode."""
+        rows, count, position = queue.updated(embeddings)
+        # Cloned, because the backward needs the rows that the store overwrites.
+        seen = (rows, count) if self.include_batch else (queue.rows.clone(), queue.count.clone())
+        if self.training:
+            queue.store(rows, count, position)
+        return seen

@@ -1,0 +1,43 @@
+import inspect
+
+import pytest
+import torch
+
+from pml_distill import losses
+
+ENTRIES = losses.catalogue()
+every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+
+
+def make(entry):
+    return getattr(losses, entry.name)(*((64, 6) if "queue" in entry.needs else ()))
+
+
+def test_every_distillation_loss_has_one_entry():
+    public = [getattr(losses, name) for name in losses.__all__]
+    built = {
+        c.__name__
+        for c in public
+        if inspect.isclass(c) and issubclass(c, losses.BaseDistillationLoss) and c is not losses.BaseDistillationLoss
+    }
+    assert sorted(entry.name for entry in ENTRIES) == sorted(built)
+
+
+@every_entry
+def test_equal_widths_are_needed_where_the_entry_says_so(entry):
+    assert make(entry).equal_widths == ("equal widths" in entry.needs)
+
+
+@every_entry
+def test_aligned_losses_notice_a_rotated_student_and_the_others_do_not(entry):
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(16, 6, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    loss = make(entry)
+    if "queue" in entry.needs:
+        loss(teacher, ref_emb=teacher)
+        loss.eval()
+    same, rotated = loss(teacher, ref_emb=teacher).item(), loss(teacher @ rotation, ref_emb=teacher).item()
+    assert (rotated > same + 0.05) == entry.aligned
+    if not entry.aligned:
+        assert rotated == pytest.approx(same, abs=1e-5, rel=1e-4)
