@@ -32,10 +32,12 @@ class HammingDistance(BaseDistance):
         query_emb, ref_emb = self.unpacked(query_emb, query_emb if ref_emb is None else ref_emb)
         return super().forward(query_emb, ref_emb)
 
-    def compute_mat(self, query_emb, ref_emb):
+    def compute_mat(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
+        """Return the matrix for codes that are not packed."""
         return (query_emb.shape[1] - query_emb @ ref_emb.T) / 2
 
-    def pairwise_distance(self, query_emb, ref_emb):
+    def pairwise_distance(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
+        """Return the (N,) distances row for row."""
         query_emb, ref_emb = self.unpacked(query_emb, ref_emb)
         return (query_emb.shape[1] - (query_emb * ref_emb).sum(dim=1)) / 2
 

@@ -62,8 +62,9 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         likelihood = similar * (distances / self.gamma).log() + (self.gamma / distances).log1p()
         losses = self.balance(similar, likelihood.dtype) * likelihood
 
-        ones = torch.ones_like(embeddings)
-        off = self.hamming(self.distance.pairwise_distance(*map(self.distance.normalize, (embeddings.abs(), ones))), ones)
+        # The cosine of |u| and (1, ..., 1).
+        cosines = self.distance.normalize(embeddings.abs()).sum(dim=1) / embeddings.shape[1] ** 0.5
+        off = self.hamming(cosines, embeddings)
         rows = torch.arange(size, device=embeddings.device)
         pairs = (rows.repeat_interleave(size), rows.repeat(size))
         return {
@@ -76,7 +77,7 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         }
 
     def hamming(self, cosines: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the relaxed Hamming distance, at least 0.005 bits' worth per bit."""
+        """Return the relaxed Hamming distance, at least 0.005 K."""
         return (1 - cosines.clamp(max=0.99)) * embeddings.shape[1] / 2
 
     @staticmethod

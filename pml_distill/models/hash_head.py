@@ -18,6 +18,7 @@ class HashHead(nn.Linear):
         ValueError: ``bits`` is not positive.
 
     Example:
+        >>> import torch
         >>> HashHead(48, in_features=128)(torch.zeros(2, 128)).shape
         torch.Size([2, 48])
     """

@@ -25,6 +25,7 @@ class QuantizationRegularizer(BaseRegularizer):
     """
 
     def compute_loss(self, embeddings):
+        """Return PML's loss dictionary."""
         losses = (embeddings.abs() - 1).square().mean(dim=1)
         indices = torch.arange(len(embeddings), device=embeddings.device)
         return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
