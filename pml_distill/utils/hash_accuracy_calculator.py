@@ -230,7 +230,7 @@ class Ranking:
             # One histogram for all queries of the chunk and both kinds of items.
             places = torch.add(distances, relevant, alpha=width)
             places += 2 * width * torch.arange(len(places), device=places.device)[:, None]
-            found = torch.bincount(places.long().flatten(), minlength=2 * width * len(places))
+            found = torch.bincount(places.int().flatten(), minlength=2 * width * len(places))
             found = found.view(-1, 2, width)
             if self.leave_out:
                 own = torch.arange(rows.start, rows.stop, device=places.device)
