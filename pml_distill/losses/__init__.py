@@ -1,25 +1,43 @@
 """Distillation losses: ``loss(embeddings, labels, ref_emb=teacher_embeddings)``, one class per file."""
 
 from .absolute_teacher_loss import AbsoluteTeacherLoss
+from .asymmetric_regression_loss import AsymmetricRegressionLoss
 from .base_distillation_loss import BaseDistillationLoss
 from .base_hashing_loss import BaseHashingLoss
 from .central_similarity_loss import CentralSimilarityLoss
+from .correlation_congruence_loss import CorrelationCongruenceLoss
+from .cosine_teacher_loss import CosineTeacherLoss
 from .dark_rank_loss import DarkRankLoss
 from .deep_cauchy_hashing_loss import DeepCauchyHashingLoss
 from .hash_centers import center_distances, hash_centers
 from .logit_distillation_loss import LogitDistillationLoss
+from .probabilistic_transfer_loss import ProbabilisticTransferLoss
+from .regression_teacher_loss import RegressionTeacherLoss
 from .relative_teacher_loss import RelativeTeacherLoss
+from .relaxed_contrastive_loss import RelaxedContrastiveLoss
+from .rkd_angle_loss import RKDAngleLoss
+from .rkd_distance_loss import RKDDistanceLoss
+from .similarity_preserving_loss import SimilarityPreservingLoss
 from .similarity_regression_loss import SimilarityRegressionLoss
 
 __all__ = [
     "AbsoluteTeacherLoss",
+    "AsymmetricRegressionLoss",
     "BaseDistillationLoss",
     "BaseHashingLoss",
     "CentralSimilarityLoss",
+    "CorrelationCongruenceLoss",
+    "CosineTeacherLoss",
     "DarkRankLoss",
     "DeepCauchyHashingLoss",
     "LogitDistillationLoss",
+    "ProbabilisticTransferLoss",
+    "RKDAngleLoss",
+    "RKDDistanceLoss",
+    "RegressionTeacherLoss",
     "RelativeTeacherLoss",
+    "RelaxedContrastiveLoss",
+    "SimilarityPreservingLoss",
     "SimilarityRegressionLoss",
     "center_distances",
     "hash_centers",

@@ -2,6 +2,7 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
+from torch.nn import functional as F
 
 IndicesTuple = tuple[torch.Tensor, ...]
 
@@ -37,6 +38,17 @@ class BaseDistillationLoss(BaseMetricLossFunction):
 
     #: Whether student and teacher embeddings must have the same width.
     equal_widths = False
+
+    #: Whether the formula holds for distances only and refuses similarities (``distance.is_inverted``).
+    needs_proper_distance = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.needs_proper_distance and self.distance.is_inverted:
+            raise ValueError(
+                f"{type(self).__name__} divides by mean distances and needs a distance that grows with "
+                f"dissimilarity, such as LpDistance, but distance is the similarity {type(self.distance).__name__}."
+            )
 
     def forward(
         self,
@@ -84,8 +96,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         """Return the embeddings with the gradient of zero rows cut, where ``self.distance`` normalises them."""
         if not (self.distance.normalize_embeddings and embeddings.requires_grad):
             return embeddings
-        is_zero = torch.linalg.vector_norm(embeddings.detach(), torch.inf, dim=1, keepdim=True) == 0
-        return torch.where(is_zero, embeddings.detach(), embeddings)
+        return cut_zero_rows(embeddings)
 
     def distance_matrix(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the (B, B) matrix of ``self.distance``; its diagonal may be off zero by rounding."""
@@ -103,11 +114,15 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         return mask.fill_diagonal_(False)
 
     def pair_losses(
-        self, losses: torch.Tensor, indices_tuple: IndicesTuple | None, embeddings: torch.Tensor
+        self,
+        losses: torch.Tensor,
+        indices_tuple: IndicesTuple | None,
+        embeddings: torch.Tensor,
+        name: str = "loss",
     ) -> dict[str, dict[str, Any]]:
         """Return PML's loss dictionary for a (B, B) matrix of losses: all pairs i != j, or those of the tuple."""
         if len(embeddings) < 2:
-            return self.zero_losses()
+            return {name: self.zero_loss()}
         size = len(embeddings)
         if indices_tuple is None:
             rows = torch.arange(size, device=embeddings.device)
@@ -116,9 +131,36 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         else:
             anchors, others = self.pair_mask(indices_tuple, embeddings).nonzero(as_tuple=True)
             if len(anchors) == 0:
-                return self.zero_losses()
+                return {name: self.zero_loss()}
             losses = losses[anchors, others]
-        return {"loss": {"losses": losses, "indices": (anchors, others), "reduction_type": "pos_pair"}}
+        return {name: {"losses": losses, "indices": (anchors, others), "reduction_type": "pos_pair"}}
+
+    def query_losses(
+        self,
+        losses: torch.Tensor,
+        indices_tuple: IndicesTuple | None,
+        embeddings: torch.Tensor,
+        name: str = "loss",
+    ) -> dict[str, dict[str, Any]]:
+        """Return PML's loss dictionary for one value per query: all rows, or the anchors of the tuple."""
+        queries = torch.arange(len(embeddings), device=embeddings.device)
+        if indices_tuple is not None:
+            queries = self.pair_mask(indices_tuple, embeddings).any(dim=1).nonzero().flatten()
+            if len(queries) == 0:
+                return {name: self.zero_loss()}
+            losses = losses[queries]
+        return {name: {"losses": losses, "indices": queries, "reduction_type": "element"}}
+
+
+def cut_zero_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows unchanged; those that are zero get no gradient."""
+    is_zero = torch.linalg.vector_norm(rows.detach(), torch.inf, dim=1, keepdim=True) == 0
+    return torch.where(is_zero, rows.detach(), rows)
+
+
+def unit_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows at Euclidean length 1; a zero row stays zero and gets no gradient."""
+    return F.normalize(cut_zero_rows(rows) if rows.requires_grad else rows, dim=1)
 
 
 def off_diagonal(mat: torch.Tensor) -> torch.Tensor:

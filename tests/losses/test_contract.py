@@ -22,9 +22,18 @@ from pytorch_metric_learning.regularizers import LpRegularizer
 
 from pml_distill.losses import (
     AbsoluteTeacherLoss,
+    AsymmetricRegressionLoss,
+    CorrelationCongruenceLoss,
+    CosineTeacherLoss,
     DarkRankLoss,
     LogitDistillationLoss,
+    ProbabilisticTransferLoss,
+    RegressionTeacherLoss,
     RelativeTeacherLoss,
+    RelaxedContrastiveLoss,
+    RKDAngleLoss,
+    RKDDistanceLoss,
+    SimilarityPreservingLoss,
     SimilarityRegressionLoss,
 )
 
@@ -40,8 +49,29 @@ LOSSES = {
     "hard": lambda **kw: DarkRankLoss("hard", list_length=3, **kw),
     "hard_whole_batch": lambda **kw: DarkRankLoss("hard", list_length=None, **kw),
     "logit": LogitDistillationLoss,
+    "regression": RegressionTeacherLoss,
+    "regression_smooth_l1": lambda **kw: RegressionTeacherLoss("smooth_l1", **kw),
+    "cosine": CosineTeacherLoss,
+    "rkd_distance": RKDDistanceLoss,
+    "rkd_angle": RKDAngleLoss,
+    "similarity_preserving": SimilarityPreservingLoss,
+    "probabilistic_transfer": ProbabilisticTransferLoss,
+    "correlation_congruence": CorrelationCongruenceLoss,
+    "relaxed_contrastive": RelaxedContrastiveLoss,
+    "asymmetric_regression": AsymmetricRegressionLoss,
 }
-PAIRWISE = ("relative", "relative_l2", "relative_huber", "similarity_regression")
+POINTWISE = ("absolute", "logit", "regression", "regression_smooth_l1", "cosine")
+EQUAL_WIDTHS = (*POINTWISE, "asymmetric_regression")
+PROPER_DISTANCE = ("rkd_distance", "relaxed_contrastive")
+PAIRWISE = (
+    "relative",
+    "relative_l2",
+    "relative_huber",
+    "similarity_regression",
+    "rkd_distance",
+    "correlation_congruence",
+    "relaxed_contrastive",
+)
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -104,7 +134,7 @@ def test_a_batch_of_one_back_propagates(name):
     value = LOSSES[name]()(student, torch.tensor([3]), ref_emb=embeddings(1, seed=1))
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(student.grad).all()
-    if name not in ("absolute", "logit"):
+    if name not in EQUAL_WIDTHS:
         assert value == 0
 
 
@@ -132,11 +162,15 @@ def test_the_teacher_gets_no_gradient_and_the_inputs_stay_as_they_are(name):
     assert torch.equal(before[0], student) and torch.equal(before[1], teacher)
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("absolute", "logit")])
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in EQUAL_WIDTHS])
 @pytest.mark.parametrize(
     "distance", [LpDistance, CosineSimilarity, DotProductSimilarity, SNRDistance], ids=lambda d: d.__name__
 )
 def test_widths_may_differ_under_any_distance(name, distance):
+    if name in PROPER_DISTANCE and distance().is_inverted:
+        with pytest.raises(ValueError, match=f"distance is the similarity {distance.__name__}"):
+            LOSSES[name](distance=distance())
+        return
     student = embeddings(8, 6).requires_grad_()
     value = LOSSES[name](distance=distance())(student, ref_emb=embeddings(8, 11, seed=1))
     value.backward()
@@ -149,11 +183,16 @@ def test_widths_may_differ_under_any_distance(name, distance):
 )
 def test_reducers(name, reducer):
     student, teacher = embeddings(8).requires_grad_(), embeddings(8, seed=1)
-    details = LOSSES[name](reducer=DoNothingReducer())(student, ref_emb=teacher)["loss"]
-    losses = details["losses"]
+    parts = LOSSES[name](reducer=DoNothingReducer())(student, ref_emb=teacher)
     value = LOSSES[name](reducer=reducer)(student, ref_emb=teacher)
-    expected = losses.sum() if isinstance(reducer, SumReducer) else losses.mean()
+    reduce = torch.sum if isinstance(reducer, SumReducer) else torch.mean
+    expected = sum(reduce(details["losses"]) for details in parts.values())
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    if name == "asymmetric_regression":
+        assert list(parts) == ["absolute", "teacher_student", "student_student"]
+        return
+    (details,) = parts.values()
+    losses = details["losses"]
     if name in PAIRWISE:
         assert details["reduction_type"] == "pos_pair" and len(losses) == 8 * 7
         assert bool((details["indices"][0] != details["indices"][1]).all())
@@ -161,7 +200,7 @@ def test_reducers(name, reducer):
         assert details["reduction_type"] == "element" and details["indices"].tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n != "relative_frobenius"])
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("relative_frobenius", "asymmetric_regression")])
 def test_class_weights(name):
     labels, weights = torch.arange(8) % 2, torch.tensor([1.0, 3.0])
     student, teacher = embeddings(8), embeddings(8, seed=1)

@@ -1,0 +1,63 @@
+from .base_distillation_loss import BaseDistillationLoss, unit_rows
+
+# Added to each difference before it is squared, as in the authors' code.
+EPSILON = 1e-6
+
+
+class AsymmetricRegressionLoss(BaseDistillationLoss):
+    r"""Regression of the teacher's embedding and of its similarities, for a gallery indexed by the teacher (RAML).
+
+    .. math:: L^{abs}_i &= (1 - s_i^\top t_i)^2 \\
+        L^{ts}_{ij} &= \lambda_1 (s_i^\top t_j - t_i^\top t_j)^2, \quad i \neq j \\
+        L^{ss}_{ij} &= \lambda_2 (s_i^\top s_j - t_i^\top t_j)^2, \quad i \neq j
+
+    s and t are L2-normalised; the distance is not used. Three sub-losses, each reduced on its own and then added:
+    ``absolute``, ``teacher_student`` and ``student_student``. Student and teacher spaces end up aligned. With
+    ``indices_tuple`` only its pairs count in the last two.
+
+    Source: Suma and Tolias, "Large-to-small Image Resolution Asymmetry in Deep Metric Learning", WACV 2023. The
+    default is their scale; like their code, 1e-6 is added to each difference. Their lambda_1 / lambda_2:
+    0.7718 / 0.6684 (CUB), 0.6371 / 0.7731 (Cars), 0.7482 / 0.6778 (SOP), the defaults being the last.
+
+    Args:
+        student_weight: lambda_2, of the student-student similarities, not negative.
+        teacher_weight: lambda_1, of the student-teacher similarities, not negative.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``absolute``, one value per sample
+        (``element``); ``teacher_student`` and ``student_student``, one value per ordered pair (``pos_pair``).
+
+    Raises:
+        ValueError: a weight is negative; ``ref_emb`` is missing or differs in shape.
+
+    Example:
+        >>> import torch
+        >>> round(AsymmetricRegressionLoss()(torch.eye(4), ref_emb=3 * torch.eye(4)).item(), 6)
+        0.0
+    """
+
+    equal_widths = True
+
+    def __init__(self, teacher_weight: float = 0.7482, student_weight: float = 0.6778, **kwargs):
+        super().__init__(**kwargs)
+        for name, value in (("teacher_weight", teacher_weight), ("student_weight", student_weight)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+        self.teacher_weight, self.student_weight = teacher_weight, student_weight
+        self.add_to_recordable_attributes(list_of_names=["teacher_weight", "student_weight"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        student, teacher = unit_rows(embeddings), unit_rows(ref_emb)
+        target = teacher @ teacher.t()
+        absolute = (1 - (student * teacher).sum(dim=1) + EPSILON).square()
+        crossed = self.teacher_weight * (student @ teacher.t() - target + EPSILON).square()
+        own = self.student_weight * (student @ student.t() - target + EPSILON).square()
+        return {
+            **self.query_losses(absolute, None, embeddings, "absolute"),
+            **self.pair_losses(crossed, indices_tuple, embeddings, "teacher_student"),
+            **self.pair_losses(own, indices_tuple, embeddings, "student_student"),
+        }
+
+    def _sub_loss_names(self):
+        return ["absolute", "teacher_student", "student_student"]

@@ -1,0 +1,61 @@
+import math
+
+import torch
+
+from .base_distillation_loss import BaseDistillationLoss, unit_rows
+
+
+class CorrelationCongruenceLoss(BaseDistillationLoss):
+    r"""The correlation of samples under a Gaussian kernel, taught to the student (CCKD).
+
+    .. math:: L_{ij} = (K^s_{ij} - K^t_{ij})^2, \quad
+        K_{ij} = \sum_{p=0}^{P} e^{-2\gamma} \frac{(2\gamma)^p}{p!} \cos(f_i, f_j)^p, \quad i \neq j
+
+    K is the Taylor series, up to order P, of exp(-gamma \|f_i - f_j\|^2) for L2-normalised embeddings. The distance
+    is not used; the two widths may differ; the spaces do not end up aligned. With ``indices_tuple`` only its pairs
+    count.
+
+    Source: Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, Eqs. 4-7. Multiply by
+    (B - 1) / B for the mean over all B^2 entries, whose diagonal is zero. Some repositories ship another figure
+    under this name, the mean over the batch of sum_c \|f_s - f_t\|_ic \|f_s - f_t\|_(i+1)c: it depends on the order of
+    the batch, is not the paper's, and is left out here.
+
+    Args:
+        gamma: width of the kernel, positive.
+        order: P, the order of the series, at least 1.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per ordered pair (``pos_pair``).
+
+    Raises:
+        ValueError: ``gamma`` is not positive or ``order`` is below 1; ``ref_emb`` is missing or differs in rows.
+
+    Example:
+        >>> import torch
+        >>> CorrelationCongruenceLoss()(torch.eye(4), ref_emb=3 * torch.eye(4, 7)).item()
+        0.0
+    """
+
+    def __init__(self, gamma: float = 0.4, order: int = 2, **kwargs):
+        super().__init__(**kwargs)
+        if not gamma > 0:
+            raise ValueError(f"gamma must be a positive number, but is {gamma}.")
+        if order < 1:
+            raise ValueError(f"order must be at least 1, but is {order}.")
+        self.gamma, self.order = gamma, order
+        self.add_to_recordable_attributes(list_of_names=["gamma", "order"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        losses = (self.correlation(embeddings) - self.correlation(ref_emb)).square()
+        return self.pair_losses(losses, indices_tuple, embeddings)
+
+    def correlation(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the (B, B) kernel matrix K."""
+        unit = unit_rows(embeddings)
+        cosine = unit @ unit.t()
+        # Horner's scheme, from the highest order down.
+        series = torch.full_like(cosine, (2 * self.gamma) ** self.order / math.factorial(self.order))
+        for order in range(self.order - 1, -1, -1):
+            series = series * cosine + (2 * self.gamma) ** order / math.factorial(order)
+        return math.exp(-2 * self.gamma) * series

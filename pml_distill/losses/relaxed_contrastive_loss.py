@@ -1,0 +1,63 @@
+import torch
+from torch.nn import functional as F
+
+from .base_distillation_loss import BaseDistillationLoss, unit_rows
+from .rkd_distance_loss import SMALLEST
+
+
+class RelaxedContrastiveLoss(BaseDistillationLoss):
+    r"""A contrastive loss whose labels are the teacher's similarities, between 0 and 1.
+
+    .. math:: L_{ij} = w_{ij} \, \bar d_{ij}^2 + (1 - w_{ij}) \, [\delta - \bar d_{ij}]_+^2, \quad
+        w_{ij} = e^{-d_t(x_i, x_j)^2 / \sigma}, \quad
+        \bar d_{ij} = \frac{d_s(x_i, x_j)}{\frac{1}{B} \sum_k d_s(x_i, x_k)}, \quad i \neq j
+
+    The teacher's embeddings are L2-normalised, whatever the distance. Gradients flow through the row's mean
+    distance, where the zero to itself counts. The two widths may differ; the spaces do not end up aligned. With
+    ``indices_tuple`` only its pairs count, while the means stay those of the whole row.
+
+    Source: Kim et al., "Embedding Transfer with Label Relaxation for Improved Metric Learning", CVPR 2021, Eqs.
+    2-4. The authors divide the sum over all pairs by B: multiply by B - 1 for their scale. Their student is not
+    normalised: ``distance=LpDistance(normalize_embeddings=False)``. sigma = delta = 1 is theirs. Like
+    theirs, distances below 1e-6 count as 1e-6.
+
+    Args:
+        sigma: width of the teacher's kernel, positive.
+        delta: margin of the relative distances, positive.
+        **kwargs: ``distance``, ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per ordered pair (``pos_pair``).
+
+    Raises:
+        ValueError: ``sigma`` or ``delta`` is not positive; the distance is inverted (a similarity has no mean to
+            divide by); ``ref_emb`` is missing or differs in rows.
+
+    Example:
+        >>> import torch
+        >>> loss = RelaxedContrastiveLoss()
+        >>> clusters = torch.eye(2).repeat_interleave(4, dim=0)
+        >>> bool(loss(clusters, ref_emb=clusters) < loss(clusters[torch.arange(8) * 3 % 8], ref_emb=clusters))
+        True
+    """
+
+    needs_proper_distance = True
+
+    def __init__(self, sigma: float = 1.0, delta: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        for name, value in (("sigma", sigma), ("delta", delta)):
+            if not value > 0:
+                raise ValueError(f"{name} must be a positive number, but is {value}.")
+        self.sigma, self.delta = sigma, delta
+        self.add_to_recordable_attributes(list_of_names=["sigma", "delta"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        if len(embeddings) < 2:
+            return self.zero_losses()
+        weights = (-self.distance_matrix(unit_rows(ref_emb)).square() / self.sigma).exp()
+        # Only the diagonal is zero: cdist leaves rounding on it, and a row of duplicates needs a mean to divide by.
+        distances = self.distance_matrix(embeddings).clamp(min=SMALLEST)
+        distances = distances.masked_fill(torch.eye(len(distances), dtype=torch.bool, device=distances.device), 0)
+        distances = distances / distances.mean(dim=1, keepdim=True)
+        pull, push = distances.square(), F.relu(self.delta - distances).square()
+        return self.pair_losses(push + weights * (pull - push), indices_tuple, embeddings)

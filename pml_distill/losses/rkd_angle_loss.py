@@ -1,0 +1,125 @@
+import torch
+
+from .base_distillation_loss import BaseDistillationLoss
+
+# Entries of the (vertices, B, B) cosines held at a time: 4 MiB in float32, which stays within a processor's cache.
+CHUNK = 2**20
+
+
+class RKDAngleLoss(BaseDistillationLoss):
+    r"""Relational distillation of angles: those that the batch's pairs span at each sample as the vertex.
+
+    .. math:: L_j = \frac{1}{(B-1)^2} \sum_{i, k \neq j} \ell\big(\cos \angle^s_{ijk}, \cos \angle^t_{ijk}\big), \quad
+        \cos \angle_{ijk} = \frac{(f_i - f_j)^\top (f_k - f_j)}{\|f_i - f_j\| \, \|f_k - f_j\|}, \quad
+        \ell \text{ smooth L1}
+
+    i = k is among the pairs. Embeddings enter as they come, and the distance is not used: angles know no scale
+    and no shift. The two widths may differ; the spaces do not end up aligned. With ``indices_tuple`` the arms at
+    a vertex end at those that it is paired with; vertices without any are left out.
+
+    Inner products come from the Gram matrix, (f_i - f_j)(f_k - f_j) = G_ik - G_ij - G_jk + G_jj, a few vertices
+    at a time, and again in the backward: time grows with B^3, memory with B^2. An arm too short for its
+    direction to be known, of a duplicate in the first place (a length below 100 eps of the batch's radius, both
+    squared), has cosine 0 with all and no gradient. The loss can be differentiated once.
+
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, Sec. 3.2.2. The authors average over all
+    B^3 triplets, those with i or k at the vertex included: multiply by ((B - 1) / B)^2 for their scale. They use
+    weight 2 for metric learning (with 1 for the distances) and 50 for classification. Their gradient explodes
+    where the student has duplicate rows and the teacher has not.
+
+    Args:
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per vertex (``element``).
+
+    Raises:
+        ValueError: ``ref_emb`` is missing or differs in rows.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> round(RKDAngleLoss()(student, ref_emb=3 - student.flip(1)).item(), 6)
+        0.0
+    """
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        size = len(embeddings)
+        if size < 2:
+            return self.zero_losses()
+        ends = torch.full((size,), size - 1, device=embeddings.device)
+        mask = None
+        if indices_tuple is not None:
+            mask = self.pair_mask(indices_tuple, embeddings)
+            ends = mask.sum(dim=1).clamp(min=1)
+        gram, inverse = arms(ref_emb, mask)
+        losses = VertexLosses.apply(embeddings, gram, inverse, mask) / ends.square()
+        return self.query_losses(losses, indices_tuple, embeddings)
+
+
+def arms(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the (B, B) inner products around the mean and the inverse distances, 0 for arms left out."""
+    # The difference of nearly equal inner products needs the digits; these are B^2 entries of the B^3.
+    centred = embeddings.double() - embeddings.double().mean(dim=0)
+    gram = centred @ centred.t()
+    squares = gram.diagonal()
+    distances = squares[:, None] + squares - 2 * gram
+    shortest = 100 * torch.finfo(embeddings.dtype).eps * squares.max()
+    known = (distances > shortest) & (distances > torch.finfo(embeddings.dtype).tiny)
+    known = known & ~torch.eye(len(gram), dtype=torch.bool, device=gram.device)
+    if mask is not None:
+        known = known & mask
+    inverse = distances.masked_fill(~known, 1).rsqrt().masked_fill(~known, 0)
+    return gram.to(embeddings.dtype), inverse.to(embeddings.dtype)
+
+
+def cosines(gram: torch.Tensor, inverse: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the (V, B, B) cosines at the vertices ``rows`` and the products of the inverse lengths of both arms."""
+    scale = inverse[rows]
+    scales = scale[:, :, None] * scale[:, None, :]
+    shift = scale * (gram[rows] - gram.diagonal()[rows, None] / 2)
+    left, right = torch.stack([shift, scale], dim=2), torch.stack([scale, shift], dim=1)
+    return torch.baddbmm(scales * gram, left, right, alpha=-1), scales
+
+
+class VertexLosses(torch.autograd.Function):
+    """The sum of smooth L1 over all pairs of arms at each vertex, recomputed in the backward instead of stored."""
+
+    @staticmethod
+    def forward(ctx, embeddings, teacher_gram, teacher_inverse, mask):
+        ctx.save_for_backward(embeddings, teacher_gram, teacher_inverse, mask)
+        gram, inverse = arms(embeddings, mask)
+        losses = []
+        for rows in chunks(len(gram)):
+            student, _ = cosines(gram, inverse, rows)
+            teacher, _ = cosines(teacher_gram, teacher_inverse, rows)
+            losses.append(torch.nn.functional.smooth_l1_loss(student, teacher, reduction="none").sum(dim=(1, 2)))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, weights):
+        embeddings, teacher_gram, teacher_inverse, mask = ctx.saved_tensors
+        gram, inverse = arms(embeddings, mask)
+        # The derivatives with respect to the inner products of arms, summed over the vertices, and over the
+        # second arm.
+        by_pair, by_arm = torch.zeros_like(gram), []
+        for rows in chunks(len(gram)):
+            teacher, _ = cosines(teacher_gram, teacher_inverse, rows)
+            student, scales = cosines(gram, inverse, rows)
+            slopes = teacher.neg_().add_(student).clamp_(-1, 1)
+            scale, weight = inverse[rows], weights[rows, None]
+            along = torch.bmm(slopes, scale[:, :, None])[:, :, 0] * scale
+            lengths = scale.square() * student.mul_(slopes).sum(dim=2)
+            by_arm.append(weight * (along - lengths))
+            by_pair += (weights[None, rows] @ scales.mul_(slopes).flatten(1)).view_as(gram)
+            by_pair.diagonal().sub_((weight * lengths).sum(dim=0))
+        by_arm = torch.cat(by_arm)
+        # Each arm is (f_i - f_j), and both arms of a pair receive the same.
+        gradient = by_pair @ embeddings - by_arm.t() @ embeddings - by_arm @ embeddings
+        return 2 * (gradient + by_arm.sum(dim=1, keepdim=True) * embeddings), None, None, None
+
+
+def chunks(size: int) -> list[slice]:
+    """Return the slices of vertices whose cosines are held at a time."""
+    step = max(1, CHUNK // size**2)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
