@@ -165,6 +165,9 @@ def glyph_hashing(
         size: side of the images, 8 to 64 pixels.
         channels: 1 or 3.
         seed: decides classes, faces and jitter.
+
+    Raises:
+        ValueError: there are fewer classes than ``num_classes``.
     """
     from .glyphs import Glyphs
 

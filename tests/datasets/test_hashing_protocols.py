@@ -78,5 +78,5 @@ def test_multi_label_lists(tmp_path):
 @pytest.mark.parametrize("text", ["a.png\n", "a.png 0 2\n", "a.png 0 1\nb.png 0\n", "\n"])
 def test_a_wrong_list_names_its_line(tmp_path, text):
     (tmp_path / "list.txt").write_text(text)
-    with pytest.raises(ValueError, match=r"list.txt(, line [12]: a path and| names no image)"):
+    with pytest.raises(ValueError, match=r"list.txt(, line [12]: expected a path and| names no image)"):
         MultiLabelList(tmp_path / "list.txt", tmp_path)

@@ -31,7 +31,7 @@ def test_both_stages(tmp_path, loss):
     torch.manual_seed(0)
     parts = glyph_hashing(8)
     trunk, teacher = CompactResNet(32, in_channels=1), SmallResNet(32)
-    common = {"batch_size": 32, "data_device": CPU, "dataloader_num_workers": 0}
+    common = {"batch_size": 16, "data_device": CPU, "dataloader_num_workers": 0}
 
     seen = []
     DistillationTrainer(
@@ -73,9 +73,9 @@ def test_both_stages(tmp_path, loss):
         ),
         **common,
     )
-    trainer.train(1, 4)
+    trainer.train(1, 12)
     history = hooks.get_accuracy_history(tester, "query", metrics=["mean_average_precision", "precision_within_radius"])
     # By chance an eighth of the database is relevant.
     assert max(history["mean_average_precision_level0"]) > 0.25
-    assert len(hooks.get_loss_history(["metric_loss"])["metric_loss"]) == 8
-    assert (tmp_path / "models" / "embedder_4.pth").exists()
+    assert len(hooks.get_loss_history(["metric_loss"])["metric_loss"]) == 48
+    assert (tmp_path / "models" / "embedder_12.pth").exists()
