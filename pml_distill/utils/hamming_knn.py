@@ -1,5 +1,7 @@
 import torch
 
+PART = 1 << 13
+
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """Pack the signs of (N, bits) outputs eight to a byte, (N, ceil(bits / 8)) uint8; 0 counts as -1.
@@ -59,7 +61,7 @@ class HammingKNN:
         self.database, self.bits = self.packed(reference, "reference"), reference.shape[1]
 
     def add(self, reference: torch.Tensor) -> None:
-        """Append to the database, for one that does not fit into memory as real outputs."""
+        """Append to the database, for one that does not fit into memory as real outputs; its codes are copied once."""
         if self.database is None:
             return self.train(reference)
         self.check_bits(reference, "reference")
@@ -112,11 +114,15 @@ class HammingKNN:
         """Return the codes packed, if they are codes."""
         if codes.ndim != 2 or codes.numel() == 0:
             raise ValueError(f"{name} must be (N, bits) and not empty, but has shape {tuple(codes.shape)}.")
-        if self.only_codes and not (codes.abs() == 1).all():
-            raise ValueError(f"{name} {tuple(codes.shape)} must hold only -1 and 1, but has other values.")
-        if not codes.isfinite().all():
-            raise ValueError(f"{name} {tuple(codes.shape)} must be finite, but has values that are not.")
-        return pack_codes(codes)
+        packed = torch.empty(len(codes), -(-codes.shape[1] // 8), dtype=torch.uint8, device=codes.device)
+        # In parts, since what the checks allocate is several times as large as the packed codes.
+        for part, place in zip(codes.split(PART), packed.split(PART)):
+            if self.only_codes and not (part.abs() == 1).all():
+                raise ValueError(f"{name} {tuple(codes.shape)} must hold only -1 and 1, but has other values.")
+            if not part.isfinite().all():
+                raise ValueError(f"{name} {tuple(codes.shape)} must be finite, but has values that are not.")
+            place.copy_(pack_codes(part))
+        return packed
 
     def check_bits(self, codes: torch.Tensor, name: str) -> None:
         """Raise if the codes are not as long as the database's."""
