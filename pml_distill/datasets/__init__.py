@@ -4,10 +4,22 @@ from typing import Any
 
 from .digits import Digits
 from .glyphs import Glyphs
+from .hashing_protocols import HashingSplit, MultiLabelList, cifar10_hashing, glyph_hashing, hashing_splits
 
 FROM_PML = ("CUB", "Cars196", "StanfordOnlineProducts")
 
-__all__ = ["CUB", "Cars196", "Digits", "Glyphs", "StanfordOnlineProducts"]
+__all__ = [
+    "CUB",
+    "Cars196",
+    "Digits",
+    "Glyphs",
+    "HashingSplit",
+    "MultiLabelList",
+    "StanfordOnlineProducts",
+    "cifar10_hashing",
+    "glyph_hashing",
+    "hashing_splits",
+]
 
 
 def __getattr__(name: str) -> Any:

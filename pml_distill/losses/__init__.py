@@ -3,10 +3,14 @@
 from .absolute_teacher_loss import AbsoluteTeacherLoss
 from .asymmetric_regression_loss import AsymmetricRegressionLoss
 from .base_distillation_loss import BaseDistillationLoss
+from .base_hashing_loss import BaseHashingLoss
 from .catalogue import CatalogueEntry, catalogue
+from .central_similarity_loss import CentralSimilarityLoss
 from .correlation_congruence_loss import CorrelationCongruenceLoss
 from .cosine_teacher_loss import CosineTeacherLoss
 from .dark_rank_loss import DarkRankLoss
+from .deep_cauchy_hashing_loss import DeepCauchyHashingLoss
+from .hash_centers import center_distances, hash_centers
 from .logit_distillation_loss import LogitDistillationLoss
 from .probabilistic_transfer_loss import ProbabilisticTransferLoss
 from .regression_teacher_loss import RegressionTeacherLoss
@@ -24,9 +28,12 @@ __all__ = [
     "AsymmetricRegressionLoss",
     "BaseDistillationLoss",
     "CatalogueEntry",
+    "BaseHashingLoss",
+    "CentralSimilarityLoss",
     "CorrelationCongruenceLoss",
     "CosineTeacherLoss",
     "DarkRankLoss",
+    "DeepCauchyHashingLoss",
     "LogitDistillationLoss",
     "ProbabilisticTransferLoss",
     "RKDAngleLoss",
@@ -39,4 +46,6 @@ __all__ = [
     "SimilarityRegressionLoss",
     "TeacherQueue",
     "catalogue",
+    "center_distances",
+    "hash_centers",
 ]

@@ -1,0 +1,55 @@
+import torch
+from pytorch_metric_learning.distances import BaseDistance
+
+from ..utils.hamming_knn import unpack_codes
+
+
+class HammingDistance(BaseDistance):
+    r"""The number of bits in which two codes differ.
+
+    .. math:: d(u, v) = \frac{K - \langle u, v \rangle}{2}
+
+    for codes of -1 and 1; between these values it is the linear relaxation, with gradients. Packed codes
+    (``uint8``, eight bits to a byte) are unpacked first.
+
+    Shapes:
+        query_emb: (N, K) floating point or (N, bytes) uint8. ref_emb: (M, K) or (M, bytes), likewise. Returns (N, M).
+
+    Raises:
+        ValueError: packed and unpacked codes, or codes of different length, are compared.
+
+    Example:
+        >>> import torch
+        >>> HammingDistance()(torch.tensor([[1.0, -1, 1, 1]]), torch.tensor([[1.0, 1, 1, -1]])).item()
+        2.0
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(normalize_embeddings=False, **kwargs)
+
+    def forward(self, query_emb: torch.Tensor, ref_emb: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the (N, M) matrix of distances."""
+        query_emb, ref_emb = self.unpacked(query_emb, query_emb if ref_emb is None else ref_emb)
+        return super().forward(query_emb, ref_emb)
+
+    def compute_mat(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
+        """Return the matrix for codes that are not packed."""
+        return (query_emb.shape[1] - query_emb @ ref_emb.T) / 2
+
+    def pairwise_distance(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
+        """Return the (N,) distances row for row."""
+        query_emb, ref_emb = self.unpacked(query_emb, ref_emb)
+        return (query_emb.shape[1] - (query_emb * ref_emb).sum(dim=1)) / 2
+
+    @staticmethod
+    def unpacked(query_emb: torch.Tensor, ref_emb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both as floating point codes, if they fit each other."""
+        if (query_emb.dtype == torch.uint8) != (ref_emb.dtype == torch.uint8) or query_emb.shape[1] != ref_emb.shape[1]:
+            raise ValueError(
+                f"query_emb and ref_emb must both be packed (uint8) or both not, and of one length, but are "
+                f"{query_emb.dtype} {tuple(query_emb.shape)} and {ref_emb.dtype} {tuple(ref_emb.shape)}."
+            )
+        if query_emb.dtype != torch.uint8:
+            return query_emb, ref_emb
+        bits = 8 * query_emb.shape[1]
+        return unpack_codes(query_emb, bits), unpack_codes(ref_emb, bits)

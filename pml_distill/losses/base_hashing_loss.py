@@ -1,0 +1,63 @@
+import torch
+from pytorch_metric_learning.losses import BaseMetricLossFunction
+
+from .base_distillation_loss import IndicesTuple
+
+
+class BaseHashingLoss(BaseMetricLossFunction):
+    """Base of the hashing losses: ``loss(outputs, labels)`` with class labels or multi-hot labels.
+
+    Two sub-losses, ``similarity_loss`` and ``quantization_loss``, which separate reducers can take
+    (``MultipleReducers``); they are added. The maths runs in float32 with autocast off (float64 stays float64).
+
+    Args:
+        distance, reducer, embedding_regularizer: as in every PML loss.
+
+    Shapes:
+        embeddings: (B, bits), the real outputs of the hash head. labels: (B,) class numbers, or (B, C) multi-hot.
+        PML's trainers pass multi-hot labels on with ``label_hierarchy_level="all"``.
+
+    Raises:
+        ValueError: labels are missing, of another length or shape; ``indices_tuple`` or ``ref_emb`` is given.
+    """
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        indices_tuple: IndicesTuple | None = None,
+        ref_emb: torch.Tensor | None = None,
+        ref_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the reduced loss, a float32 (or float64) scalar under the default reducer."""
+        # PML's own forward refuses labels of two dimensions; otherwise the steps are its own.
+        self.reset_stats()
+        for argument, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb)):
+            if value is not None:
+                raise ValueError(f"{type(self).__name__} takes the whole batch by its labels, and no {argument}.")
+        labels = self.checked_labels(embeddings, labels).to(embeddings.device)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            loss_dict = self.compute_loss(embeddings, labels, None, embeddings, labels)
+            self.add_embedding_regularization_to_loss_dict(loss_dict, embeddings)
+            return self.reducer(loss_dict, embeddings, labels)
+
+    def checked_labels(self, embeddings: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return the labels if their shape is right."""
+        name = type(self).__name__
+        if labels is None:
+            raise ValueError(f"{name} needs labels of shape (B,) or multi-hot labels of shape (B, C), but got None.")
+        shapes = f"embeddings has shape {tuple(embeddings.shape)} and labels has shape {tuple(labels.shape)}"
+        if embeddings.ndim != 2 or labels.ndim not in (1, 2) or len(labels) != len(embeddings):
+            raise ValueError(f"{name} expects embeddings (B, bits) and labels (B,) or (B, C), but {shapes}.")
+        return labels
+
+    def _sub_loss_names(self):
+        return ["similarity_loss", "quantization_loss"]
+
+
+def share_a_label(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the (N, M) boolean matrix of equal classes, or of at least one common label if multi-hot."""
+    if labels.ndim == 1:
+        return labels[:, None] == others
+    return labels.float() @ others.float().T > 0

@@ -1,0 +1,110 @@
+import torch
+from torch.nn import functional as F
+
+from .base_hashing_loss import BaseHashingLoss
+from .hash_centers import center_distances, hash_centers
+
+
+class CentralSimilarityLoss(BaseHashingLoss):
+    r"""Each class has a center, a fixed code; the outputs are drawn to the center of their class (CSQ).
+
+    .. math::
+        v_i &= \tanh(u_i) \\
+        L &= \frac{1}{B} \sum_i \operatorname{mean}_k
+             \mathrm{BCE}\left(\tfrac{1 + v_{ik}}{2}, \tfrac{1 + c_{ik}}{2}\right)
+             + \lambda \operatorname{mean}_k (|v_{ik}| - 1)^2
+
+    The tanh belongs to the loss; the codes are the signs either way. With multi-hot labels the center is the
+    majority, bit by bit, of the centers of the sample's labels; where it is even, and for samples without any
+    label, a fixed random center decides. The logarithms are capped at -100, as in the authors' code.
+
+    Source: Yuan et al., "Central Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020;
+    the default weight is that of Reddy et al. 2022 (Yuan et al. recommend 0.05). The default mean is the authors'
+    own scale.
+
+    Args:
+        num_classes: number of labels.
+        embedding_size: number of bits, any.
+        quantization_weight: lambda.
+        seed: of random centers, see ``hash_centers``.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, embedding_size). labels: (B,) from 0 to num_classes - 1, or multi-hot (B, num_classes).
+        Reducer input: ``similarity_loss`` and ``quantization_loss``, one value per sample (``element``).
+
+    Attributes:
+        hash_centers: (num_classes, embedding_size) buffer of -1 and 1, saved with the loss. random_center:
+        (embedding_size,) likewise. min_center_distance: the smallest Hamming distance between two centers.
+
+    Raises:
+        ValueError: widths or labels do not fit ``embedding_size`` and ``num_classes``; labels out of range (on the
+            CPU; on CUDA the device's own index assertion).
+
+    Example:
+        >>> import torch
+        >>> loss = CentralSimilarityLoss(num_classes=3, embedding_size=16)
+        >>> round(loss(10 * loss.hash_centers, torch.arange(3)).item(), 4)
+        0.0
+    """
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, quantization_weight: float = 1e-4, seed: int = 0, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.num_classes, self.embedding_size = num_classes, embedding_size
+        self.quantization_weight = quantization_weight
+        centers = hash_centers(num_classes, embedding_size, seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("hash_centers", centers)
+        self.register_buffer("random_center", 2.0 * torch.randint(2, (embedding_size,), generator=generator) - 1)
+        self.min_center_distance = center_distances(centers)[0] if num_classes > 1 else embedding_size
+        self.add_to_recordable_attributes(
+            list_of_names=["num_classes", "embedding_size", "quantization_weight", "min_center_distance"], is_stat=False
+        )
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        values = embeddings.tanh()
+        targets = (1 + self.targets(labels).to(values)) / 2
+        similarity = F.binary_cross_entropy((1 + values) / 2, targets, reduction="none").mean(dim=1)
+        quantization = (values.abs() - 1).square().mean(dim=1)
+        rows = torch.arange(len(values), device=values.device)
+        return {
+            "similarity_loss": {"losses": similarity, "indices": rows, "reduction_type": "element"},
+            "quantization_loss": {
+                "losses": self.quantization_weight * quantization,
+                "indices": rows,
+                "reduction_type": "element",
+            },
+        }
+
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the center of each sample, (B, embedding_size), for labels (B,) or multi-hot (B, num_classes)."""
+        centers = self.hash_centers.to(labels.device)
+        if labels.ndim == 1:
+            return centers[labels.long()]
+        votes = labels.to(centers.dtype) @ centers
+        return torch.where(votes == 0, self.random_center.to(votes), votes.sign())
+
+    def checked_labels(self, embeddings: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return the labels if they fit the centers."""
+        labels = super().checked_labels(embeddings, labels)
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings must be (B, {self.embedding_size}), as embedding_size says, but has shape "
+                f"{tuple(embeddings.shape)}."
+            )
+        if labels.ndim == 2 and labels.shape[1] != self.num_classes:
+            raise ValueError(
+                f"multi-hot labels must be (B, {self.num_classes}), as num_classes says, but have shape "
+                f"{tuple(labels.shape)}."
+            )
+        # Reading a label would stall a GPU, which has an assertion of its own.
+        if labels.ndim == 1 and not labels.is_cuda and len(labels):
+            lowest, highest = int(labels.min()), int(labels.max())
+            if lowest < 0 or highest >= self.num_classes:
+                raise ValueError(
+                    f"labels must be from 0 to num_classes - 1 = {self.num_classes - 1}, but go from {lowest} to "
+                    f"{highest}."
+                )
+        return labels

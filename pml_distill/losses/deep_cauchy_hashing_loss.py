@@ -1,0 +1,91 @@
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.utils import common_functions as c_f
+
+from .base_hashing_loss import BaseHashingLoss, share_a_label
+
+
+class DeepCauchyHashingLoss(BaseHashingLoss):
+    r"""Similar pairs within a small Hamming radius, by a likelihood with the tail of a Cauchy distribution (DCH).
+
+    .. math::
+        d_{ij} &= \tfrac{K}{2} (1 - \min(\cos(u_i, u_j), 0.99)) \\
+        L &= \frac{1}{B^2} \sum_{ij} w_{ij} \left( s_{ij} \log \frac{d_{ij}}{\gamma}
+             + \log\left(1 + \frac{\gamma}{d_{ij}}\right) \right)
+             + \lambda \frac{1}{B} \sum_i \log\left(1 + \frac{d(|u_i|, 1)}{\gamma}\right)
+
+    K is the number of bits; s_ij is 1 for pairs of one class, or with a label in common, and w_ij balances the
+    similar and the dissimilar pairs, so that each kind weighs half. The batch's diagonal is among the similar
+    pairs, as in the authors' code: a constant, since the cosine is capped. The cap also leaves dissimilar codes
+    whose cosine exceeds 0.99 without repulsion. A zero row counts as orthogonal to all and gets no gradient
+    (NaN in the authors' code).
+
+    Source: Cao et al., "Deep Cauchy Hashing for Hamming Space Retrieval", CVPR 2018; the default weights are those
+    of Reddy et al. 2022. The default mean is the authors' own scale.
+
+    Args:
+        gamma: scale of the Cauchy distribution, in bits: pairs within it count as near.
+        quantization_weight: lambda, of the term that draws each output towards -1 or 1.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss. The distance is ``CosineSimilarity()``.
+
+    Shapes:
+        embeddings: (B, bits), any number of bits. labels: (B,) or multi-hot (B, C). Reducer input:
+        ``similarity_loss``, one value per ordered pair, the diagonal included (``pos_pair``), and
+        ``quantization_loss``, one value per sample (``element``).
+
+    Raises:
+        ValueError: ``gamma`` is not positive; labels are missing or of another length.
+
+    Example:
+        >>> import torch
+        >>> loss, labels = DeepCauchyHashingLoss(), torch.tensor([0, 0, 1])
+        >>> right = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [-1, -1, -1, -1]])
+        >>> bool(loss(right, labels) < loss(right.roll(1, 0), labels))
+        True
+    """
+
+    def __init__(self, gamma: float = 20, quantization_weight: float = 0.1, **kwargs):
+        if gamma <= 0:
+            raise ValueError(f"gamma must be positive, but is {gamma}.")
+        super().__init__(**kwargs)
+        c_f.assert_distance_type(self, CosineSimilarity)
+        self.gamma, self.quantization_weight = gamma, quantization_weight
+        self.add_to_recordable_attributes(list_of_names=["gamma", "quantization_weight"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        size = len(embeddings)
+        # Normalisation would multiply the gradient of a zero row by 1e12.
+        is_zero = (embeddings.detach() == 0).all(dim=1, keepdim=True)
+        embeddings = torch.where(is_zero, embeddings.detach(), embeddings)
+        similar = share_a_label(labels, labels)
+        distances = self.hamming(self.distance(embeddings), embeddings)
+        likelihood = similar * (distances / self.gamma).log() + (self.gamma / distances).log1p()
+        losses = self.balance(similar, likelihood.dtype) * likelihood
+
+        # The cosine of |u| and (1, ..., 1).
+        cosines = self.distance.normalize(embeddings.abs()).sum(dim=1) / embeddings.shape[1] ** 0.5
+        off = self.hamming(cosines, embeddings)
+        rows = torch.arange(size, device=embeddings.device)
+        pairs = (rows.repeat_interleave(size), rows.repeat(size))
+        return {
+            "similarity_loss": {"losses": losses.flatten(), "indices": pairs, "reduction_type": "pos_pair"},
+            "quantization_loss": {
+                "losses": self.quantization_weight * (off / self.gamma).log1p(),
+                "indices": rows,
+                "reduction_type": "element",
+            },
+        }
+
+    def hamming(self, cosines: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the relaxed Hamming distance, at least 0.005 K."""
+        return (1 - cosines.clamp(max=0.99)) * embeddings.shape[1] / 2
+
+    @staticmethod
+    def balance(similar: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight of each pair: half to either kind, or 1 where there is only one kind."""
+        share = similar.to(dtype).mean()
+        weights = torch.where(similar, 1 / share, 1 / (1 - share))
+        return torch.where((share > 0) & (share < 1), weights, 1.0)
+
+    def get_default_distance(self):
+        return CosineSimilarity()

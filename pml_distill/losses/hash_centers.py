@@ -1,0 +1,127 @@
+import torch
+
+ROUNDS = 200
+DRAWN = 256
+
+
+def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
+    r"""Return a code of -1 and 1 for each class, far from one another; the same for the same arguments.
+
+    - The rows of a Hadamard matrix H, then of -H, wherever one of order ``bits`` is constructed (Sylvester's for
+      powers of two; Paley's two for primes; their doublings: 12, 20, 24, 28, 36, 40, 48...): every two rows differ
+      in bits / 2 places, opposite ones in all.
+    - Beyond 2 x ``bits`` classes, and for other lengths, random balanced codes, each with its opposite, drawn until
+      they are bits / 4 away from all others. Opposites balance each bit over the classes, so that the mean distance
+      is at least bits / 2.
+    - Where that many are not found, the required distance shrinks by one bit at a time (at the end to 0, when there
+      are more classes than codes). ``center_distances`` tells what was achieved.
+
+    Source: Yuan et al., "Central Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020, where
+    ``bits`` must be a power of two and a draw that fails is kept unnoticed.
+
+    Args:
+        num_classes: number of centers, from 1.
+        bits: length, from 1.
+        seed: of the random codes.
+
+    Returns:
+        (num_classes, bits) float32.
+
+    Raises:
+        ValueError: ``num_classes`` or ``bits`` is not positive.
+
+    Example:
+        >>> center_distances(hash_centers(100, 64))[0]
+        32
+        >>> center_distances(hash_centers(10, 48))[0]
+        24
+    """
+    if num_classes < 1 or bits < 1:
+        raise ValueError(f"num_classes and bits must be at least 1, but are {num_classes} and {bits}.")
+    matrix = hadamard(bits)
+    start = torch.empty(0, bits) if matrix is None else torch.cat([matrix, -matrix])
+    centers, distance = start, -(-bits // 4)
+    generator = torch.Generator().manual_seed(seed)
+    while len(centers) < num_classes:
+        centers = with_random_codes(centers, num_classes, distance, generator)
+        distance -= 1
+    return centers[:num_classes].clone()
+
+
+def center_distances(centers: torch.Tensor) -> tuple[int, float]:
+    """Return the smallest and the mean Hamming distance between two of the centers (C, bits), C from 2."""
+    size, bits = centers.shape
+    distances = (bits - centers @ centers.T) / 2
+    mean = distances.double().sum().item() / (size * (size - 1))
+    return int(distances.fill_diagonal_(bits).min()), mean
+
+
+def with_random_codes(
+    centers: torch.Tensor, num_classes: int, distance: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Append pairs of opposite balanced codes, at least ``distance`` from all, until there are enough or no luck."""
+    bits = centers.shape[1]
+    largest_product = bits - 2 * max(distance, 0)
+    for _ in range(ROUNDS):
+        if len(centers) >= num_classes:
+            break
+        # The places of the smallest of random numbers: as many 1 as -1, give or take one.
+        ranks = torch.rand(DRAWN, bits, generator=generator).argsort(dim=1)
+        codes = torch.where(ranks < bits // 2, 1.0, -1.0)
+        if len(centers):
+            codes = codes[((codes @ centers.T).abs() <= largest_product).all(dim=1)]
+        near = ((codes @ codes.T).abs() > largest_product).numpy()
+        # A code is near itself; that only says that it is taken once.
+        free, kept = ~near[:, :0].any(axis=1), []
+        for i in range(len(codes)):
+            if free[i]:
+                kept.append(i)
+                free &= ~near[i]
+        codes = codes[kept]
+        centers = torch.cat([centers, torch.stack([codes, -codes], dim=1).flatten(0, 1)])
+    return centers
+
+
+def hadamard(order: int) -> torch.Tensor | None:
+    """Return a Hadamard matrix with a first row and column of ones, or None where no construction is known here."""
+    if order == 1:
+        return torch.ones(1, 1)
+    if order % 2 or order > 2 and order % 4:
+        return None
+    if order & (order - 1) and is_prime(order - 1):
+        # Paley's first construction: order - 1 = 3 mod 4, and the Jacobsthal matrix is skew.
+        skew = bordered(order - 1, -1)
+        return with_ones(skew + torch.eye(order))
+    half = hadamard(order // 2)
+    if half is not None:
+        return torch.cat([torch.cat([half, half], dim=1), torch.cat([half, -half], dim=1)])
+    if is_prime(order // 2 - 1):
+        # Paley's second construction: order / 2 - 1 = 1 mod 4, and the Jacobsthal matrix is symmetric.
+        conference, one = bordered(order // 2 - 1, 1), torch.eye(order // 2)
+        top = torch.cat([conference + one, conference - one], dim=1)
+        return with_ones(torch.cat([top, torch.cat([conference - one, -conference - one], dim=1)]))
+    return None
+
+
+def bordered(prime: int, sign: int) -> torch.Tensor:
+    """Return the matrix of quadratic residues of differences, with a border of ones and ``sign`` ones."""
+    residue = -torch.ones(prime)
+    residue[torch.arange(1, prime) ** 2 % prime] = 1
+    residue[0] = 0
+    places = torch.arange(prime)
+    matrix = torch.ones(prime + 1, prime + 1)
+    matrix[0, 0] = 0
+    matrix[1:, 0] = sign
+    matrix[1:, 1:] = residue[(places[:, None] - places) % prime]
+    return matrix
+
+
+def with_ones(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the equivalent matrix whose first row and column are ones."""
+    matrix = matrix * matrix[:, :1]
+    return matrix * matrix[:1]
+
+
+def is_prime(number: int) -> bool:
+    """Tell whether the number is a prime."""
+    return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))

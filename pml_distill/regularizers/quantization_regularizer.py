@@ -1,0 +1,31 @@
+import torch
+from pytorch_metric_learning.regularizers import BaseRegularizer
+
+
+class QuantizationRegularizer(BaseRegularizer):
+    r"""Draws each output towards -1 or 1, so that little is lost when the signs become the code.
+
+    .. math:: L_i = \operatorname{mean}_k (|u_{ik}| - 1)^2
+
+    The gradient at an output of exactly 0 is 0, since either sign would do.
+
+    Source: the quantization term of Yuan et al., "Central Similarity Quantization", CVPR 2020, for use with any PML
+    loss.
+
+    Args:
+        **kwargs: ``reducer`` as in every PML regularizer.
+
+    Shapes:
+        embeddings: (B, bits). Reducer input: ``loss``, one value per sample (``element``).
+
+    Example:
+        >>> import torch
+        >>> QuantizationRegularizer()(torch.tensor([[1.0, -1.0], [0.0, 2.0]])).item()
+        0.5
+    """
+
+    def compute_loss(self, embeddings):
+        """Return PML's loss dictionary."""
+        losses = (embeddings.abs() - 1).square().mean(dim=1)
+        indices = torch.arange(len(embeddings), device=embeddings.device)
+        return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}

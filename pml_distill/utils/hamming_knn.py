@@ -1,0 +1,158 @@
+import torch
+
+PART = 1 << 13
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Pack the signs of (N, bits) outputs eight to a byte, (N, ceil(bits / 8)) uint8; 0 counts as -1.
+
+    The first code is the highest bit, as in ``numpy.packbits``; what is left of the last byte is 0.
+
+    Example:
+        >>> pack_codes(torch.tensor([[1.0, -1, -1, -1, -1, -1, -1, 1, 1]])).tolist()
+        [[129, 128]]
+    """
+    size, bits = codes.shape
+    packed = torch.zeros(size, -(-bits // 8), dtype=torch.uint8, device=codes.device)
+    positive = codes > 0
+    for place in range(8):
+        column = positive[:, place::8].to(torch.uint8)
+        packed[:, : column.shape[1]] |= column << (7 - place)
+    return packed
+
+
+def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the (N, bits) float32 codes of -1 and 1 that ``pack_codes`` has packed.
+
+    Example:
+        >>> unpack_codes(torch.tensor([[129]], dtype=torch.uint8), 8).tolist()
+        [[1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0]]
+    """
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    ones = (packed[:, :, None] >> places) & 1
+    return 2 * ones.flatten(1)[:, :bits].float() - 1
+
+
+class HammingKNN:
+    """Nearest neighbours of binary codes: a ``knn_func`` for PML's ``AccuracyCalculator``, its testers and others.
+
+    Real outputs become codes by their signs (0 counts as -1), packed eight to a byte. On the CPU faiss compares the
+    packed codes; on a GPU torch does, by products of the codes in chunks. The search is exact; between equal
+    distances the order is arbitrary.
+
+    Args:
+        only_codes: refuse whatever is not a code of -1 and 1 instead of taking signs.
+
+    Example:
+        >>> codes = torch.tensor([[1.0, 1, 1, 1], [1, 1, -1, -1], [1, 1, 1, -1]])
+        >>> knn = HammingKNN()
+        >>> distances, indices = knn(codes[:1], 2, codes[1:])
+        >>> distances.tolist(), indices.tolist()
+        ([[1.0, 2.0]], [[1, 0]])
+    """
+
+    def __init__(self, only_codes: bool = False):
+        self.only_codes = only_codes
+        self.database: torch.Tensor | None = None
+        self.bits = 0
+
+    def train(self, reference: torch.Tensor) -> None:
+        """Keep the packed codes of a database (N, bits), to be searched without giving ``reference`` again."""
+        self.database, self.bits = self.packed(reference, "reference"), reference.shape[1]
+
+    def add(self, reference: torch.Tensor) -> None:
+        """Append to the database, for one that does not fit into memory as real outputs; its codes are copied once."""
+        if self.database is None:
+            return self.train(reference)
+        self.check_bits(reference, "reference")
+        self.database = torch.cat([self.database, self.packed(reference, "reference")])
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        k: int,
+        reference: torch.Tensor | None = None,
+        ref_includes_query: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search the k nearest.
+
+        Args:
+            query: (Q, bits) outputs or codes.
+            k: how many.
+            reference: (N, bits); None: the database kept by ``train``.
+            ref_includes_query: whether row i of the reference is query i, which is then left out.
+
+        Returns:
+            Distances (Q, k), float32, ascending, and indices (Q, k).
+
+        Raises:
+            ValueError: there is no database or an empty one, fewer than k codes, a different number of bits, values
+                that are not finite, or, with ``only_codes``, not -1 or 1.
+        """
+        if reference is None:
+            if self.database is None:
+                raise ValueError("reference is None and no database is kept: pass reference, or call train first.")
+            database, bits = self.database.to(query.device), self.bits
+        else:
+            database, bits = self.packed(reference, "reference").to(query.device), reference.shape[1]
+        if query.shape[1] != bits:
+            raise ValueError(f"query has shape {tuple(query.shape)}, but the database was built with {bits} bits.")
+        wanted = k + ref_includes_query
+        if not 0 < wanted <= len(database):
+            raise ValueError(f"k = {k} neighbours are wanted of a database of {len(database)} codes.")
+        search = search_on_gpu if query.is_cuda else search_on_cpu
+        distances, indices = search(self.packed(query, "query"), database, bits, wanted)
+        if not ref_includes_query:
+            return distances, indices
+        rows = torch.arange(len(query), device=indices.device)[:, None]
+        is_self = indices == rows
+        # Where duplicates have pushed the query out of its own list, the last of them makes room.
+        is_self[:, -1] |= ~is_self.any(dim=1)
+        return distances[~is_self].view(-1, k), indices[~is_self].view(-1, k)
+
+    def packed(self, codes: torch.Tensor, name: str) -> torch.Tensor:
+        """Return the codes packed, if they are codes."""
+        if codes.ndim != 2 or codes.numel() == 0:
+            raise ValueError(f"{name} must be (N, bits) and not empty, but has shape {tuple(codes.shape)}.")
+        packed = torch.empty(len(codes), -(-codes.shape[1] // 8), dtype=torch.uint8, device=codes.device)
+        # In parts, since what the checks allocate is several times as large as the packed codes.
+        for part, place in zip(codes.split(PART), packed.split(PART)):
+            if self.only_codes and not (part.abs() == 1).all():
+                raise ValueError(f"{name} {tuple(codes.shape)} must hold only -1 and 1, but has other values.")
+            if not part.isfinite().all():
+                raise ValueError(f"{name} {tuple(codes.shape)} must be finite, but has values that are not.")
+            place.copy_(pack_codes(part))
+        return packed
+
+    def check_bits(self, codes: torch.Tensor, name: str) -> None:
+        """Raise if the codes are not as long as the database's."""
+        if codes.shape[1] != self.bits:
+            raise ValueError(
+                f"{name} has shape {tuple(codes.shape)}, but the database was built with {self.bits} bits."
+            )
+
+
+def search_on_cpu(query: torch.Tensor, database: torch.Tensor, bits: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Search packed codes with faiss, in place: an index would copy the database."""
+    import faiss
+
+    distances, indices = faiss.knn_hamming(query.numpy(), database.numpy(), k)
+    return torch.from_numpy(distances).float(), torch.from_numpy(indices).long()
+
+
+def search_on_gpu(query: torch.Tensor, database: torch.Tensor, bits: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Search packed codes with torch, a chunk of queries and of the database at a time."""
+    queries, size = unpack_codes(query, bits), 1 << 17
+    found = []
+    for part in queries.split(1024):
+        best = torch.empty(len(part), 0, device=query.device)
+        places = torch.empty(len(part), 0, dtype=torch.long, device=query.device)
+        for start in range(0, len(database), size):
+            distances = (bits - part @ unpack_codes(database[start : start + size], bits).T) / 2
+            near = distances.topk(min(k, distances.shape[1]), largest=False)
+            best, places = torch.cat([best, near.values], 1), torch.cat([places, near.indices + start], 1)
+            near = best.topk(min(k, best.shape[1]), largest=False)
+            best, places = near.values, places.gather(1, near.indices)
+        found.append((best, places))
+    distances, indices = (torch.cat(parts) for parts in zip(*found))
+    return distances, indices

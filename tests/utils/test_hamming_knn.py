@@ -1,0 +1,80 @@
+import pytest
+import torch
+from pytorch_metric_learning.losses import ContrastiveLoss
+
+from pml_distill.distances import HammingDistance
+from pml_distill.utils import HammingKNN, pack_codes, unpack_codes
+from pml_distill.utils.hamming_knn import search_on_gpu
+
+
+def codes(size, bits, seed=0):
+    return torch.randn(size, bits, generator=torch.Generator().manual_seed(seed)).sign()
+
+
+@pytest.mark.parametrize("bits", [8, 13, 48, 64, 100, 512])
+def test_packing_is_reversible(bits):
+    assert torch.equal(unpack_codes(pack_codes(codes(10, bits)), bits), codes(10, bits))
+    assert pack_codes(codes(10, bits)).shape == (10, -(-bits // 8))
+
+
+@pytest.mark.parametrize("bits", [8, 13, 48, 64, 100])
+@pytest.mark.parametrize("search", ["faiss", "torch"])
+def test_search_is_exact(bits, search, monkeypatch):
+    if search == "torch":
+        # The way of a GPU, on the CPU.
+        monkeypatch.setattr("pml_distill.utils.hamming_knn.search_on_cpu", search_on_gpu)
+    query, reference = codes(20, bits), codes(300, bits, seed=1)
+    distances, indices = HammingKNN()(3 * query, 10, reference)
+    exact = (bits - query @ reference.T) / 2
+    assert torch.equal(distances, exact.sort(dim=1).values[:, :10])
+    assert torch.equal(distances, exact.gather(1, indices))
+
+
+def test_the_query_itself_is_left_out():
+    reference = codes(50, 8)
+    reference[:3] = reference[0]
+    distances, indices = HammingKNN()(reference, 5, reference, ref_includes_query=True)
+    exact = ((8 - reference @ reference.T) / 2).fill_diagonal_(100)
+    assert torch.equal(distances, exact.sort(dim=1).values[:, :5])
+    assert (indices != torch.arange(50)[:, None]).all()
+
+
+def test_a_kept_database_grows():
+    knn, reference = HammingKNN(), codes(60, 32)
+    knn.train(reference[:40])
+    knn.add(reference[40:])
+    distances, _ = knn(reference[:5], 3)
+    assert torch.equal(distances, HammingKNN()(reference[:5], 3, reference)[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda knn: knn(codes(2, 16), 1), r"\(2, 16\), but the database was built with 32 bits"),
+        (lambda knn: knn.add(codes(2, 16)), r"\(2, 16\), but the database was built with 32 bits"),
+        (lambda knn: knn(codes(2, 32), 11), "k = 11 neighbours are wanted of a database of 10 codes"),
+        (lambda knn: knn(codes(2, 32), 1, torch.zeros(0, 32)), r"reference must be .* not empty.*\(0, 32\)"),
+        (lambda knn: knn(torch.full((2, 32), torch.nan), 1), r"query \(2, 32\) must be finite"),
+        (lambda knn: HammingKNN()(codes(2, 32), 1), "no database is kept"),
+        (lambda knn: HammingKNN(only_codes=True).train(torch.rand(2, 8)), "must hold only -1 and 1"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(call, message):
+    knn = HammingKNN()
+    knn.train(codes(10, 32))
+    with pytest.raises(ValueError, match=message):
+        call(knn)
+
+
+def test_hamming_distance_of_codes_and_of_packed_codes():
+    query, reference = codes(5, 24), codes(7, 24, seed=1)
+    exact = (query[:, None] != reference).sum(dim=2).float()
+    assert torch.equal(HammingDistance()(query, reference), exact)
+    assert torch.equal(HammingDistance()(pack_codes(query), pack_codes(reference)), exact)
+    assert torch.equal(HammingDistance().pairwise_distance(query, reference[:5]), exact[:, :5].diagonal())
+    assert ContrastiveLoss(distance=HammingDistance())(query, torch.arange(5) % 2) > 0
+
+
+def test_hamming_distance_refuses_what_differs():
+    with pytest.raises(ValueError, match=r"uint8 \(5, 3\).*float32 \(5, 24\)"):
+        HammingDistance()(pack_codes(codes(5, 24)), codes(5, 24))

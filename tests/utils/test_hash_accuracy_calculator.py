@@ -1,0 +1,181 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning.utils.inference import FaissKNN
+
+from pml_distill.utils import HashAccuracyCalculator
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "calc_top_map.npz")
+CPU = torch.device("cpu")
+MAP = ("mean_average_precision",)
+
+
+def calculator(**kwargs):
+    return HashAccuracyCalculator(device=CPU, **kwargs)
+
+
+def problem(queries=20, size=200, bits=8, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randn(queries + size, bits, generator=generator).sign()
+    labels = torch.randint(classes, (queries + size,), generator=generator)
+    return codes[:queries], labels[:queries], codes[queries:], labels[queries:]
+
+
+@pytest.mark.parametrize("case", ["c00", "c02", "c04", "c06"])
+@pytest.mark.parametrize("ties", ["stable", "best", "worst"])
+def test_equals_the_published_code(case, ties):
+    names = ("qB", "qL", "rB", "rL")
+    query, labels, reference, reference_labels = (torch.from_numpy(GOLDEN[f"{case}_{n}"]).float() for n in names)
+    k = int(GOLDEN[f"{case}_hp_topk"])
+    # The published code drops the last item where it is asked for the whole ranking.
+    k = len(reference) - 1 if k == -1 else k
+    value = calculator(k=k, ties=ties, include=MAP).get_accuracy(query, labels, reference, reference_labels)
+    name = ties if ties == "stable" else f"ties_{ties}"
+    assert value["mean_average_precision"] == pytest.approx(GOLDEN[f"{case}_map_{name}"].item(), rel=1e-9)
+
+
+def shuffled_average_precision(distances, relevant, k, times, seed=0):
+    """Mean and standard error over random orders of the tied items, by sorting."""
+    random = np.random.RandomState(seed)
+    places, values = np.arange(1, k + 1), []
+    for _ in range(times):
+        order = np.lexsort((random.rand(*distances.shape), distances), axis=1)[:, :k]
+        found = np.take_along_axis(relevant, order, axis=1)
+        hits = found.cumsum(axis=1)
+        values.append(((found * hits / places).sum(axis=1) / np.maximum(hits[:, -1], 1)).mean())
+    return np.mean(values), np.std(values, ddof=1) / times**0.5
+
+
+@pytest.mark.parametrize("k", [None, 1, 7, 30])
+def test_expectation_is_the_mean_over_random_tie_orders(k):
+    query, labels, reference, reference_labels = problem(5, 60, 6, 3)
+    distances = ((6 - query @ reference.T) / 2).numpy()
+    relevant = (labels[:, None] == reference_labels).numpy()
+    mean, error = shuffled_average_precision(distances, relevant, k or 60, 10_000)
+    values = {
+        ties: calculator(k=k, ties=ties, include=MAP).get_accuracy(query, labels, reference, reference_labels)[MAP[0]]
+        for ties in ("expected", "best", "worst")
+    }
+    assert values["worst"] <= values["expected"] <= values["best"]
+    assert abs(values["expected"] - mean) < 3 * error
+
+
+@pytest.mark.parametrize("k", [1, 5, 11, 12])
+def test_expectation_is_exact(k):
+    """All orders of a small database, whose codes are all tied in two groups."""
+    from itertools import permutations
+
+    groups = [[1, 0, 1, 0], [1, 1, 0]]
+    reference = torch.tensor([[1.0, 1, 1]] * 4 + [[1.0, 1, -1]] * 3)
+    labels = torch.tensor([1 - r for group in groups for r in group])
+    k, values = min(k, 7), []
+    for first in permutations(groups[0]):
+        for second in permutations(groups[1]):
+            found = np.array(first + second)[:k]
+            hits = found.cumsum()
+            values.append((found * hits / np.arange(1, k + 1)).sum() / max(hits[-1], 1))
+    value = calculator(k=k, include=MAP).get_accuracy(torch.ones(1, 3), torch.tensor([0]), reference, labels)
+    assert value[MAP[0]] == pytest.approx(np.mean(values), rel=1e-12)
+
+
+@pytest.mark.parametrize("ties", ["expected", "stable", "best", "worst"])
+def test_without_ties_all_rules_agree_with_sklearn(ties):
+    from sklearn.metrics import average_precision_score
+
+    reference = 2.0 * torch.tril(torch.ones(32, 32)) - 1
+    labels = torch.randint(2, (32,), generator=torch.Generator().manual_seed(0))
+    value = calculator(ties=ties, include=MAP).get_accuracy(torch.ones(1, 32), torch.tensor([1]), reference, labels)
+    assert value[MAP[0]] == pytest.approx(average_precision_score(labels, torch.arange(32)), rel=1e-12)
+
+
+@pytest.mark.parametrize("ties", ["expected", "stable"])
+def test_other_metrics(ties):
+    query, labels = torch.ones(2, 4), torch.tensor([0, 7])
+    reference = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, -1], [1, 1, -1, -1], [-1, -1, -1, -1]])
+    values = calculator(k=2, ties=ties).get_accuracy(query, labels, reference, torch.tensor([0, 1, 0, 0]))
+    assert values == pytest.approx(
+        {
+            "mean_average_precision": 0.5,
+            "precision_within_radius": 1 / 3,
+            "precision_at_k": 1 / 4,
+            "recall_at_k": 1 / 6,
+        }
+    )
+
+
+def test_nothing_within_the_radius_counts_zero():
+    values = calculator().get_accuracy(torch.ones(1, 8), torch.tensor([0]), -torch.ones(3, 8), torch.tensor([0, 0, 1]))
+    assert values["precision_within_radius"] == 0
+
+
+@pytest.mark.parametrize("ties", ["expected", "stable"])
+def test_the_query_itself_is_left_out(ties):
+    codes, labels, _, _ = problem(30)
+    values = calculator(ties=ties).get_accuracy(codes, labels)
+    each = []
+    for i in range(30):
+        others = torch.arange(30) != i
+        each.append(calculator(ties=ties).get_accuracy(codes[[i]], labels[[i]], codes[others], labels[others]))
+    for name, value in values.items():
+        assert value == pytest.approx(np.mean([e[name] for e in each]), rel=1e-6)
+
+
+def test_large_labels_are_told_apart():
+    labels = torch.tensor([2**24 + 1, 2**24])
+    values = calculator(include=MAP).get_accuracy(torch.ones(1, 8), labels[:1], torch.ones(2, 8), labels)
+    assert values[MAP[0]] == pytest.approx((1 + 1 / 2) / 2)
+
+
+def test_multi_hot_relevance_is_a_shared_label():
+    query, reference = torch.ones(1, 8), torch.ones(3, 8)
+    labels = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 1], [0, 0, 0]])
+    values = calculator(include=("precision_at_k",)).get_accuracy(query, labels[:1], reference, labels[1:])
+    assert values["precision_at_k"] == pytest.approx(1 / 3)
+
+
+def test_metrics_of_pml_use_the_hamming_search():
+    query, labels, reference, reference_labels = problem()
+    names = ("precision_at_1", "r_precision")
+    values = calculator(include=names).get_accuracy(query, labels, reference, reference_labels)
+    usual = calculator(include=names, knn_func=FaissKNN()).get_accuracy(query, labels, reference, reference_labels)
+    assert set(values) == set(names)
+    # Both break ties in some order of their own.
+    assert values["r_precision"] == pytest.approx(usual["r_precision"], abs=0.05)
+
+
+def test_precision_recall_curve_and_plot(tmp_path):
+    query, labels, reference, reference_labels = problem(bits=16)
+    precision, recall = calculator().precision_recall_curve(query, labels, reference, reference_labels)
+    assert precision.shape == recall.shape == (17,)
+    assert recall[-1] == 1 and (recall.diff() >= 0).all()
+    assert precision[-1] == pytest.approx((labels[:, None] == reference_labels).float().mean().item())
+    HashAccuracyCalculator.plot_precision_recall(tmp_path / "curve.png", {"random": (precision, recall)})
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_labels": torch.zeros(3)}, r"query has shape \(2, 8\) and query_labels \(3,\)"),
+        ({"reference_labels": torch.zeros(3)}, r"reference has shape \(5, 8\) and reference_labels \(3,\)"),
+        ({"reference": torch.zeros(5, 16)}, r"\(2, 8\).*\(5, 16\).*same number of bits"),
+        ({"reference": torch.zeros(0, 8), "reference_labels": torch.zeros(0)}, r"\(0, 8\) must not be empty"),
+        ({"query_labels": torch.zeros(2, 3)}, r"\(2, 3\).*\(5,\).*multi-hot"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    arguments = {
+        "query": torch.ones(2, 8),
+        "query_labels": torch.zeros(2),
+        "reference": torch.ones(5, 8),
+        "reference_labels": torch.zeros(5),
+    }
+    with pytest.raises(ValueError, match=message):
+        calculator().get_accuracy(**(arguments | changes))
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="ties must be one of .*'random'"):
+        calculator(ties="random")
