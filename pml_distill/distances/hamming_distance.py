@@ -1,7 +1,7 @@
 import torch
 from pytorch_metric_learning.distances import BaseDistance
 
-from ..utils.hamming_knn import unpack_codes
+from .packed_codes import unpack_codes
 
 
 class HammingDistance(BaseDistance):

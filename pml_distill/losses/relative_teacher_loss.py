@@ -35,9 +35,9 @@ class RelativeTeacherLoss(BaseDistillationLoss):
 
     Example:
         >>> import torch
-        >>> student, teacher = torch.eye(4), torch.ones(4, 7)
-        >>> round(RelativeTeacherLoss()(student, ref_emb=teacher).item(), 4)
-        1.4142
+        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0], [-1.0]])
+        >>> round(RelativeTeacherLoss()(student, ref_emb=teacher).item(), 4)  # 2 - sqrt(2)
+        0.5858
     """
 
     def __init__(self, norm: str = "l1", **kwargs):

@@ -29,8 +29,8 @@ class SimilarityRegressionLoss(BaseDistillationLoss):
 
     Example:
         >>> import torch
-        >>> student, teacher = torch.eye(4), torch.ones(4, 7)
-        >>> round(SimilarityRegressionLoss()(student, ref_emb=teacher).item(), 4)
+        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0], [-1.0]])
+        >>> round(SimilarityRegressionLoss()(student, ref_emb=teacher).item(), 4)  # (2 - 4)^2
         4.0
     """
 

@@ -1,6 +1,6 @@
 """What a distilled network costs and how near it comes to its teacher."""
 
-from .hamming_knn import HammingKNN, pack_codes, unpack_codes
+from .hamming_knn import HammingKNN
 from .hash_accuracy_calculator import HashAccuracyCalculator
 from .model_cost import ModelCost, model_cost
 from .neighbor_agreement import neighbor_agreement
@@ -11,6 +11,4 @@ __all__ = [
     "ModelCost",
     "model_cost",
     "neighbor_agreement",
-    "pack_codes",
-    "unpack_codes",
 ]

@@ -1,4 +1,5 @@
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -214,29 +215,30 @@ class Ranking:
         for start in range(0, len(self.query), step):
             yield slice(start, min(start + step, len(self.query)))
 
-    def distances(self, rows: slice) -> torch.Tensor:
-        """Return (rows, N) float32 distances."""
-        half = self.query.new_full((1, 1), self.bits / 2)
-        return torch.addmm(half, self.query[rows], self.reference)
+    def distances(self, rows: slice, offset: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """Return (rows, N) float32 distances, plus an offset for each row."""
+        start = self.query.new_full((1, 1), self.bits / 2) + offset
+        return torch.addmm(start, self.query[rows], self.reference)
 
     def count(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the relevant and all items at each distance."""
-        width, counts = self.bits + 1, []
-        for rows in self.chunks():
-            distances = self.distances(rows)
-            relevant = share_a_label(self.query_labels[rows], self.reference_labels)
-            # One histogram for all queries of the chunk and both kinds of items.
-            places = torch.add(distances, relevant, alpha=width)
-            places += 2 * width * torch.arange(len(places), device=places.device)[:, None]
-            found = torch.bincount(places.int().flatten(), minlength=2 * width * len(places))
-            found = found.view(-1, 2, width)
-            if self.leave_out:
-                own = torch.arange(rows.start, rows.stop, device=places.device)
-                kind = relevant[torch.arange(len(own)), own].long()
-                found[torch.arange(len(own)), kind, 0] -= 1
-            counts.append(found)
+        # Histograms are counted on one thread each.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            counts = list(pool.map(self.count_rows, self.chunks()))
         other, relevant = torch.cat(counts).unbind(dim=1)
         return relevant, other + relevant
+
+    def count_rows(self, rows: slice) -> torch.Tensor:
+        """Return the (rows, 2, bits + 1) numbers of other and of relevant items at each distance."""
+        width, size = self.bits + 1, rows.stop - rows.start
+        own = torch.arange(size, device=self.query.device)
+        relevant = share_a_label(self.query_labels[rows], self.reference_labels)
+        # One histogram for all queries of the chunk and both kinds of items.
+        places = self.distances(rows, 2.0 * width * own[:, None]).add_(relevant, alpha=width)
+        found = torch.bincount(places.int().flatten(), minlength=2 * width * size).view(-1, 2, width)
+        if self.leave_out:
+            found[own, relevant[own, own + rows.start].long(), 0] -= 1
+        return found
 
     def stable_relevance(self, k: int) -> torch.Tensor:
         """Return the (Q, k) relevance of the first k items, ties by place in the database."""

@@ -2,8 +2,8 @@ import pytest
 import torch
 from pytorch_metric_learning.losses import ContrastiveLoss
 
-from pml_distill.distances import HammingDistance
-from pml_distill.utils import HammingKNN, pack_codes, unpack_codes
+from pml_distill.distances import HammingDistance, pack_codes, unpack_codes
+from pml_distill.utils import HammingKNN
 from pml_distill.utils.hamming_knn import search_on_gpu
 
 
