@@ -13,8 +13,8 @@ class CosineTeacherLoss(BaseDistillationLoss):
     its value is 1 and its gradient zero. The distance is not used, and ``indices_tuple`` has no meaning for single
     samples and is ignored. Student and teacher spaces end up aligned.
 
-    Source: the regression term of Budnik and Avrithis, "Asymmetric metric learning for knowledge transfer", CVPR
-    2021, on normalised embeddings.
+    Source: regression on the sphere, one of the settings compared by Budnik and Avrithis, "Asymmetric metric
+    learning for knowledge transfer", CVPR 2021: for unit vectors it is half their squared distance.
 
     Args:
         **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.

@@ -15,9 +15,9 @@ class ProbabilisticTransferLoss(BaseDistillationLoss):
     the two widths may differ; the spaces do not end up aligned. With ``indices_tuple`` the candidates of a query
     are itself and those it is paired with; queries without any are left out.
 
-    Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018,
-    Sec. 3. The authors average over all B^2 entries: divide by B for their scale (their weight 30000 at B = 64 is
-    about 470 here). Their code gives NaN gradients for a zero row; here it has cosine 0 to all, and no gradient.
+    Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018.
+    The authors average over all B^2 entries: divide by B for their scale (a weight of 30000 there is 30000 / B
+    here). Their code gives NaN gradients for a zero row; here it has cosine 0 to all, and no gradient.
 
     Args:
         **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.

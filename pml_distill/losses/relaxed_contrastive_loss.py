@@ -16,8 +16,8 @@ class RelaxedContrastiveLoss(BaseDistillationLoss):
     distance, where the zero to itself counts. The two widths may differ; the spaces do not end up aligned. With
     ``indices_tuple`` only its pairs count, while the means stay those of the whole row.
 
-    Source: Kim et al., "Embedding Transfer with Label Relaxation for Improved Metric Learning", CVPR 2021, Eqs.
-    2-4. The authors divide the sum over all pairs by B: multiply by B - 1 for their scale. Their student is not
+    Source: Kim et al., "Embedding Transfer with Label Relaxation for Improved Metric Learning", CVPR 2021.
+    The authors divide the sum over all pairs by B: multiply by B - 1 for their scale. Their student is not
     normalised: ``distance=LpDistance(normalize_embeddings=False)``. sigma = delta = 1 is theirs. Like
     theirs, distances below 1e-6 count as 1e-6.
 

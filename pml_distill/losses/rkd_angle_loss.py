@@ -22,7 +22,7 @@ class RKDAngleLoss(BaseDistillationLoss):
     direction to be known, of a duplicate in the first place (a length below 100 eps of the batch's radius, both
     squared), has cosine 0 with all and no gradient. The loss can be differentiated once.
 
-    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, Sec. 3.2.2. The authors average over all
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. The authors average over all
     B^3 triplets, those with i or k at the vertex included: multiply by ((B - 1) / B)^2 for their scale. They use
     weight 2 for metric learning (with 1 for the distances) and 50 for classification. Their gradient explodes
     where the student has duplicate rows and the teacher has not.

@@ -16,7 +16,7 @@ class RKDDistanceLoss(BaseDistillationLoss):
     The two widths and scales may differ; the spaces do not end up aligned. Gradients flow through the student's
     mean. With ``indices_tuple`` only its pairs count, while the means stay those of the whole batch.
 
-    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, Sec. 3.2.1. The authors average over all
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. The authors average over all
     B^2 entries, the zero diagonal included: multiply by (B - 1) / B for their scale. They use weight 1 for metric
     learning (with 2 for the angles) and 25 for classification, on embeddings that are not normalised:
     ``distance=LpDistance(normalize_embeddings=False)``. Like theirs, distances below 1e-6 count as 1e-6.

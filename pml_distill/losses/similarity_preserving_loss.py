@@ -11,7 +11,7 @@ class SimilarityPreservingLoss(BaseDistillationLoss):
     spaces do not end up aligned. With ``indices_tuple`` a query's row holds itself and those it is paired with;
     queries without any are left out.
 
-    Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, Eqs. 1-4. The default mean
+    Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019. The default mean
     over rows is the authors' own scale (a sum over B^2 entries, divided by B^2); they use weight 3000, for
     classification. A zero row gets no gradient here, and one multiplied by 1e12 in their code.
 
