@@ -6,7 +6,8 @@ not repeated. Usage:
 
     python benchmarks/search_weights.py --out weight_search
 
-The results of the search behind the demo's defaults are in benchmarks/results/weight_search.csv.
+benchmarks/results/weight_search.csv holds the search behind the demo's defaults, one seed per trial; its column
+``ramp`` tells trials with the demo's ramp (see DemoTrainer) from those before there was one.
 """
 
 import argparse

@@ -118,7 +118,8 @@ class Demo:
                 raise ValueError(
                     f"out folder {self.out} holds a demo with {theirs}, not {ours}; choose another folder."
                 )
-        elif any(self.out.iterdir()):
+            return
+        if any(self.out.iterdir()):
             raise ValueError(f"out folder {self.out} is not empty and holds no demo; choose another folder.")
         path.write_text(json.dumps(ours, indent=2))
 
