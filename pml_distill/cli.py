@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds; from two on, standard errors are shown")
-    demo.add_argument("--epochs", type=int, default=12, help="epochs of every network, the teacher's included")
+    demo.add_argument("--epochs", type=int, default=10, help="epochs of every network, the teacher's included")
     demo.add_argument("--device", default=None, help="where to train (default: the GPU, if there is one)")
     demo.add_argument("--out", type=Path, default=Path("pml_distill_demo"), help="folder of results, logs, pictures")
     demo.add_argument("--dataset", choices=("glyphs", "digits"), default="glyphs", help="data to train and test on")

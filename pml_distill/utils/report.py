@@ -48,7 +48,7 @@ def bar_chart(
     for (name, level), color in zip(levels.items(), ("#e45756", "#54a24b")):
         axes.axvline(level, color=color, linestyle="--", linewidth=1.5, label=f"{name} {level:.3f}")
     axes.invert_yaxis()
-    axes.set_xlim(left=max(0, min([*values, *levels.values()]) * 0.8))
+    axes.set_xlim(left=0)
     axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(levels), frameon=False)
