@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
+from ..distances.packed_codes import pack_codes
 from ..losses.base_hashing_loss import share_a_label
 from .hamming_knn import HammingKNN
 
@@ -203,22 +204,26 @@ class Ranking:
         self.size = len(reference) - ref_includes_query
         if self.size < 1:
             raise ValueError(f"reference has shape {tuple(reference.shape)}: the database is empty.")
-        self.query = torch.where(query > 0, -0.5, 0.5)
-        self.reference = torch.where(reference > 0, 1.0, -1.0).T.contiguous()
+        self.query, self.reference = prepared(query), prepared(reference)
         self.query_labels, self.reference_labels = query_labels, reference_labels
         self.counts = self.count()
 
     def chunks(self):
         """Yield slices of queries whose distances fit into the cache."""
-        # At most 4096, so that float32 still counts the places of a histogram.
-        step = min(4096, max(1, CHUNK // self.reference.shape[1]))
+        step = min(4096, max(1, CHUNK // len(self.reference)))
         for start in range(0, len(self.query), step):
             yield slice(start, min(start + step, len(self.query)))
 
-    def distances(self, rows: slice, offset: torch.Tensor | float = 0.0) -> torch.Tensor:
-        """Return (rows, N) float32 distances, plus an offset for each row."""
-        start = self.query.new_full((1, 1), self.bits / 2) + offset
-        return torch.addmm(start, self.query[rows], self.reference)
+    def distances(self, rows: slice) -> torch.Tensor:
+        """Return (rows, N) int32 distances."""
+        query, reference = self.query[rows], self.reference
+        if isinstance(query, torch.Tensor):
+            return ((self.bits - query @ reference.T) / 2).int()
+        differing = sum(
+            np.bitwise_count(query[:, None, word] ^ reference[None, :, word]).astype(np.int32)
+            for word in range(query.shape[1])
+        )
+        return torch.from_numpy(differing)
 
     def count(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the relevant and all items at each distance."""
@@ -231,11 +236,12 @@ class Ranking:
     def count_rows(self, rows: slice) -> torch.Tensor:
         """Return the (rows, 2, bits + 1) numbers of other and of relevant items at each distance."""
         width, size = self.bits + 1, rows.stop - rows.start
-        own = torch.arange(size, device=self.query.device)
+        own = torch.arange(size, device=self.query_labels.device)
         relevant = share_a_label(self.query_labels[rows], self.reference_labels)
         # One histogram for all queries of the chunk and both kinds of items.
-        places = self.distances(rows, 2.0 * width * own[:, None]).add_(relevant, alpha=width)
-        found = torch.bincount(places.int().flatten(), minlength=2 * width * size).view(-1, 2, width)
+        places = self.distances(rows).add_(relevant, alpha=width)
+        places += 2 * width * own[:, None]
+        found = torch.bincount(places.flatten(), minlength=2 * width * size).view(-1, 2, width)
         if self.leave_out:
             found[own, relevant[own, own + rows.start].long(), 0] -= 1
         return found
@@ -259,6 +265,14 @@ class Ranking:
         places = torch.arange(1, k + 1, device=relevant.device)
         hits = relevant.cumsum(dim=1)
         return (relevant * hits / places).sum(dim=1) / hits[:, -1].clamp(min=1)
+
+
+def prepared(codes: torch.Tensor) -> torch.Tensor | np.ndarray:
+    """Return codes ready to be compared: 64 bits to a word on the CPU, products of -1 and 1 elsewhere."""
+    if codes.is_cuda or not hasattr(np, "bitwise_count"):  # from NumPy 2 on
+        return torch.where(codes > 0, 1.0, -1.0)
+    packed = pack_codes(codes)
+    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 8)).numpy().view(np.uint64)
 
 
 def flat(labels: torch.Tensor) -> torch.Tensor:

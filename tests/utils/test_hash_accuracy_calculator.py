@@ -179,3 +179,13 @@ def test_what_does_not_fit_is_refused(changes, message):
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="ties must be one of .*'random'"):
         calculator(ties="random")
+
+
+def test_counts_by_product_equal_those_by_words(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query, reference = (torch.randn(n, 72, generator=generator) for n in (9, 50))
+    labels = torch.arange(9) % 3, torch.arange(50) % 3
+    arguments = query, labels[0], reference, labels[1]
+    values = HashAccuracyCalculator(device=torch.device("cpu")).get_accuracy(*arguments)
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    assert HashAccuracyCalculator(device=torch.device("cpu")).get_accuracy(*arguments) == values
