@@ -85,6 +85,16 @@ def test_centers_are_far_apart(classes, bits):
     assert torch.equal(centers, hash_centers(classes, bits))
 
 
+@pytest.mark.parametrize(("classes", "bits", "distance"), [(1000, 16, 4), (2048, 16, 4), (100, 8, 2), (128, 8, 2)])
+def test_short_codes_are_as_far_apart_as_they_can_be(classes, bits, distance):
+    centers = hash_centers(classes, bits)
+    smallest, mean = center_distances(centers)
+    assert centers.shape == (classes, bits) and smallest == distance
+    assert mean == pytest.approx(bits / 2, rel=0.02)
+    assert torch.equal(centers, hash_centers(classes, bits))
+    assert torch.equal(centers[: 2 * bits], hash_centers(2 * bits, bits))
+
+
 def test_more_classes_than_codes_share_them():
     centers = hash_centers(300, 8)
     assert centers.shape == (300, 8) and center_distances(centers)[0] == 0
