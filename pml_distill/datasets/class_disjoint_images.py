@@ -70,14 +70,14 @@ class ClassDisjointImages(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple]:
         """Return several items at once; what a ``DataLoader`` calls for a batch."""
-        indices = torch.as_tensor(indices)
-        images = self.pixels[indices]
+        places = torch.arange(len(self))[torch.as_tensor(indices)]
+        images = self.pixels[places]
         if self.augment:
             images = random_jitter(images)
         images = (2 * images - 1).expand(-1, self.channels, -1, -1)
-        labels = self.labels[indices].tolist()
+        labels = self.labels[places].tolist()
         if self.return_index:
-            return list(zip(images, labels, indices.tolist()))
+            return list(zip(images, labels, places.tolist()))
         return list(zip(images, labels))
 
 

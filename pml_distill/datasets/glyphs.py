@@ -1,6 +1,7 @@
 import os
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def cached_glyphs() -> tuple[np.ndarray, np.ndarray, str]:
         try:
             with np.load(path) as archive:
                 return archive["images"], archive["labels"], str(archive["characters"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             warnings.warn(f"The cache {path} is damaged ({error}); it is rendered anew.", stacklevel=3)
     images, labels, characters = render_glyphs()
     unfinished = folder / f"{path.name}.{os.getpid()}.tmp"

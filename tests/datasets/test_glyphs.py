@@ -9,6 +9,13 @@ from torch.utils.data import DataLoader
 from pml_distill.datasets import Digits, Glyphs
 from pml_distill.datasets.glyphs import cached_glyphs, render_glyphs
 
+
+def scrambled(data):
+    """Valid as an archive, but not in its contents."""
+    middle = len(data) // 2
+    return data[: middle - 256] + bytes(512) + data[middle + 256 :]
+
+
 both = pytest.mark.parametrize("dataset", [Glyphs, Digits])
 
 
@@ -36,6 +43,9 @@ def test_items(dataset):
     assert index == 7 and label == data.labels[7]
     assert image.amin() > -3 and image.amax() < 3
     assert len(dataset("test")[0]) == 2
+    assert data[-1][2] == len(data) - 1
+    with pytest.raises(IndexError):
+        data[len(data)]
 
 
 def test_characters_name_the_classes():
@@ -78,7 +88,9 @@ def test_with_pmls_sampler_and_workers(dataset):
     assert not torch.equal(workers[0], workers[1])
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 99])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 99, scrambled]
+)
 def test_a_damaged_cache_is_rendered_anew_with_a_warning(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     images, labels, characters = cached_glyphs()
