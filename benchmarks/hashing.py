@@ -149,7 +149,8 @@ def main() -> None:
     else:
         path.write_text(",".join(FIELDS) + "\n")
     done = {(row["seed"], row["loss"], row["bits"], row["method"]) for row in rows}
-    curves = {}
+    curves_path = options.out / "curves.pth"
+    curves = torch.load(curves_path) if curves_path.exists() else {}
     for seed in range(options.seeds):
         parts = glyph_hashing(CLASSES, SIZE, seed=0)
         trunks = backbones(seed, parts["train"], options.out, options)
@@ -166,6 +167,7 @@ def main() -> None:
                     print(f"seed {seed} {loss} {bits:>2} bits {method:<26} mAP {row['map']:.3f}", flush=True)
                     if bits == max(BITS):
                         curves[f"{loss}, {method}"] = curve
+                        torch.save(curves, curves_path)
         if curves:
             HashAccuracyCalculator.plot_precision_recall(options.out / "precision_recall.png", curves)
     print(report(rows, options.out))
