@@ -30,7 +30,9 @@ class EuclideanDistance(LpDistance):
     def compute_mat(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
         """Return the matrix of distances; PML passes the same tensor twice for a batch against itself."""
         if ref_emb is query_emb:
-            return SelfDistance.apply(query_emb)
+            # Half precision would leave nothing of the difference between nearly equal squares.
+            with torch.autocast(query_emb.device.type, enabled=False):
+                return SelfDistance.apply(query_emb)
         return super().compute_mat(query_emb, ref_emb)
 
 

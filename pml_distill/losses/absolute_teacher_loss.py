@@ -38,8 +38,8 @@ class AbsoluteTeacherLoss(BaseDistillationLoss):
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student = self.distance.maybe_normalize(self.directed(embeddings))
         teacher = self.distance.maybe_normalize(ref_emb)
-        losses = self.distance.pairwise_distance(student, teacher)
+        losses = self.distance.pairwise_distance(student, teacher) ** self.distance.power
         if self.distance.is_inverted:
-            losses = self.distance.pairwise_distance(teacher, teacher) - losses
+            losses = self.distance.pairwise_distance(teacher, teacher) ** self.distance.power - losses
         indices = torch.arange(len(embeddings), device=embeddings.device)
         return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}

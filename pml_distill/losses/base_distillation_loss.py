@@ -116,7 +116,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
             indices_tuple = (anchors, positives, anchors, negatives)
         mask = torch.zeros(size, size, dtype=torch.bool, device=device)
         for anchors, others in (indices_tuple[:2], indices_tuple[2:]):
-            mask[anchors.to(device), others.to(device)] = True
+            mask[anchors.to(device).long(), others.to(device).long()] = True
         return mask.fill_diagonal_(False)
 
     def pair_losses(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_metric_learning.losses import CrossBatchMemory, MultipleLosses
 from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
@@ -63,7 +64,7 @@ class BaseDistillationTrainer(BaseTrainer):
     ):
         # PML's constructor ends in the checks, which read these.
         self.teacher, self.amp_dtype, self.accumulation_steps = teacher, amp_dtype, accumulation_steps
-        self.epoch, self.data_position = 0, None
+        self.epoch, self.data_position, self.dataloader = 0, None, None
         super().__init__(*args, **kwargs)
         self.scaler = torch.amp.GradScaler(torch.device(self.data_device).type, enabled=amp_dtype == torch.float16)
 
@@ -178,8 +179,9 @@ class BaseDistillationTrainer(BaseTrainer):
         return kept
 
     def backward(self) -> None:
-        """Scale the loss for float16 and go back."""
-        self.scaler.scale(self.losses["total_loss"]).backward()
+        """Scale the loss for float16 and go back, unless all weights are 0 in this step."""
+        if isinstance(self.losses["total_loss"], torch.Tensor):
+            self.scaler.scale(self.losses["total_loss"]).backward()
 
     def clip_gradients(self) -> None:
         """Bring the gradients back to their scale, then clip."""
@@ -215,7 +217,9 @@ class BaseDistillationTrainer(BaseTrainer):
             epoch=self.epoch,
             scaler=self.scaler.state_dict(),
             random_state=get_random_state(),
-            data_position=self.dataloader.position(),
+            data_position=None if self.dataloader is None else self.dataloader.position(),
+            # PML's state of a cross-batch memory lacks its place in the queue.
+            queues={key: (loss.queue_idx, loss.has_been_filled) for key, loss in self.memories()},
         )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,10 +243,16 @@ class BaseDistillationTrainer(BaseTrainer):
                 raise ValueError(f"{path} holds {name} {sorted(state[name])}, but this trainer has {sorted(ours)}.")
             for key, value in ours.items():
                 unwrapped(value).load_state_dict(state[name][key])
+        for key, memory in self.memories():
+            memory.queue_idx, memory.has_been_filled = state["queues"][key]
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.data_position = state["epoch"], state["data_position"]
         set_random_state(state["random_state"])
         return self.epoch + 1
+
+    def memories(self) -> list[tuple[str, CrossBatchMemory]]:
+        """Return the losses that are cross-batch memories."""
+        return [(key, loss) for key, loss in self.loss_funcs.items() if isinstance(loss, CrossBatchMemory)]
 
     def initialize_dataloader(self) -> None:
         """Build the loader, at the place in the data where the checkpoint was written."""
@@ -253,6 +263,8 @@ class BaseDistillationTrainer(BaseTrainer):
             self.data_position,
         )
         self.data_position = None
+        if len(self.dataloader) == 0:
+            raise ValueError(f"dataset has {len(self.dataset)} samples, fewer than batch_size, {self.batch_size}.")
         if not self.iterations_per_epoch:
             self.iterations_per_epoch = max(1, len(self.dataloader) // self.accumulation_steps)
         self.dataloader_iter = iter(self.dataloader)
@@ -282,6 +294,10 @@ class BaseDistillationTrainer(BaseTrainer):
         if isinstance(self.teacher, torch.nn.Module):
             check_frozen(self.teacher, self.models)
         for key in wanting:
+            if isinstance(self.loss_funcs[key], MultipleLosses):
+                raise ValueError(
+                    f'loss_funcs["{key}"] is a MultipleLosses, which passes no ref_emb on; give a single loss.'
+                )
             if isinstance(self.loss_funcs[key], DistributedLossWrapper) and self.loss_funcs[key].efficient:
                 raise ValueError(
                     f'loss_funcs["{key}"] is a DistributedLossWrapper with efficient=True, which gathers only one '

@@ -5,7 +5,7 @@ from pytorch_metric_learning.trainers import TrainWithClassifier
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..teachers import FrozenTeacher
-from .base_distillation_trainer import BaseDistillationTrainer, in_float32
+from .base_distillation_trainer import BaseDistillationTrainer, check_frozen, in_float32
 
 
 class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
@@ -39,6 +39,8 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
                 'loss_funcs has "logit_distillation_loss", which needs teacher_classifier, a module from the '
                 "teacher's embeddings to its logits, but teacher_classifier is None."
             )
+        if self.teacher_classifier is not None:
+            check_frozen(self.teacher_classifier, self.models)
         for key in ("classifier_loss", "logit_distillation_loss"):
             if key in self.loss_funcs and "classifier" not in self.models:
                 raise ValueError(

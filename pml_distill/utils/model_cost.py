@@ -34,7 +34,7 @@ def model_cost(
         repeats: how many timed passes, after three for warm-up.
     """
     parameter = next(model.parameters())
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
@@ -44,7 +44,8 @@ def model_cost(
             images = torch.zeros(size, *image_shape, device=parameter.device, dtype=parameter.dtype)
             times = [timed(model, images) for _ in range(repeats + 3)][3:]
             latency[size] = 1000 * statistics.median(times) / size
-    model.train(training)
+    for module, mode in training:
+        module.training = mode
     return ModelCost(sum(p.numel() for p in model.parameters()), counter.get_total_flops(), latency)
 
 

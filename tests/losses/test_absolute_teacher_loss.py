@@ -1,7 +1,7 @@
 import pytest
 import torch
 from golden import cases, raw
-from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from pytorch_metric_learning.reducers import DoNothingReducer
 
 from pml_distill.losses import AbsoluteTeacherLoss
@@ -22,6 +22,17 @@ def test_default_distance_is_that_of_unit_vectors():
 def test_an_inverted_distance_counts_the_similarity_that_is_missing(distance):
     student, teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [5.0, 0.0]])
     assert AbsoluteTeacherLoss(distance=distance)(student, ref_emb=teacher).item() == pytest.approx(0.5)
+
+
+def test_the_power_of_the_distance_counts():
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    losses = [
+        AbsoluteTeacherLoss(distance=raw_distance, reducer=DoNothingReducer())(student, ref_emb=teacher)["loss"][
+            "losses"
+        ]
+        for raw_distance in (LpDistance(), LpDistance(power=2))
+    ]
+    assert torch.allclose(losses[0] ** 2, losses[1])
 
 
 def test_other_widths_are_refused_with_a_way_out():

@@ -168,6 +168,13 @@ def test_scores_down_to_minus_ten_thousand_stay_finite(transfer):
     assert torch.isfinite(value) and torch.isfinite(student.grad).all()
 
 
+@pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity(), LpDistance(p=1)])
+def test_powers_below_one_have_finite_gradients_at_zero(distance):
+    student = torch.eye(4).repeat(2, 1).requires_grad_()
+    DarkRankLoss(beta=0.5, distance=distance)(student, ref_emb=embeddings(8)).backward()
+    assert torch.isfinite(student.grad).all()
+
+
 @pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity(), LpDistance(p=1), LpDistance(power=2)])
 @pytest.mark.parametrize("transfer", ["soft", "hard"])
 def test_any_distance_prefers_the_teachers_order(distance, transfer):

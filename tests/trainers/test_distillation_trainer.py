@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Blobs, network, weights
-from pytorch_metric_learning.losses import BaseMetricLossFunction, ContrastiveLoss, TripletMarginLoss
+from pytorch_metric_learning.losses import (
+    BaseMetricLossFunction,
+    ContrastiveLoss,
+    CrossBatchMemory,
+    MultipleLosses,
+    TripletMarginLoss,
+)
 from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
@@ -257,6 +263,7 @@ def shared_teacher(make_trainer):
         ({"models": {"trunk": network(), "teacher": network()}}, r"models has the key \"teacher\""),
         ({"models": {"trunk": network(), "trunk_teacher": network()}}, "models has the unknown keys"),
         ({"amp_dtype": torch.float64}, "amp_dtype must be .* torch.float64"),
+        ({"loss_funcs": {"distillation_loss": MultipleLosses([RelativeTeacherLoss()])}}, "is a MultipleLosses"),
         ({"accumulation_steps": 0}, "accumulation_steps must be at least 1, but is 0"),
         (
             {"loss_funcs": {"distillation_loss": DistributedLossWrapper(RelativeTeacherLoss(), efficient=True)}},
@@ -353,6 +360,34 @@ def test_checkpoint_restores_every_random_state(make_trainer, tmp_path):
     drawn = random.random(), np.random.rand(), torch.rand(())
     assert make_trainer().load_checkpoint(tmp_path / "state.pth") == 2
     assert drawn == (random.random(), np.random.rand(), torch.rand(()))
+
+
+def test_checkpoint_knows_the_place_in_a_cross_batch_memory(make_trainer, tmp_path):
+    def make():
+        memory = CrossBatchMemory(ContrastiveLoss(), 5, memory_size=48)
+        return make_trainer(loss_funcs={"metric_loss": memory, "distillation_loss": RelativeTeacherLoss()})
+
+    trainer = make()
+    trainer.train(1, 1)
+    trainer.save_checkpoint(tmp_path / "state.pth")
+    other = make()
+    other.load_checkpoint(tmp_path / "state.pth")
+    ours, theirs = trainer.loss_funcs["metric_loss"], other.loss_funcs["metric_loss"]
+    assert ours.has_been_filled and (ours.queue_idx, True) == (theirs.queue_idx, theirs.has_been_filled)
+
+
+def test_plain_loop_saves_and_may_rest(make_trainer, blobs, tmp_path):
+    trainer = make_trainer(loss_weights={"metric_loss": 0, "distillation_loss": 0})
+    before = weights(trainer)
+    trainer.training_step((torch.stack([blobs[i][0] for i in range(16)]), blobs.labels[:16]))
+    trainer.save_checkpoint(tmp_path / "state.pth")
+    assert torch.equal(before["0.weight"], weights(trainer)["0.weight"])
+    assert make_trainer().load_checkpoint(tmp_path / "state.pth") == 1
+
+
+def test_a_dataset_smaller_than_a_batch_is_named(make_trainer):
+    with pytest.raises(ValueError, match="dataset has 64 samples, fewer than batch_size, 65"):
+        make_trainer(batch_size=65).train(1, 1)
 
 
 def test_checkpoint_of_another_trainer_is_refused(make_trainer, tmp_path):
