@@ -2,7 +2,9 @@
 
 from .absolute_teacher_loss import AbsoluteTeacherLoss
 from .asymmetric_regression_loss import AsymmetricRegressionLoss
+from .attention_transfer_loss import AttentionTransferLoss
 from .base_distillation_loss import BaseDistillationLoss
+from .base_feature_loss import BaseFeatureLoss
 from .base_hashing_loss import BaseHashingLoss
 from .catalogue import CatalogueEntry, catalogue
 from .central_similarity_loss import CentralSimilarityLoss
@@ -11,6 +13,7 @@ from .cosine_teacher_loss import CosineTeacherLoss
 from .dark_rank_loss import DarkRankLoss
 from .deep_cauchy_hashing_loss import DeepCauchyHashingLoss
 from .hash_centers import center_distances, hash_centers
+from .hint_loss import HintLoss
 from .logit_distillation_loss import LogitDistillationLoss
 from .probabilistic_transfer_loss import ProbabilisticTransferLoss
 from .regression_teacher_loss import RegressionTeacherLoss
@@ -22,11 +25,14 @@ from .similarity_distribution_loss import SimilarityDistributionLoss
 from .similarity_preserving_loss import SimilarityPreservingLoss
 from .similarity_regression_loss import SimilarityRegressionLoss
 from .teacher_queue import TeacherQueue
+from .variational_information_loss import VariationalInformationLoss
 
 __all__ = [
     "AbsoluteTeacherLoss",
     "AsymmetricRegressionLoss",
+    "AttentionTransferLoss",
     "BaseDistillationLoss",
+    "BaseFeatureLoss",
     "CatalogueEntry",
     "BaseHashingLoss",
     "CentralSimilarityLoss",
@@ -34,6 +40,7 @@ __all__ = [
     "CosineTeacherLoss",
     "DarkRankLoss",
     "DeepCauchyHashingLoss",
+    "HintLoss",
     "LogitDistillationLoss",
     "ProbabilisticTransferLoss",
     "RKDAngleLoss",
@@ -45,6 +52,7 @@ __all__ = [
     "SimilarityPreservingLoss",
     "SimilarityRegressionLoss",
     "TeacherQueue",
+    "VariationalInformationLoss",
     "catalogue",
     "center_distances",
     "hash_centers",

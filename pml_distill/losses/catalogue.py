@@ -9,11 +9,12 @@ class CatalogueEntry:
         name: name of the class in ``pml_distill.losses``.
         family: ``"pointwise"`` (a sample against itself), ``"pairwise"`` (distances or similarities of pairs),
             ``"relational"`` (angles, rows of similarities), ``"listwise"`` (rankings), ``"queue"`` (distributions
-            over a queue) or ``"logits"``.
-        needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``.
+            over a queue), ``"logits"`` or ``"feature maps"`` (of inner layers, lists of (B, C, H, W)).
+        needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``,
+            ``"feature maps"``.
         aligned: whether a student that reaches zero stands in the teacher's own space, as asymmetric retrieval
             asks for.
-        cost: time in the batch size B, the width D and the queue's size Q.
+        cost: time in the batch size B, the width D, the queue's size Q, and maps of C channels and H W places.
         source: where it was published.
     """
 
@@ -44,11 +45,18 @@ CATALOGUE = (
     CatalogueEntry(
         "SimilarityDistributionLoss", "queue", ("equal widths", "queue"), True, "B Q D", "Koohpayegani et al. 2020"
     ),
+    CatalogueEntry("HintLoss", "feature maps", ("feature maps",), False, "B C² H W", "Romero et al. 2015"),
+    CatalogueEntry(
+        "AttentionTransferLoss", "feature maps", ("feature maps",), False, "B C H W", "Zagoruyko & Komodakis 2017"
+    ),
+    CatalogueEntry(
+        "VariationalInformationLoss", "feature maps", ("feature maps",), False, "B C² H W", "Ahn et al. 2019"
+    ),
 )
 
 
 def catalogue() -> list[CatalogueEntry]:
-    """Return an entry for every loss of this package that compares embeddings, pointwise ones first.
+    """Return an entry for every loss of this package that compares embeddings or feature maps, pointwise ones first.
 
     Example:
         >>> [entry.name for entry in catalogue() if entry.aligned and "equal widths" not in entry.needs]

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from pytorch_metric_learning.utils.loss_tracker import LossTracker
 from tqdm import tqdm
 
+from ..teachers import FrozenTeacher
+from ..utils.feature_tap import FeatureTap
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
 
@@ -40,19 +42,24 @@ class BaseDistillationTrainer(BaseTrainer):
             under autocast; losses are computed in float32. None: no autocast.
         accumulation_steps: how many batches make one optimizer step; their gradients are summed. An epoch still
             goes through the data once.
+        student_features: names of the modules of ``models["trunk"]`` whose outputs ``feature_distillation_loss``
+            takes, see ``FeatureTap``.
+        teacher_features: names of as many modules of the trunk of ``teacher``, which must be a ``FrozenTeacher``.
         **kwargs: PML's further arguments.
 
     Keys:
         ``models["projection"]``, optional, maps the student's embeddings to the teacher's width for
         ``distillation_loss`` alone. It is trained and saved beside the student and is no part of it.
+        ``loss_funcs["feature_distillation_loss"]``, optional, is a ``HintLoss`` or another loss of two lists of
+        feature maps; ``optimizers["feature_distillation_loss_optimizer"]`` trains its parameters, if it has any.
 
     Raises:
         ValueError: the teacher is missing, unused, not frozen, among the models, or shares parameters with the
-            student; a key is unknown; ``amp_dtype`` or ``accumulation_steps`` is out of range;
+            student; a key is unknown; features are named that are not there or not used; ``amp_dtype`` or ``accumulation_steps`` is out of range;
             ``DistributedLossWrapper(efficient=True)`` around a distillation loss.
     """
 
-    loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss",)
+    loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss", "feature_distillation_loss")
 
     def __init__(
         self,
@@ -60,10 +67,13 @@ class BaseDistillationTrainer(BaseTrainer):
         teacher: Teacher | None = None,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
+        student_features: Sequence[str] = (),
+        teacher_features: Sequence[str] = (),
         **kwargs: Any,
     ):
         # PML's constructor ends in the checks, which read these.
         self.teacher, self.amp_dtype, self.accumulation_steps = teacher, amp_dtype, accumulation_steps
+        self.student_features, self.teacher_features = student_features, teacher_features
         self.epoch, self.data_position, self.dataloader = 0, None, None
         super().__init__(*args, **kwargs)
         self.scaler = torch.amp.GradScaler(torch.device(self.data_device).type, enabled=amp_dtype == torch.float16)
@@ -125,16 +135,20 @@ class BaseDistillationTrainer(BaseTrainer):
         self.training_step(*(self.get_batch() for _ in range(self.accumulation_steps)))
 
     def calculate_loss(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute ``metric_loss`` and ``distillation_loss``; return student and teacher embeddings."""
+        """Compute the losses but a classifier's; return student and teacher embeddings."""
         data, labels, index = curr_batch
         data = c_f.to_device(data, device=self.data_device)
-        with self.autocast():
+        student_names, teacher_names = (), ()
+        if self.wants("feature_distillation_loss"):
+            student_names, teacher_names = self.student_features, self.teacher_features
+        with self.autocast(), FeatureTap(self.models["trunk"], student_names) as student_tap:
             output = self.compute_embeddings(data)
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
         teacher_embeddings = None
         if any(self.wants(key) for key in self.loss_keys_with_teacher):
-            teacher_embeddings = self.teacher(data, index)
+            with FeatureTap(self.teacher.trunk, teacher_names) if teacher_names else nullcontext() as teacher_tap:
+                teacher_embeddings = self.teacher(data, index)
         indices_tuple = self.maybe_mine_embeddings(embeddings, labels)
         if self.wants("metric_loss"):
             self.losses["metric_loss"] = self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple)
