@@ -55,8 +55,9 @@ class BaseDistillationTrainer(BaseTrainer):
 
     Raises:
         ValueError: the teacher is missing, unused, not frozen, among the models, or shares parameters with the
-            student; a key is unknown; features are named that are not there or not used; ``amp_dtype`` or ``accumulation_steps`` is out of range;
-            ``DistributedLossWrapper(efficient=True)`` around a distillation loss.
+            student; a key is unknown; features are named that are not there or not used; ``amp_dtype`` or
+            ``accumulation_steps`` is out of range; ``DistributedLossWrapper(efficient=True)`` around a
+            distillation loss.
     """
 
     loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss", "feature_distillation_loss")
@@ -136,19 +137,29 @@ class BaseDistillationTrainer(BaseTrainer):
 
     def calculate_loss(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the losses but a classifier's; return student and teacher embeddings."""
+        if not self.wants("feature_distillation_loss"):
+            return self.calculate_embedding_losses(curr_batch)
+        with (
+            FeatureTap(self.models["trunk"], self.student_features) as student_tap,
+            FeatureTap(self.teacher.trunk, self.teacher_features) as teacher_tap,
+        ):
+            embeddings = self.calculate_embedding_losses(curr_batch)
+        self.losses["feature_distillation_loss"] = self.loss_funcs["feature_distillation_loss"](
+            student_tap.features, teacher_tap.features, curr_batch[1]
+        )
+        return embeddings
+
+    def calculate_embedding_losses(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute ``metric_loss`` and ``distillation_loss``; return student and teacher embeddings."""
         data, labels, index = curr_batch
         data = c_f.to_device(data, device=self.data_device)
-        student_names, teacher_names = (), ()
-        if self.wants("feature_distillation_loss"):
-            student_names, teacher_names = self.student_features, self.teacher_features
-        with self.autocast(), FeatureTap(self.models["trunk"], student_names) as student_tap:
+        with self.autocast():
             output = self.compute_embeddings(data)
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
         teacher_embeddings = None
         if any(self.wants(key) for key in self.loss_keys_with_teacher):
-            with FeatureTap(self.teacher.trunk, teacher_names) if teacher_names else nullcontext() as teacher_tap:
-                teacher_embeddings = self.teacher(data, index)
+            teacher_embeddings = self.teacher(data, index)
         indices_tuple = self.maybe_mine_embeddings(embeddings, labels)
         if self.wants("metric_loss"):
             self.losses["metric_loss"] = self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple)
@@ -317,10 +328,40 @@ class BaseDistillationTrainer(BaseTrainer):
                     f'loss_funcs["{key}"] is a DistributedLossWrapper with efficient=True, which gathers only one '
                     "side of each row; use efficient=False."
                 )
+        self.check_features()
         if self.amp_dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"amp_dtype must be None, torch.float16 or torch.bfloat16, but is {self.amp_dtype}.")
         if self.accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, but is {self.accumulation_steps}.")
+
+    def check_features(self) -> None:
+        """Check what the feature distillation needs."""
+        key, names = "feature_distillation_loss", (self.student_features, self.teacher_features)
+        if key not in self.loss_funcs:
+            if any(names):
+                raise ValueError(
+                    f'student_features and teacher_features serve loss_funcs["{key}"], which is not there.'
+                )
+            return
+        if len(names[0]) != len(names[1]) or not all(names) or any(isinstance(n, str) for n in names):
+            raise ValueError(
+                f'loss_funcs["{key}"] needs student_features and teacher_features, two lists of names of modules that '
+                f"go pair by pair, but they are {names[0]!r} and {names[1]!r}."
+            )
+        if not isinstance(self.teacher, FrozenTeacher):
+            raise ValueError(
+                f'loss_funcs["{key}"] taps the layers of the teacher, which must be a FrozenTeacher, but is a '
+                f"{type(self.teacher).__name__}."
+            )
+        FeatureTap(self.models["trunk"], names[0])
+        FeatureTap(self.teacher.trunk, names[1])
+        trained = {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
+        untrained = [name for name, p in self.loss_funcs[key].named_parameters() if id(p) not in trained]
+        if untrained and key not in self.freeze_these:
+            raise ValueError(
+                f'loss_funcs["{key}"] has parameters that no optimizer trains, {untrained}; give '
+                f'optimizers["{key}_optimizer"].'
+            )
 
     def verify_dict_keys(self) -> None:
         """Hold every key to the exact name; PML accepts what merely begins like one."""
@@ -336,7 +377,7 @@ class BaseDistillationTrainer(BaseTrainer):
         super().modify_schema()
         self.schema["models"].keys += ["projection"]
         self.schema["models"].important = ["embedder"]
-        self.schema["loss_funcs"].keys += ["distillation_loss"]
+        self.schema["loss_funcs"].keys += ["distillation_loss", "feature_distillation_loss"]
         self.schema["loss_funcs"].important = []
 
 
