@@ -18,7 +18,7 @@ def test_every_distillation_loss_has_one_entry():
     built = {
         c.__name__
         for c in public
-        if inspect.isclass(c) and issubclass(c, losses.BaseDistillationLoss) and c is not losses.BaseDistillationLoss
+        if inspect.isclass(c) and issubclass(c, losses.BaseDistillationLoss) and not c.__name__.startswith("Base")
     }
     assert sorted(entry.name for entry in ENTRIES) == sorted(built)
 
