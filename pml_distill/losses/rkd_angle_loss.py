@@ -6,8 +6,8 @@ from .base_distillation_loss import BaseDistillationLoss
 
 # Entries of the (vertices, B, B) cosines held at a time, a few times over: 2 MiB each in float32.
 CHUNK = 2**19
-# Into how many runs the arms are cut; only the pairs of runs on and above the diagonal are computed.
-PARTS = 4
+# Into how many runs the arms are cut, unless they are short; only pairs of runs on and above the diagonal count.
+PARTS, SHORTEST = 4, 64
 
 
 class RKDAngleLoss(BaseDistillationLoss):
@@ -134,7 +134,7 @@ class VertexLosses(torch.autograd.Function):
 
 def blocks(size: int) -> Iterator[tuple[slice, slice, slice]]:
     """Yield (vertices, arms, arms) whose cosines are held at a time; arms i and k are seen once, not as k and i."""
-    length = -(-size // PARTS)
+    length = max(SHORTEST, -(-size // PARTS))
     runs = [slice(start, min(start + length, size)) for start in range(0, size, length)]
     step = max(1, CHUNK // length**2)
     for start in range(0, size, step):
