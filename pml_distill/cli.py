@@ -54,7 +54,11 @@ def run_demo(options: argparse.Namespace) -> None:
     for argument in ("seeds", "epochs"):
         if getattr(options, argument) < 1:
             raise ValueError(f"--{argument} must be at least 1, but is {getattr(options, argument)}.")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.zeros(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     demo = Demo(DemoConfig(options.dataset, options.epochs), options.out, device)
     runs = [(seed, name) for seed in range(options.seeds) for name in ("teacher", "student", *names)]
     for number, (seed, name) in enumerate(runs, 1):

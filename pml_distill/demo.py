@@ -87,7 +87,7 @@ class DemoConfig:
 class Demo:
     """All runs of one configuration in one folder.
 
-    A finished run is a row of ``results.jsonl`` and is never computed again; an interrupted one goes on from its
+    A finished run has a ``result.json`` in its folder and is never computed again; an interrupted one goes on from its
     last epoch.
 
     Args:
@@ -125,8 +125,7 @@ class Demo:
 
     def results(self) -> list[dict]:
         """Return the finished runs."""
-        path = self.out / "results.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(path.read_text()) for path in sorted(self.out.glob("seed*/*/result.json"))]
 
     def run(
         self, name: str, seed: int, distillation: Distillation | None = None, learning_rate: float = STUDENT_RATE
@@ -139,10 +138,9 @@ class Demo:
             distillation: what the student learns beside the metric loss; None for the student alone.
             learning_rate: the student's.
         """
-        for row in self.results():
-            if (row["name"], row["seed"]) == (name, seed):
-                return row
         folder = self.out / f"seed{seed}" / name
+        if (folder / "result.json").exists():
+            return json.loads((folder / "result.json").read_text())
         models = self.networks(TEACHER_WIDTH if name == "teacher" else STUDENT_WIDTH, seed)
         trainer, tester = self.trainer_and_tester(
             folder, models, seed, TEACHER_RATE if name == "teacher" else learning_rate, distillation
@@ -162,8 +160,9 @@ class Demo:
             "neighbor_agreement": neighbor_agreement(embeddings, self.embeddings("teacher", seed)),
         }
         torch.save({key: model.state_dict() for key, model in models.items()}, folder / "models.pth")
-        with open(self.out / "results.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        unfinished = folder / "result.json.tmp"
+        unfinished.write_text(json.dumps(row))
+        os.replace(unfinished, folder / "result.json")
         return row
 
     def embeddings(self, name: str, seed: int) -> torch.Tensor:

@@ -5,17 +5,22 @@ from .asymmetric_regression_loss import AsymmetricRegressionLoss
 from .attention_transfer_loss import AttentionTransferLoss
 from .base_distillation_loss import BaseDistillationLoss
 from .base_feature_loss import BaseFeatureLoss
+from .base_gallery_loss import BaseGalleryLoss
 from .base_hashing_loss import BaseHashingLoss
 from .catalogue import CatalogueEntry, catalogue
 from .central_similarity_loss import CentralSimilarityLoss
+from .collaborative_rank_loss import CollaborativeRankLoss
 from .correlation_congruence_loss import CorrelationCongruenceLoss
 from .cosine_teacher_loss import CosineTeacherLoss
 from .dark_rank_loss import DarkRankLoss
+from .decoupled_differential_loss import DecoupledDifferentialLoss
 from .deep_cauchy_hashing_loss import DeepCauchyHashingLoss
 from .hash_centers import center_distances, hash_centers
 from .hint_loss import HintLoss
 from .logit_distillation_loss import LogitDistillationLoss
+from .mutual_distance_loss import MutualDistanceLoss
 from .probabilistic_transfer_loss import ProbabilisticTransferLoss
+from .rank_preservation_loss import RankPreservationLoss
 from .regression_teacher_loss import RegressionTeacherLoss
 from .relative_teacher_loss import RelativeTeacherLoss
 from .relaxed_contrastive_loss import RelaxedContrastiveLoss
@@ -33,18 +38,23 @@ __all__ = [
     "AttentionTransferLoss",
     "BaseDistillationLoss",
     "BaseFeatureLoss",
-    "CatalogueEntry",
+    "BaseGalleryLoss",
     "BaseHashingLoss",
+    "CatalogueEntry",
     "CentralSimilarityLoss",
+    "CollaborativeRankLoss",
     "CorrelationCongruenceLoss",
     "CosineTeacherLoss",
     "DarkRankLoss",
+    "DecoupledDifferentialLoss",
     "DeepCauchyHashingLoss",
     "HintLoss",
     "LogitDistillationLoss",
+    "MutualDistanceLoss",
     "ProbabilisticTransferLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
+    "RankPreservationLoss",
     "RegressionTeacherLoss",
     "RelativeTeacherLoss",
     "RelaxedContrastiveLoss",
