@@ -30,6 +30,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--teacher", help="state dict of a SmallResNet(32); without, the teacher is untrained")
     parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
+    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100, help="per epoch")
     parser.add_argument("--batch-norm", choices=("own", "sync", "frozen"), default="own")
@@ -60,7 +61,7 @@ def main() -> None:
     batch_size = options.batch_size // num_processes
     trainer = DistillationTrainer(
         models={"trunk": trunk},
-        optimizers={"trunk_optimizer": torch.optim.SGD(trunk.parameters(), lr=0.05, momentum=0.9)},
+        optimizers={"trunk_optimizer": torch.optim.SGD(trunk.parameters(), lr=options.lr, momentum=0.9)},
         batch_size=batch_size,
         loss_funcs={
             "metric_loss": DistributedLossWrapper(MultiSimilarityLoss()),
