@@ -9,12 +9,13 @@ class CatalogueEntry:
         name: name of the class in ``pml_distill.losses``.
         family: ``"pointwise"`` (a sample against itself), ``"pairwise"`` (distances or similarities of pairs),
             ``"relational"`` (angles, rows of similarities), ``"listwise"`` (rankings), ``"gallery"`` (a query of
-            the student against the teacher's batch or queue) or ``"logits"``.
-        needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``. No
-            loss needs labels.
+            the student against the teacher's batch or queue), ``"logits"`` or ``"feature maps"`` (outputs of inner
+            layers, lists of (B, C, H, W), in place of embeddings).
+        needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``,
+            ``"feature maps"``. No loss needs labels.
         aligned: whether a student that reaches zero stands in the teacher's own space, as asymmetric retrieval
             asks for.
-        cost: time in the batch size B, the width D and the gallery's size G.
+        cost: time in the batch size B, the width D, the gallery's size G, and maps of C channels and H W places.
         source: where it was published.
     """
 
@@ -51,11 +52,18 @@ CATALOGUE = (
     CatalogueEntry(
         "SimilarityDistributionLoss", "gallery", ("equal widths", "queue"), True, "B G D", "Koohpayegani et al. 2020"
     ),
+    CatalogueEntry("HintLoss", "feature maps", ("feature maps",), False, "B C² H W", "Romero et al. 2015"),
+    CatalogueEntry(
+        "AttentionTransferLoss", "feature maps", ("feature maps",), False, "B C H W", "Zagoruyko & Komodakis 2017"
+    ),
+    CatalogueEntry(
+        "VariationalInformationLoss", "feature maps", ("feature maps",), False, "B C² H W", "Ahn et al. 2019"
+    ),
 )
 
 
 def catalogue() -> list[CatalogueEntry]:
-    """Return an entry for every loss of this package that compares embeddings, pointwise ones first.
+    """Return an entry for every loss of this package that compares embeddings or feature maps, pointwise ones first.
 
     Example:
         >>> [entry.name for entry in catalogue() if entry.aligned and "equal widths" not in entry.needs]
