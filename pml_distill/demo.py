@@ -77,16 +77,16 @@ LOSSES = {
     "rkd_angle": Distillation(RKDAngleLoss, 10.0),
     "similarity_preserving": Distillation(SimilarityPreservingLoss, 20.0),
     "probabilistic_transfer": Distillation(ProbabilisticTransferLoss, 15.0),
-    "correlation_congruence": Distillation(CorrelationCongruenceLoss, 40.0),
-    "relaxed_contrastive": Distillation(RelaxedContrastiveLoss, 30.0),
+    "correlation_congruence": Distillation(CorrelationCongruenceLoss, 2.0),
+    "relaxed_contrastive": Distillation(RelaxedContrastiveLoss, 8.0),
     "mutual_distance": Distillation(MutualDistanceLoss, 1.5),
-    "rank_preservation": Distillation(RankPreservationLoss, 0.15),
+    "rank_preservation": Distillation(RankPreservationLoss, 0.05),
     "decoupled_differential": Distillation(DecoupledDifferentialLoss, 0.05),
-    "collaborative_rank": Distillation(lambda: CollaborativeRankLoss(queue_size=QUEUE[0], width=QUEUE[1]), 1.0),
-    "compress": Distillation(lambda: SimilarityDistributionLoss(*QUEUE), 0.06),
-    "compress_two_queues": Distillation(lambda: SimilarityDistributionLoss(*QUEUE, student_width=EMBEDDING_SIZE), 10.0),
+    "collaborative_rank": Distillation(lambda: CollaborativeRankLoss(queue_size=QUEUE[0], width=QUEUE[1]), 0.3),
+    "compress": Distillation(lambda: SimilarityDistributionLoss(*QUEUE), 0.2),
+    "compress_two_queues": Distillation(lambda: SimilarityDistributionLoss(*QUEUE, student_width=EMBEDDING_SIZE), 0.1),
     "contextual_similarity": Distillation(
-        lambda: SimilarityDistributionLoss(*QUEUE, 1.0, 0.01, include_batch=True, topk=128), 1.0
+        lambda: SimilarityDistributionLoss(*QUEUE, 1.0, 0.01, include_batch=True, topk=128), 0.3
     ),
 }
 #: What the demo compares unless asked for others.
