@@ -19,10 +19,24 @@ from torch import nn
 from .datasets import Digits, Glyphs
 from .losses import (
     AbsoluteTeacherLoss,
+    AsymmetricRegressionLoss,
     BaseDistillationLoss,
+    CollaborativeRankLoss,
+    CorrelationCongruenceLoss,
+    CosineTeacherLoss,
     DarkRankLoss,
+    DecoupledDifferentialLoss,
     LogitDistillationLoss,
+    MutualDistanceLoss,
+    ProbabilisticTransferLoss,
+    RankPreservationLoss,
+    RegressionTeacherLoss,
     RelativeTeacherLoss,
+    RelaxedContrastiveLoss,
+    RKDAngleLoss,
+    RKDDistanceLoss,
+    SimilarityDistributionLoss,
+    SimilarityPreservingLoss,
     SimilarityRegressionLoss,
 )
 from .models import SmallResNet
@@ -47,6 +61,7 @@ class Distillation:
     weight: float
 
 
+QUEUE = (1024, EMBEDDING_SIZE)
 #: Weights found by benchmarks/search_weights.py on the validation classes of Glyphs.
 LOSSES = {
     "soft_dark_rank": Distillation(lambda: DarkRankLoss("soft"), 0.01),
@@ -55,7 +70,27 @@ LOSSES = {
     "absolute_teacher": Distillation(AbsoluteTeacherLoss, 3.0),
     "relative_teacher": Distillation(RelativeTeacherLoss, 1.0),
     "logit_distillation": Distillation(lambda: LogitDistillationLoss(temperature=4), 0.03),
+    "cosine_teacher": Distillation(CosineTeacherLoss, 3.0),
+    "regression_teacher": Distillation(RegressionTeacherLoss, 2.0),
+    "asymmetric_regression": Distillation(AsymmetricRegressionLoss, 10.0),
+    "rkd_distance": Distillation(RKDDistanceLoss, 10.0),
+    "rkd_angle": Distillation(RKDAngleLoss, 10.0),
+    "similarity_preserving": Distillation(SimilarityPreservingLoss, 20.0),
+    "probabilistic_transfer": Distillation(ProbabilisticTransferLoss, 15.0),
+    "correlation_congruence": Distillation(CorrelationCongruenceLoss, 2.0),
+    "relaxed_contrastive": Distillation(RelaxedContrastiveLoss, 8.0),
+    "mutual_distance": Distillation(MutualDistanceLoss, 1.5),
+    "rank_preservation": Distillation(RankPreservationLoss, 0.05),
+    "decoupled_differential": Distillation(DecoupledDifferentialLoss, 0.05),
+    "collaborative_rank": Distillation(lambda: CollaborativeRankLoss(queue_size=QUEUE[0], width=QUEUE[1]), 0.3),
+    "compress": Distillation(lambda: SimilarityDistributionLoss(*QUEUE), 0.2),
+    "compress_two_queues": Distillation(lambda: SimilarityDistributionLoss(*QUEUE, student_width=EMBEDDING_SIZE), 0.1),
+    "contextual_similarity": Distillation(
+        lambda: SimilarityDistributionLoss(*QUEUE, 1.0, 0.01, include_batch=True, topk=128), 0.3
+    ),
 }
+#: What the demo compares unless asked for others.
+CORE = tuple(LOSSES)[:6]
 
 
 class DemoTrainer(DistillationWithClassifier):
@@ -207,7 +242,7 @@ class Demo:
         if folder.name == "teacher":
             loss_funcs["classifier_loss"], loss_weights["classifier_loss"] = nn.CrossEntropyLoss(), 0.1
         if distillation is not None:
-            loss = distillation.make()
+            loss = distillation.make().to(self.device)
             teacher, classifier = self.teacher(seed)
             if isinstance(loss, LogitDistillationLoss):
                 key, teacher_classifier = "logit_distillation_loss", classifier
