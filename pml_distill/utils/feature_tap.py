@@ -13,7 +13,8 @@ class FeatureTap:
     module changes in place, such as a normalisation before ``ReLU(inplace=True)``, yields what it becomes.
 
     Args:
-        network: the network; inside of ``DistributedDataParallel`` name the modules as without.
+        network: the network; inside of ``DistributedDataParallel`` or ``torch.compile`` the modules are named as
+            without. A compiled network must be tapped from its first pass on: what was compiled knows no hooks.
         names: names as in ``network.named_modules()``, for example ``["layer1", "layer3.0.conv2"]``.
 
     Raises:
@@ -36,6 +37,7 @@ class FeatureTap:
             )
         if isinstance(network, torch.nn.parallel.DistributedDataParallel):
             network = network.module
+        network = getattr(network, "_orig_mod", network)
         modules = dict(network.named_modules())
         unknown = [name for name in names if name not in modules]
         if unknown:
@@ -51,7 +53,10 @@ class FeatureTap:
         """The outputs of the latest pass, in the order of ``names``."""
         missing = [name for name in self.modules if name not in self.outputs]
         if missing:
-            raise ValueError(f"The modules {missing} have not run; run the network inside of `with FeatureTap(...)`.")
+            raise ValueError(
+                f"The modules {missing} have not run; run the network inside of `with FeatureTap(...)`, and one under "
+                "torch.compile from its first pass on."
+            )
         for name, output in self.outputs.items():
             if not isinstance(output, torch.Tensor):
                 raise ValueError(f"The output of {name!r} is a {type(output).__name__}, not a tensor.")

@@ -211,6 +211,15 @@ def test_beside_a_classifier(make):
     assert trainer.teacher.calls == 1
 
 
+def test_a_compiled_student(make, glyphs):
+    trainers = [make(), make()]
+    trunk = trainers[1].models["trunk"]
+    trainers[1].models["trunk"] = torch.compile(trunk, backend="aot_eager")
+    for _ in range(3):
+        values = [trainer.training_step(batch(glyphs))[KEY].item() for trainer in trainers]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
 class Cached(torch.nn.Module):
     def forward(self, data, index=None):
         return data.flatten(1)

@@ -62,6 +62,24 @@ def test_reading_too_early_or_what_is_no_tensor_is_an_error():
         tap.features  # noqa: B018
 
 
+def test_a_compiled_network_is_tapped_from_its_first_pass_on():
+    torch._dynamo.reset()
+    network = SmallResNet(4).eval()
+    compiled = torch.compile(network, backend="eager")
+    for factor in (1, 2):
+        with FeatureTap(compiled, ["layer1"]) as tap:
+            compiled(factor * IMAGES)
+        stem = network.bn1(network.conv1(factor * IMAGES)).relu()
+        assert torch.allclose(tap.features[0], network.layer1(stem), atol=1e-6)
+    torch._dynamo.reset()
+    compiled = torch.compile(SmallResNet(4), backend="eager")
+    compiled(IMAGES)
+    with FeatureTap(compiled, ["layer1"]) as tap:
+        compiled(IMAGES)
+    with pytest.raises(ValueError, match="under torch.compile from its first pass on"):
+        tap.features  # noqa: B018
+
+
 def test_data_parallel_is_refused():
     with pytest.raises(ValueError, match="network is a DataParallel"):
         FeatureTap(nn.DataParallel(SmallResNet(4)), ["layer1"])
