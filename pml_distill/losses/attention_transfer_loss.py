@@ -35,7 +35,8 @@ class AttentionTransferLoss(BaseFeatureLoss):
     """
 
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
-        return sum((attention(s) - attention(t)).square().mean(dim=1) for s, t in zip(student_maps, teacher_maps))
+        pairs = zip(student_maps, teacher_maps)
+        return torch.stack([(attention(s) - attention(t)).square().mean(dim=1) for s, t in pairs]).sum(dim=0)
 
 
 def attention(feature_map: torch.Tensor) -> torch.Tensor:

@@ -44,5 +44,5 @@ class HintLoss(BaseFeatureLoss):
         self.regressors = ChannelRegressors(student_channels, teacher_channels)
 
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
-        predictions = self.regressors(student_maps, teacher_maps)
-        return sum((p - t).square().mean(dim=(1, 2, 3)) for p, t in zip(predictions, teacher_maps))
+        pairs = zip(self.regressors(student_maps, teacher_maps), teacher_maps)
+        return torch.stack([(prediction - t).square().mean(dim=(1, 2, 3)) for prediction, t in pairs]).sum(dim=0)

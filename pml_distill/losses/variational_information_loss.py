@@ -61,7 +61,8 @@ class VariationalInformationLoss(BaseFeatureLoss):
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
         means = self.regressors(student_maps, teacher_maps)
         variances = [F.softplus(raw)[:, None, None] + MIN_VARIANCE for raw in self.raw_variances.values()]
-        return sum(
+        losses = [
             (variance.log() + (target - mean).square() / variance).mean(dim=(1, 2, 3)) / 2
             for target, mean, variance in zip(teacher_maps, means, variances)
-        )
+        ]
+        return torch.stack(losses).sum(dim=0)

@@ -46,7 +46,8 @@ class FeatureTap:
             hints = "; ".join(f"{name!r} (near: {', '.join(found or top)})" for name, found in near.items())
             raise ValueError(f"{type(network).__name__} has no modules of these names: {hints}.")
         self.modules = {name: modules[name] for name in names}
-        self.outputs, self.hooks = {}, []
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def features(self) -> list[torch.Tensor]:
