@@ -1,0 +1,7 @@
+"""A student that shrinks while it learns: compactors, and the small network that they leave."""
+
+from .compactor import Compactor, find_compactors, insert_compactors, register_block
+from .export import export
+from .export_meter import ExportMeter
+
+__all__ = ["Compactor", "ExportMeter", "export", "find_compactors", "insert_compactors", "register_block"]

@@ -1,0 +1,103 @@
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .compactor import find_chains
+from .export import kept_rows
+
+
+@dataclass
+class BlockCost:
+    """What one block costs: ``parameters``, ``flops`` per image, and the ``widths`` behind each normalisation."""
+
+    parameters: int
+    flops: int
+    widths: dict[str, int]
+
+
+@dataclass
+class ExportedCost:
+    """What the exported network would cost: ``parameters``, ``flops`` per image, and each of its ``blocks`` by name."""
+
+    parameters: int
+    flops: int
+    blocks: dict[str, BlockCost]
+
+
+class ExportMeter:
+    """Says what a network with compactors would cost if it were exported now, without exporting it.
+
+    The network runs once, when the meter is made, on one black image in eval mode; measuring then takes the row
+    norms and arithmetic alone. Parameters and FLOPs (two per multiply-add) are those that
+    :func:`pml_distill.utils.model_cost` finds for ``export(model, threshold)``.
+
+    Args:
+        model: a network from :func:`insert_compactors`; its mode is restored.
+        image_shape: (C, H, W).
+
+    Raises:
+        ValueError: for a network without compactors.
+
+    Example:
+        >>> from pml_distill.capacity import insert_compactors
+        >>> from pml_distill.models import SmallResNet
+        >>> model = SmallResNet(width=8)
+        >>> compactors = insert_compactors(model)
+        >>> meter = ExportMeter(model, (1, 32, 32))
+        >>> _ = compactors["layer1.0.bn1"].weight.data[3:].zero_()
+        >>> meter.measure().blocks["layer1.0"]
+        BlockCost(parameters=451, flops=221184, widths={'layer1.0.bn1': 3})
+    """
+
+    def __init__(self, model: nn.Module, image_shape: tuple[int, ...]):
+        self.chains = [chain for chain in find_chains(model, "all") if chain.compactor is not None]
+        if not self.chains:
+            raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it first")
+        self.model = model
+        parameter = next(model.parameters())
+        training = [(module, module.training) for module in model.modules()]
+        model.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
+        for module, mode in training:
+            module.training = mode
+        counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+        self.total_flops = counter.get_total_flops()
+        root = type(model).__name__
+        self.flops = {module: counted.get(f"{root}.{name}", 0) for name, module in model.named_modules()}
+        self.flops[model] = self.total_flops
+
+    def measure(self, threshold: float = 1e-5) -> ExportedCost:
+        """Return the cost of ``export(model, threshold)``; where no row reaches the threshold, the longest stays."""
+        blocks: dict[str, BlockCost] = {}
+        inputs, outputs, owners = {}, {}, {}
+        parameters, flops = parameter_count(self.model), self.total_flops
+        for chain in self.chains:
+            rows = len(kept_rows(chain.compactor, threshold))
+            outputs[chain.conv] = inputs[chain.following] = rows
+            cost = BlockCost(parameter_count(chain.block), self.flops[chain.block], {})
+            block = owners[chain.conv] = owners[chain.following] = blocks.setdefault(chain.block_name, cost)
+            block.widths[chain.name] = rows
+            # Normalisation and compactor go altogether.
+            block.parameters -= parameter_count(chain.norm)
+            parameters -= parameter_count(chain.norm)
+            block.flops -= self.flops[chain.compactor]
+            flops -= self.flops[chain.compactor]
+        for conv, block in owners.items():
+            narrow_in, narrow_out = inputs.get(conv, conv.in_channels), outputs.get(conv, conv.out_channels)
+            kernels, kept = conv.in_channels * conv.out_channels, narrow_in * narrow_out
+            biases = narrow_out if conv in outputs or conv.bias is not None else 0
+            saved = parameter_count(conv) - conv.weight.numel() // kernels * kept - biases
+            block.parameters -= saved
+            parameters -= saved
+            saved = self.flops[conv] // kernels * (kernels - kept)
+            block.flops -= saved
+            flops -= saved
+        return ExportedCost(parameters, flops, blocks)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return how many numbers a module learns."""
+    return sum(parameter.numel() for parameter in module.parameters())
