@@ -1,7 +1,22 @@
-"""A student that shrinks while it learns: compactors, and the small network that they leave."""
+"""A student that shrinks while it learns: compactors, what drives their rows to zero, and the network that is left."""
 
+from .capacity_dynamics import CapacityDynamics
 from .compactor import Compactor, find_compactors, insert_compactors, register_block
 from .export import export
 from .export_meter import ExportMeter
+from .gradient_reset import GradientReset
+from .group_lasso import add_lasso_gradient, group_lasso, shrink_rows
 
-__all__ = ["Compactor", "ExportMeter", "export", "find_compactors", "insert_compactors", "register_block"]
+__all__ = [
+    "CapacityDynamics",
+    "Compactor",
+    "ExportMeter",
+    "GradientReset",
+    "add_lasso_gradient",
+    "export",
+    "find_compactors",
+    "group_lasso",
+    "insert_compactors",
+    "register_block",
+    "shrink_rows",
+]

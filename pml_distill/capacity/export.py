@@ -81,7 +81,9 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
 def kept_rows(compactor: Compactor, threshold: float) -> torch.Tensor:
     """Return the indices of the rows from the threshold on, or of the longest one."""
     norms = compactor.row_norms().detach()
-    return (norms >= norms.max().clamp(max=threshold)).nonzero().flatten()
+    kept = norms >= threshold
+    kept[norms.argmax()] = True
+    return kept.nonzero().flatten()
 
 
 @torch.no_grad()

@@ -1,0 +1,387 @@
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..teachers import FrozenTeacher
+from ..utils.report import format_table
+from .compactor import find_compactors
+from .export import export, kept_rows
+from .export_meter import ExportedCost, ExportMeter
+from .gradient_reset import GradientReset
+from .group_lasso import add_lasso_gradient, shrink_rows
+
+
+class Pass(NamedTuple):
+    """One forward pass: what went in, and the pooled features behind each compactor."""
+
+    images: torch.Tensor
+    features: list[torch.Tensor]
+
+
+class CapacityDynamics:
+    r"""Shrinks a student while it learns: group lasso on its compactors, and gradient resetting led by retrieval.
+
+    Between backward and step, from the epoch after ``reset_epoch`` on, the rows of each compactor that
+    ``GradientReset`` marks lose the gradient of all other losses; what is left to them is the lasso, which shortens
+    every row by learning rate times ``lasso_weight`` per step. A row that reaches zero is a channel that ``export``
+    drops. Without a teacher it is plain group lasso.
+
+    The lasso comes in two forms. ``proximal=True``, the default: after the step of the optimizer each row is shortened
+    by lr * lasso_weight, and one not longer than that becomes exactly zero. ``proximal=False``, the authors' form:
+    lasso_weight * w / ||w|| is added to the gradient. Such rows never reach zero: they swing around it by about
+    lr * lasso_weight / (1 - momentum), so that ``threshold`` finds them only once the learning rate has come down,
+    and Adam divides the pull away.
+
+    How far a row can shrink is the sum of lr * lasso_weight over all steps; rows begin at length 1. The paper's
+    0.004 sums to 1.6 over its 40,000 steps at lr 0.01; a shorter training wants a larger weight, or a budget.
+
+    With a budget (``target_params`` or ``target_flops``) the lasso weight adapts: the size is led along a straight
+    line from the whole network at the first step to the target after ``budget_steps``. There the shortest rows that
+    are still too many go, and those that are zero stay zero while the others learn on.
+
+    In a PML trainer it is a gradient clipper, and counts the epochs in the end-of-epoch hook::
+
+        insert_compactors(trunk)
+        optimizer = torch.optim.SGD(trunk.parameters(), lr=0.01, momentum=0.9)
+        dynamics = CapacityDynamics(trunk, teacher, optimizer, image_shape=(3, 224, 224))
+        DistillationTrainer(..., gradient_clippers={"capacity": dynamics},
+                            end_of_epoch_hook=dynamics.end_of_epoch_hook(hooks.end_of_epoch_hook(...)))
+
+    In a loop of your own: ``loss.backward(); dynamics(); optimizer.step()``, and ``dynamics.end_epoch()``.
+
+    Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows.
+
+    Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
+    CVPR 2023; the defaults are its settings. In the authors' code the teacher's batch-norm statistics drift, and a
+    zero row has gradient NaN.
+
+    Args:
+        student: a network with compactors, see ``insert_compactors``; may be inside of DistributedDataParallel.
+        teacher: a network of the same family without compactors, or a ``FrozenTeacher`` with it as trunk; None for
+            no resetting. Where nothing else runs it on the batch, it is run on the student's input.
+        optimizer: the one that trains the compactors.
+        image_shape: (C, H, W), for the FLOPs.
+        lasso_weight: how strong the lasso is, the first weight with a budget.
+        threshold: rows shorter than this count as gone.
+        reset_epoch: resetting begins after this epoch.
+        ratio: share of channels that may be marked, see ``GradientReset``; likewise the next five.
+        neighbors: of the teacher.
+        queue_size: of the teacher's features, for each compactor.
+        metric: of the teacher's features.
+        accumulate: whether marks stay.
+        refresh_interval: after how many steps they are taken back.
+        proximal: which form the lasso has.
+        target_params: share of the parameters of the network without compactors that shall remain, from 0 to 1.
+        target_flops: share of its FLOPs that shall remain. At most one of both.
+        budget_steps: after how many steps the target is met; needed with a target.
+
+    Attributes:
+        history: one entry per epoch: epoch, lasso weight, parameters, flops, and the width behind each compactor.
+
+    Raises:
+        ValueError: the student has no compactors, or one that the optimizer does not train; the teacher lacks a
+            module of a compactor's name; a target out of range, without ``budget_steps`` or with
+            ``proximal=False``; in a step: a compactor with values that are not finite, teacher features of another
+            width.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        image_shape: tuple[int, ...],
+        lasso_weight: float = 0.004,
+        threshold: float = 1e-5,
+        reset_epoch: int = 20,
+        ratio: float = 0.5,
+        neighbors: int = 2,
+        queue_size: int = 24000,
+        metric: str = "cosine",
+        accumulate: bool = True,
+        refresh_interval: int | None = None,
+        proximal: bool = True,
+        target_params: float | None = None,
+        target_flops: float | None = None,
+        budget_steps: int | None = None,
+    ):
+        self.student = unwrapped(student)
+        self.compactors = find_compactors(self.student)
+        self.meter = ExportMeter(self.student, image_shape)
+        self.weights = [compactor.weight for compactor in self.compactors.values()]
+        self.threshold, self.reset_epoch, self.proximal = threshold, reset_epoch, proximal
+        self.lasso_weight, self.epoch, self.steps, self.met = lasso_weight, 1, 0, False
+        self.history: list[dict[str, Any]] = []
+        self.check_optimizer(optimizer)
+        self.set_budget(target_params, target_flops, budget_steps)
+        self.resets = nn.ModuleList(
+            GradientReset(len(w), queue_size, neighbors, ratio, metric, accumulate, refresh_interval).to(w.device)
+            for w in (self.weights if teacher is not None else ())
+        )
+        self.handles = [optimizer.register_step_post_hook(self.after_step)]
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = teacher.trunk if isinstance(teacher, FrozenTeacher) else unwrapped(teacher)
+            self.tap()
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ``ValueError`` for a compactor that would never be trained."""
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, c in self.compactors.items() if id(c.weight) not in trained]
+        if missing:
+            raise ValueError(
+                f"optimizer does not train the compactors behind {missing}; make it after insert_compactors, of "
+                "student.parameters()."
+            )
+
+    def set_budget(self, params: float | None, flops: float | None, steps: int | None) -> None:
+        """Check and keep the target."""
+        if params is not None and flops is not None:
+            raise ValueError(f"give target_params ({params}) or target_flops ({flops}), not both.")
+        self.measured = "flops" if params is None else "parameters"
+        share = flops if params is None else params
+        self.target, self.budget_steps = None, steps
+        if share is None:
+            return
+        name = "target_flops" if params is None else "target_params"
+        if not 0 < share < 1:
+            raise ValueError(f"{name} is the share that shall remain and must lie between 0 and 1, but is {share}.")
+        if steps is None or steps < 1:
+            raise ValueError(f"{name} needs budget_steps, the steps after which it is met, but that is {steps}.")
+        if not self.proximal:
+            raise ValueError(f"{name} needs proximal=True; with the lasso as a gradient no row reaches zero.")
+        self.whole = getattr(self.meter.measure(0.0), self.measured)
+        self.target = share * self.whole
+
+    def tap(self) -> None:
+        """Collect the pooled features of both networks while the student trains, and the student's input."""
+        places = dict(self.teacher.named_modules())
+        absent = [name for name in self.compactors if name not in places]
+        if absent:
+            raise ValueError(
+                f"teacher, a {type(self.teacher).__name__}, has no modules {absent}, behind which the compactors of "
+                "the student stand; student and teacher must be of the same family."
+            )
+
+        def tap_side(side: str, network: nn.Module, modules: Iterable[nn.Module]) -> None:
+            def start(module: nn.Module, args: tuple) -> None:
+                if self.resetting and self.student.training:
+                    self.seen[side].append(Pass(args[0], []))
+
+            def collect(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+                if self.resetting and self.student.training:
+                    self.seen[side][-1].features.append(output.detach().float().mean(dim=(2, 3)))
+
+            self.handles.append(network.register_forward_pre_hook(start))
+            self.handles += [module.register_forward_hook(collect) for module in modules]
+
+        self.forget()
+        tap_side("student", self.student, self.compactors.values())
+        tap_side("teacher", self.teacher, (places[name] for name in self.compactors))
+
+    def forget(self) -> None:
+        """Drop what a step has collected."""
+        self.seen: dict[str, list[Pass]] = {"student": [], "teacher": []}
+
+    @property
+    def resetting(self) -> bool:
+        """Whether gradients are reset in this epoch."""
+        return self.teacher is not None and self.epoch > self.reset_epoch
+
+    def __call__(self) -> None:
+        """Change the gradients between backward and step."""
+        if self.resetting and self.seen["student"]:
+            self.reset_gradients()
+        if not self.proximal:
+            for weight in self.weights:
+                add_lasso_gradient(weight, self.lasso_weight)
+
+    @torch.no_grad()
+    def reset_gradients(self) -> None:
+        """Let the batches of this step enter the queues and zero the gradients of the marked rows."""
+        student, teacher = self.seen["student"], self.seen["teacher"]
+        self.forget()
+        if [id(p.images) for p in student] != [id(p.images) for p in teacher]:
+            teacher = self.run_teacher([p.images for p in student])
+        for number, (weight, reset) in enumerate(zip(self.weights, self.resets)):
+            features = (gathered(torch.cat([p.features[number] for p in passes])) for passes in (student, teacher))
+            mask = reset.update(*features)
+            if weight.grad is not None:
+                weight.grad.mul_(mask.to(weight.grad.dtype).view(-1, 1, 1, 1))
+
+    def run_teacher(self, batches: list[torch.Tensor]) -> "list[Pass]":
+        """Return what the teacher makes of the student's images, in eval mode."""
+        training = [(module, module.training) for module in self.teacher.modules()]
+        self.teacher.eval()
+        for images in batches:
+            self.teacher(images)
+        for module, mode in training:
+            module.training = mode
+        passes = self.seen["teacher"]
+        self.forget()
+        return passes
+
+    @torch.no_grad()
+    def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Shorten the rows; a hook of the optimizer, so that a step that a grad scaler skips shortens nothing."""
+        self.steps += 1
+        if not self.proximal:
+            return
+        if self.met:
+            for weight, alive in zip(self.weights, self.alive):
+                weight.mul_(alive)
+            return
+        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        before = [weight.clone() for weight in self.weights] if self.target is not None else []
+        for weight in self.weights:
+            shrink_rows(weight, rates[id(weight)] * self.lasso_weight)
+        if self.target is not None:
+            self.keep_to_budget(before)
+
+    def keep_to_budget(self, before: list[torch.Tensor]) -> None:
+        """Make the lasso stronger or weaker, or settle what stays once the target is met or the time is over."""
+        size = getattr(self.meter.measure(self.threshold), self.measured)
+        progress = min(1.0, self.steps / self.budget_steps)
+        if size <= self.target or progress == 1:
+            if size < self.target:
+                for weight, previous in zip(self.weights, before):
+                    weight.copy_(previous)
+            self.settle()
+            return
+        planned = self.whole + progress * (self.target - self.whole)
+        self.lasso_weight *= 1.1 if size > planned else 1 / 1.1
+
+    def settle(self) -> None:
+        """Zero the shortest rows that are too many; those at zero stay there from now on."""
+        norms = torch.cat([weight.flatten(1).norm(dim=1) for weight in self.weights]).sort().values.tolist()
+        low, high = 0, len(norms) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if getattr(self.meter.measure(norms[middle]), self.measured) <= self.target:
+                high = middle
+            else:
+                low = middle + 1
+        threshold = max(norms[low], self.threshold)
+        self.alive = [torch.zeros_like(weight[:, :1]) for weight in self.weights]
+        for weight, alive, compactor in zip(self.weights, self.alive, self.compactors.values()):
+            alive[kept_rows(compactor, threshold)] = 1
+            weight.mul_(alive)
+        self.met = True
+
+    def measure(self) -> ExportedCost:
+        """Return what the network would cost if it were exported now."""
+        broken = [name for name, c in self.compactors.items() if not c.weight.isfinite().all()]
+        if broken:
+            raise ValueError(f"the compactors behind {broken} have values that are not finite.")
+        return self.meter.measure(self.threshold)
+
+    def end_epoch(self) -> None:
+        """Enter the sizes into the history and go on to the next epoch."""
+        cost = self.measure()
+        widths = {name: width for block in cost.blocks.values() for name, width in block.widths.items()}
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "lasso_weight": self.lasso_weight,
+                "parameters": cost.parameters,
+                "flops": cost.flops,
+                "widths": widths,
+            }
+        )
+        self.epoch += 1
+
+    def end_of_epoch_hook(self, then: Callable[[Any], Any] | None = None) -> Callable[[Any], Any]:
+        """Return the hook for a PML trainer; ``then`` is another one to run after it, such as a HookContainer's."""
+
+        def hook(trainer: Any) -> Any:
+            self.end_epoch()
+            return None if then is None else then(trainer)
+
+        return hook
+
+    def table(self) -> str:
+        """Return the history as a Markdown table."""
+        return format_table(
+            [
+                {
+                    "epoch": str(row["epoch"]),
+                    "parameters": f"{row['parameters']:,}",
+                    "MFLOPs": f"{row['flops'] / 1e6:.1f}",
+                    "channels": f"{sum(row['widths'].values())} of {sum(len(w) for w in self.weights)}",
+                    "lasso weight": f"{row['lasso_weight']:.3g}",
+                }
+                for row in self.history
+            ]
+        )
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draw the width of each compactor, and the size of the network, over the epochs."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        sizes, widths = figure.subplots(1, 2)
+        epochs = [row["epoch"] for row in self.history]
+        for key in ("parameters", "flops"):
+            first = getattr(self.meter.measure(0.0), key)
+            sizes.plot(epochs, [100 * row[key] / first for row in self.history], label=key)
+        sizes.set(xlabel="epoch", ylabel="% of the whole network", ylim=(0, 105))
+        sizes.legend(frameon=False)
+        names = list(self.compactors)
+        shares = [[row["widths"][n] / len(w) for row in self.history] for n, w in zip(names, self.weights)]
+        picture = widths.imshow(shares, aspect="auto", vmin=0, vmax=1, extent=(0.5, len(epochs) + 0.5, len(names), 0))
+        widths.set(xlabel="epoch", yticks=[i + 0.5 for i in range(len(names))], yticklabels=names)
+        figure.colorbar(picture, ax=widths, label="share of channels left")
+        figure.savefig(path, dpi=130)
+
+    def export(self, fold_norms: bool = False) -> nn.Module:
+        """Return the small plain network, see ``export``; the student stays as it is."""
+        training = [(module, module.training) for module in self.student.modules()]
+        self.student.eval()
+        try:
+            return export(self.student, self.threshold, fold_norms)
+        finally:
+            for module, mode in training:
+                module.training = mode
+
+    def close(self) -> None:
+        """Remove all hooks from both networks and the optimizer."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return queues, marks and progress; the compactors themselves are in the student's state."""
+        return {
+            "resets": self.resets.state_dict(),
+            "lasso_weight": self.lasso_weight,
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "alive": self.alive if self.met else None,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        self.resets.load_state_dict(state["resets"])
+        self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
+        self.met, self.history = state["alive"] is not None, list(state["history"])
+        if self.met:
+            self.alive = [alive.to(weight) for alive, weight in zip(state["alive"], self.weights)]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside of a data-parallel wrapper."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return module.module if isinstance(module, wrappers) else module
+
+
+def gathered(features: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all processes, the same on each."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return features
+    parts = [torch.empty_like(features) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, features.contiguous())
+    return torch.cat(parts)

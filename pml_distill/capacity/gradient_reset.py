@@ -1,0 +1,130 @@
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+METRICS = ("cosine", "euclidean")
+
+
+class GradientReset(nn.Module):
+    r"""Which channels of one block may go, judged by what retrieval needs (retrieval-guided gradient resetting).
+
+    Keeps a queue of the teacher's pooled features. For each sample i of a batch the ``neighbors`` nearest teacher
+    features g of the queue are found, the batch included, so that the first is its own. A channel is marked when for
+    every sample and each of its neighbours
+
+    .. math:: |g_c \cdot s_{i, c}|
+
+    is among the floor(``ratio`` C) smallest of the C channels, s being the student's features: it adds least to any
+    similarity that the ranking rests on. Marks stay (the authors' way). Since *all* samples of a batch must agree,
+    small batches mark far more channels than large ones, and with marks that stay nearly all are soon marked;
+    ``refresh_interval`` and ``accumulate=False`` are there for that.
+
+    Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
+    CVPR 2023, and its code, SCY-X/Capacity_Dynamic_Distillation. There queue sizes must be multiples of the batch;
+    here any will do. Ties, which its unstable sort decides, are broken by ``torch.topk``.
+
+    Args:
+        num_channels: C.
+        queue_size: how many teacher features are kept.
+        neighbors: how many of them count for each sample.
+        ratio: share of a row's channels that may be marked, from 0 to 1.
+        metric: ``"cosine"`` (features at unit length) or ``"euclidean"`` (as they come); for the neighbours. Channels
+            are ranked by the product either way.
+        accumulate: whether marks stay. Otherwise each update stands alone.
+        refresh_interval: after so many updates all marks are taken back; None for never.
+
+    Attributes:
+        mask: (C,) bool, False where a channel is marked. With queue, place and count it is part of the state dict.
+
+    Raises:
+        ValueError: an argument out of range; features of another shape.
+
+    Example:
+        >>> reset = GradientReset(num_channels=4, queue_size=8, neighbors=1)
+        >>> reset.update(torch.tensor([[3.0, 2.0, 0.1, 0.2]]), torch.ones(1, 4)).tolist()
+        [True, True, False, False]
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        queue_size: int = 24000,
+        neighbors: int = 2,
+        ratio: float = 0.5,
+        metric: str = "cosine",
+        accumulate: bool = True,
+        refresh_interval: int | None = None,
+    ):
+        super().__init__()
+        for name, value in (("num_channels", num_channels), ("queue_size", queue_size), ("neighbors", neighbors)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, but is {value}.")
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio must be from 0 to 1, but is {ratio}.")
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, but is {metric!r}.")
+        if refresh_interval is not None and refresh_interval < 1:
+            raise ValueError(f"refresh_interval must be None or at least 1, but is {refresh_interval}.")
+        self.neighbors, self.metric = min(neighbors, queue_size), metric
+        self.lowest = int(num_channels * ratio)
+        self.accumulate, self.refresh_interval = accumulate, refresh_interval
+        self.register_buffer("mask", torch.ones(num_channels, dtype=torch.bool))
+        self.register_buffer("queue", torch.zeros(queue_size, num_channels))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Let a batch enter the queue, mark channels, and return the mask, False where gradients shall be reset.
+
+        Args:
+            student: (B, C) pooled features behind the compactor.
+            teacher: (B, C) pooled features of the teacher at the same place, of the same samples.
+        """
+        size, channels = self.queue.shape
+        if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] != channels:
+            raise ValueError(
+                f"student and teacher features must both have shape (batch, {channels}), but have "
+                f"{tuple(student.shape)} and {tuple(teacher.shape)}."
+            )
+        student, teacher = student.to(self.queue.dtype), teacher.to(self.queue.dtype)
+        if self.metric == "cosine":
+            student, teacher = F.normalize(student), F.normalize(teacher)
+        self.enqueue(teacher)
+        nearest, found = self.nearest(teacher)
+        products = self.queue[nearest].mul_(student[:, None]).abs_()
+        lowest = products.topk(self.lowest, dim=2, largest=False, sorted=False).indices
+        # A neighbour that is not there yet, in a queue shorter than ``neighbors``, has no say.
+        votes = found[:, :, None].expand_as(lowest)
+        counts = torch.zeros(channels, dtype=torch.long, device=votes.device)
+        counts.index_add_(0, lowest.flatten(), votes.flatten().long())
+        kept = counts < found.sum()
+        if not self.accumulate:
+            self.mask.copy_(kept)
+            return self.mask
+        if self.refresh_interval is not None:
+            kept, previous = kept, self.mask | (self.updates % self.refresh_interval == 0)
+            self.mask.copy_(previous)
+        self.mask &= kept
+        self.updates += 1
+        return self.mask
+
+    def enqueue(self, teacher: torch.Tensor) -> None:
+        """Put the last rows of a batch over the oldest of the queue."""
+        size = len(self.queue)
+        teacher = teacher[-size:]
+        places = (self.position + torch.arange(len(teacher), device=self.queue.device)) % size
+        self.queue.index_copy_(0, places, teacher)
+        self.position.copy_((self.position + len(teacher)) % size)
+        self.count.copy_((self.count + len(teacher)).clamp(max=size))
+
+    def nearest(self, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the places (B, neighbors) of the nearest rows, and which of them are filled."""
+        closeness = teacher @ self.queue.t()
+        if self.metric == "euclidean":
+            closeness = closeness.mul_(2).sub_(self.queue.square().sum(dim=1))
+        empty = torch.arange(len(self.queue), device=self.queue.device) >= self.count
+        closeness = closeness.masked_fill_(empty, -torch.inf)
+        values, places = closeness.topk(self.neighbors, dim=1)
+        return places, values > -torch.inf
