@@ -21,6 +21,16 @@ def test_every_example_runs_as_it_stands():
 def test_the_map_names_what_there_is():
     import importlib
 
-    for package in ("losses", "distances", "regularizers", "teachers", "trainers", "datasets", "models", "utils"):
+    for package in (
+        "losses",
+        "distances",
+        "regularizers",
+        "teachers",
+        "trainers",
+        "datasets",
+        "models",
+        "capacity",
+        "utils",
+    ):
         for name in importlib.import_module(f"pml_distill.{package}").__all__:
             assert f"`{name}`" in README or name in ("BaseDistillationTrainer", "ModelCost"), name

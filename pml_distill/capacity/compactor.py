@@ -84,9 +84,8 @@ class Chain:
     @property
     def compactor(self) -> Compactor | None:
         """The compactor, once it is in."""
-        if isinstance(self.norm, nn.Sequential) and isinstance(self.norm[-1], Compactor):
-            return self.norm[-1]
-        return None
+        norm = getattr(self.block, self.path[1], None)
+        return norm[-1] if isinstance(norm, nn.Sequential) and isinstance(norm[-1], Compactor) else None
 
 
 def register_block(
