@@ -20,9 +20,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from pml_distill.losses import (
     AbsoluteTeacherLoss,
+    AsymmetricRegressionLoss,
+    CollaborativeRankLoss,
+    CorrelationCongruenceLoss,
+    CosineTeacherLoss,
     DarkRankLoss,
+    DecoupledDifferentialLoss,
     LogitDistillationLoss,
+    MutualDistanceLoss,
+    ProbabilisticTransferLoss,
+    RankPreservationLoss,
+    RegressionTeacherLoss,
     RelativeTeacherLoss,
+    RelaxedContrastiveLoss,
+    RKDAngleLoss,
+    RKDDistanceLoss,
+    SimilarityDistributionLoss,
+    SimilarityPreservingLoss,
     SimilarityRegressionLoss,
 )
 from pml_distill.utils.report import format_table
@@ -35,6 +49,17 @@ class GramProduct(torch.nn.Module):
         return (embeddings @ embeddings.t()).sum()
 
 
+class AnglesOfAllTriplets(torch.nn.Module):
+    """The angle loss as its formula reads: all B x B x D arms, all B x B x B cosines."""
+
+    def forward(self, embeddings: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        cosines = []
+        for points in (embeddings, teacher):
+            arms = torch.nn.functional.normalize(points[None] - points[:, None], dim=2)
+            cosines.append(arms @ arms.transpose(1, 2))
+        return torch.nn.functional.smooth_l1_loss(*cosines)
+
+
 PML = {"MultiSimilarityLoss": MultiSimilarityLoss(), "TripletMarginLoss": TripletMarginLoss()}
 OURS = {
     "soft DarkRank, 4": DarkRankLoss("soft", list_length=4),
@@ -45,13 +70,32 @@ OURS = {
     "absolute teacher": AbsoluteTeacherLoss(),
     "similarity regression": SimilarityRegressionLoss(),
     "logit distillation": LogitDistillationLoss(),
+    "cosine teacher": CosineTeacherLoss(),
+    "regression teacher": RegressionTeacherLoss(),
+    "asymmetric regression": AsymmetricRegressionLoss(),
+    "RKD distance": RKDDistanceLoss(),
+    "RKD angle": RKDAngleLoss(),
+    "similarity preserving": SimilarityPreservingLoss(),
+    "probabilistic transfer": ProbabilisticTransferLoss(),
+    "correlation congruence": CorrelationCongruenceLoss(),
+    "relaxed contrastive": RelaxedContrastiveLoss(),
+    "mutual distance": MutualDistanceLoss(),
+    "rank preservation, 32": RankPreservationLoss(),
+    "decoupled differential, 10": DecoupledDifferentialLoss(),
+    "collaborative rank, 10": CollaborativeRankLoss(),
 }
+ANGLES = "angles of all triplets"
+SLOW = (ANGLES, "RKD angle")
+#: A queue as long as the batch, so that times compare with those of the batch's own matrix.
+QUEUED = "similarity distribution"
 
 
 def step(name: str, embeddings: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor) -> None:
     embeddings.grad = None
     if name == "Gram product":
         loss = GramProduct()(embeddings)
+    elif name == ANGLES:
+        loss = AnglesOfAllTriplets()(embeddings, teacher)
     elif name in PML:
         loss = PML[name](embeddings, labels)
     else:
@@ -83,11 +127,16 @@ def measure(size: int, width: int, repeats: int, device: torch.device) -> list[d
     torch.manual_seed(0)
     embeddings = torch.randn(size, width, device=device, requires_grad=True)
     arguments = embeddings, torch.arange(size, device=device) // PER_CLASS, torch.randn(size, width, device=device)
-    # All triplets of a batch of 1024 do not fit into memory.
-    names = ["Gram product", *(n for n in PML if size < 1024 or n != "TripletMarginLoss"), *OURS]
+    OURS[QUEUED] = SimilarityDistributionLoss(size, width).to(device)
+    names = ["Gram product", *PML, *OURS, ANGLES]
+    if size >= 1024:
+        # They do not fit into memory.
+        names = [name for name in names if name not in ("TripletMarginLoss", ANGLES)]
     times: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats + 2):
         for name in names:
+            if name in SLOW and repeat > 5:
+                continue
             start = time.perf_counter()
             step(name, *arguments)
             if repeat >= 2:
@@ -109,11 +158,11 @@ def measure(size: int, width: int, repeats: int, device: torch.device) -> list[d
 def draw(rows: list[dict], path: Path, width: int) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("ms", "peak_mib"), ("ms, forward + backward", "peak MiB")):
-        for name in dict.fromkeys(row["loss"] for row in rows):
+        for number, name in enumerate(dict.fromkeys(row["loss"] for row in rows)):
             points = [(row["batch"], row[key]) for row in rows if row["loss"] == name and row["width"] == width]
-            style = "o-" if name in OURS else "s--"
+            style = ("o-", "^-", "v:")[number // 10] if name in OURS else "s--"
             axes.loglog(*zip(*points), style, label=name, markersize=4, linewidth=1.4)
         axes.set_xlabel(f"batch size (width {width})")
         axes.set_ylabel(label)
@@ -124,7 +173,7 @@ def draw(rows: list[dict], path: Path, width: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 512])
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--device", default=None, help="where to train (default: the GPU, if there is one)")
     demo.add_argument("--out", type=Path, default=Path("pml_distill_demo"), help="folder of results, logs, pictures")
     demo.add_argument("--dataset", choices=("glyphs", "digits"), default="glyphs", help="data to train and test on")
-    demo.add_argument("--losses", nargs="+", default=["all"], help="names of distillation losses, or all")
+    demo.add_argument(
+        "--losses", nargs="+", default=["core"], help="core (six losses), all, or names of distillation losses"
+    )
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("record_keeper") is None or importlib.util.find_spec("tensorboard") is None:
         parser.error('the demo logs with record-keeper and tensorboard: pip install "pml-distill[with-hooks-cpu]"')
@@ -45,16 +47,21 @@ def run_demo(options: argparse.Namespace) -> None:
     """Run what is missing, then print and draw the comparison."""
     import torch
 
-    from .demo import LOSSES, Demo, DemoConfig
+    from .demo import CORE, LOSSES, Demo, DemoConfig
 
-    names = list(LOSSES) if options.losses == ["all"] else options.losses
+    sets = {("core",): list(CORE), ("all",): list(LOSSES)}
+    names = sets.get(tuple(options.losses), options.losses)
     unknown = sorted(set(names) - set(LOSSES))
     if unknown:
         raise ValueError(f"--losses has unknown names {unknown}; known are {sorted(LOSSES)}.")
     for argument in ("seeds", "epochs"):
         if getattr(options, argument) < 1:
             raise ValueError(f"--{argument} must be at least 1, but is {getattr(options, argument)}.")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.zeros(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     demo = Demo(DemoConfig(options.dataset, options.epochs), options.out, device)
     runs = [(seed, name) for seed in range(options.seeds) for name in ("teacher", "student", *names)]
     for number, (seed, name) in enumerate(runs, 1):

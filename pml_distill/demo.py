@@ -19,10 +19,24 @@ from torch import nn
 from .datasets import Digits, Glyphs
 from .losses import (
     AbsoluteTeacherLoss,
+    AsymmetricRegressionLoss,
     BaseDistillationLoss,
+    CollaborativeRankLoss,
+    CorrelationCongruenceLoss,
+    CosineTeacherLoss,
     DarkRankLoss,
+    DecoupledDifferentialLoss,
     LogitDistillationLoss,
+    MutualDistanceLoss,
+    ProbabilisticTransferLoss,
+    RankPreservationLoss,
+    RegressionTeacherLoss,
     RelativeTeacherLoss,
+    RelaxedContrastiveLoss,
+    RKDAngleLoss,
+    RKDDistanceLoss,
+    SimilarityDistributionLoss,
+    SimilarityPreservingLoss,
     SimilarityRegressionLoss,
 )
 from .models import SmallResNet
@@ -47,6 +61,7 @@ class Distillation:
     weight: float
 
 
+QUEUE = (1024, EMBEDDING_SIZE)
 #: Weights found by benchmarks/search_weights.py on the validation classes of Glyphs.
 LOSSES = {
     "soft_dark_rank": Distillation(lambda: DarkRankLoss("soft"), 0.01),
@@ -55,7 +70,27 @@ LOSSES = {
     "absolute_teacher": Distillation(AbsoluteTeacherLoss, 3.0),
     "relative_teacher": Distillation(RelativeTeacherLoss, 1.0),
     "logit_distillation": Distillation(lambda: LogitDistillationLoss(temperature=4), 0.03),
+    "cosine_teacher": Distillation(CosineTeacherLoss, 3.0),
+    "regression_teacher": Distillation(RegressionTeacherLoss, 2.0),
+    "asymmetric_regression": Distillation(AsymmetricRegressionLoss, 10.0),
+    "rkd_distance": Distillation(RKDDistanceLoss, 10.0),
+    "rkd_angle": Distillation(RKDAngleLoss, 10.0),
+    "similarity_preserving": Distillation(SimilarityPreservingLoss, 20.0),
+    "probabilistic_transfer": Distillation(ProbabilisticTransferLoss, 15.0),
+    "correlation_congruence": Distillation(CorrelationCongruenceLoss, 2.0),
+    "relaxed_contrastive": Distillation(RelaxedContrastiveLoss, 8.0),
+    "mutual_distance": Distillation(MutualDistanceLoss, 1.5),
+    "rank_preservation": Distillation(RankPreservationLoss, 0.05),
+    "decoupled_differential": Distillation(DecoupledDifferentialLoss, 0.05),
+    "collaborative_rank": Distillation(lambda: CollaborativeRankLoss(queue_size=QUEUE[0], width=QUEUE[1]), 0.3),
+    "compress": Distillation(lambda: SimilarityDistributionLoss(*QUEUE), 0.2),
+    "compress_two_queues": Distillation(lambda: SimilarityDistributionLoss(*QUEUE, student_width=EMBEDDING_SIZE), 0.1),
+    "contextual_similarity": Distillation(
+        lambda: SimilarityDistributionLoss(*QUEUE, 1.0, 0.01, include_batch=True, topk=128), 0.3
+    ),
 }
+#: What the demo compares unless asked for others.
+CORE = tuple(LOSSES)[:6]
 
 
 class DemoTrainer(DistillationWithClassifier):
@@ -87,7 +122,7 @@ class DemoConfig:
 class Demo:
     """All runs of one configuration in one folder.
 
-    A finished run is a row of ``results.jsonl`` and is never computed again; an interrupted one goes on from its
+    A finished run has a ``result.json`` in its folder and is never computed again; an interrupted one goes on from its
     last epoch.
 
     Args:
@@ -125,8 +160,7 @@ class Demo:
 
     def results(self) -> list[dict]:
         """Return the finished runs."""
-        path = self.out / "results.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(path.read_text()) for path in sorted(self.out.glob("seed*/*/result.json"))]
 
     def run(
         self, name: str, seed: int, distillation: Distillation | None = None, learning_rate: float = STUDENT_RATE
@@ -139,10 +173,9 @@ class Demo:
             distillation: what the student learns beside the metric loss; None for the student alone.
             learning_rate: the student's.
         """
-        for row in self.results():
-            if (row["name"], row["seed"]) == (name, seed):
-                return row
         folder = self.out / f"seed{seed}" / name
+        if (folder / "result.json").exists():
+            return json.loads((folder / "result.json").read_text())
         models = self.networks(TEACHER_WIDTH if name == "teacher" else STUDENT_WIDTH, seed)
         trainer, tester = self.trainer_and_tester(
             folder, models, seed, TEACHER_RATE if name == "teacher" else learning_rate, distillation
@@ -162,8 +195,9 @@ class Demo:
             "neighbor_agreement": neighbor_agreement(embeddings, self.embeddings("teacher", seed)),
         }
         torch.save({key: model.state_dict() for key, model in models.items()}, folder / "models.pth")
-        with open(self.out / "results.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        unfinished = folder / "result.json.tmp"
+        unfinished.write_text(json.dumps(row))
+        os.replace(unfinished, folder / "result.json")
         return row
 
     def embeddings(self, name: str, seed: int) -> torch.Tensor:
@@ -208,7 +242,7 @@ class Demo:
         if folder.name == "teacher":
             loss_funcs["classifier_loss"], loss_weights["classifier_loss"] = nn.CrossEntropyLoss(), 0.1
         if distillation is not None:
-            loss = distillation.make()
+            loss = distillation.make().to(self.device)
             teacher, classifier = self.teacher(seed)
             if isinstance(loss, LogitDistillationLoss):
                 key, teacher_classifier = "logit_distillation_loss", classifier

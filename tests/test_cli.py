@@ -42,11 +42,11 @@ def test_run_again_it_trains_nothing(finished, capsys, monkeypatch):
 
 
 def test_another_configuration_is_refused(finished, capsys):
-    before = (finished / "results.jsonl").read_text()
+    before = {p: p.read_text() for p in finished.rglob("result.json")}
     with pytest.raises(SystemExit) as stop:
         cli.main([*QUICK, "--epochs", "2", "--out", str(finished)])
     assert stop.value.code == 2 and "choose another folder" in capsys.readouterr().err
-    assert (finished / "results.jsonl").read_text() == before
+    assert before and {p: p.read_text() for p in finished.rglob("result.json")} == before
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
@@ -70,6 +70,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["--losses", "dark_rank"], r"unknown names \['dark_rank'\]; known are .*soft_dark_rank"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
         (["--seeds", "0"], "--seeds must be at least 1, but is 0"),
         (["--epochs", "-3"], "--epochs must be at least 1, but is -3"),
     ],

@@ -2,17 +2,25 @@
 
 from .absolute_teacher_loss import AbsoluteTeacherLoss
 from .asymmetric_regression_loss import AsymmetricRegressionLoss
+from .attention_transfer_loss import AttentionTransferLoss
 from .base_distillation_loss import BaseDistillationLoss
+from .base_feature_loss import BaseFeatureLoss
+from .base_gallery_loss import BaseGalleryLoss
 from .base_hashing_loss import BaseHashingLoss
 from .catalogue import CatalogueEntry, catalogue
 from .central_similarity_loss import CentralSimilarityLoss
+from .collaborative_rank_loss import CollaborativeRankLoss
 from .correlation_congruence_loss import CorrelationCongruenceLoss
 from .cosine_teacher_loss import CosineTeacherLoss
 from .dark_rank_loss import DarkRankLoss
+from .decoupled_differential_loss import DecoupledDifferentialLoss
 from .deep_cauchy_hashing_loss import DeepCauchyHashingLoss
 from .hash_centers import center_distances, hash_centers
+from .hint_loss import HintLoss
 from .logit_distillation_loss import LogitDistillationLoss
+from .mutual_distance_loss import MutualDistanceLoss
 from .probabilistic_transfer_loss import ProbabilisticTransferLoss
+from .rank_preservation_loss import RankPreservationLoss
 from .regression_teacher_loss import RegressionTeacherLoss
 from .relative_teacher_loss import RelativeTeacherLoss
 from .relaxed_contrastive_loss import RelaxedContrastiveLoss
@@ -22,22 +30,31 @@ from .similarity_distribution_loss import SimilarityDistributionLoss
 from .similarity_preserving_loss import SimilarityPreservingLoss
 from .similarity_regression_loss import SimilarityRegressionLoss
 from .teacher_queue import TeacherQueue
+from .variational_information_loss import VariationalInformationLoss
 
 __all__ = [
     "AbsoluteTeacherLoss",
     "AsymmetricRegressionLoss",
+    "AttentionTransferLoss",
     "BaseDistillationLoss",
-    "CatalogueEntry",
+    "BaseFeatureLoss",
+    "BaseGalleryLoss",
     "BaseHashingLoss",
+    "CatalogueEntry",
     "CentralSimilarityLoss",
+    "CollaborativeRankLoss",
     "CorrelationCongruenceLoss",
     "CosineTeacherLoss",
     "DarkRankLoss",
+    "DecoupledDifferentialLoss",
     "DeepCauchyHashingLoss",
+    "HintLoss",
     "LogitDistillationLoss",
+    "MutualDistanceLoss",
     "ProbabilisticTransferLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
+    "RankPreservationLoss",
     "RegressionTeacherLoss",
     "RelativeTeacherLoss",
     "RelaxedContrastiveLoss",
@@ -45,6 +62,7 @@ __all__ = [
     "SimilarityPreservingLoss",
     "SimilarityRegressionLoss",
     "TeacherQueue",
+    "VariationalInformationLoss",
     "catalogue",
     "center_distances",
     "hash_centers",

@@ -48,8 +48,8 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         super().__init__(**kwargs)
         if self.needs_proper_distance and self.distance.is_inverted:
             raise ValueError(
-                f"{type(self).__name__} divides by mean distances and needs a distance that grows with "
-                f"dissimilarity, such as LpDistance, but distance is the similarity {type(self.distance).__name__}."
+                f"{type(self).__name__} needs a distance that grows with dissimilarity, such as LpDistance, but "
+                f"distance is the similarity {type(self.distance).__name__}."
             )
 
     def forward(

@@ -8,12 +8,14 @@ class CatalogueEntry:
     Args:
         name: name of the class in ``pml_distill.losses``.
         family: ``"pointwise"`` (a sample against itself), ``"pairwise"`` (distances or similarities of pairs),
-            ``"relational"`` (angles, rows of similarities), ``"listwise"`` (rankings), ``"queue"`` (distributions
-            over a queue) or ``"logits"``.
-        needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``.
+            ``"relational"`` (angles, rows of similarities), ``"listwise"`` (rankings), ``"gallery"`` (a query of
+            the student against the teacher's batch or queue), ``"logits"`` or ``"feature maps"`` (outputs of inner
+            layers, lists of (B, C, H, W), in place of embeddings).
+        needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``,
+            ``"feature maps"``. No loss needs labels.
         aligned: whether a student that reaches zero stands in the teacher's own space, as asymmetric retrieval
             asks for.
-        cost: time in the batch size B, the width D and the queue's size Q.
+        cost: time in the batch size B, the width D, the gallery's size G, and maps of C channels and H W places.
         source: where it was published.
     """
 
@@ -40,15 +42,28 @@ CATALOGUE = (
     CatalogueEntry("SimilarityPreservingLoss", "relational", (), False, "B² D", "Tung & Mori 2019"),
     CatalogueEntry("ProbabilisticTransferLoss", "relational", (), False, "B² D", "Passalis & Tefas 2018"),
     CatalogueEntry("DarkRankLoss", "listwise", (), False, "B² D + B 2^list_length", "Chen et al. 2018"),
+    CatalogueEntry("MutualDistanceLoss", "gallery", ("equal widths",), True, "B G D", "Xie et al. 2023"),
+    CatalogueEntry("RankPreservationLoss", "gallery", ("equal widths",), True, "B G D + B topk²", "Wu et al. 2023"),
+    CatalogueEntry(
+        "DecoupledDifferentialLoss", "gallery", ("equal widths",), True, "B G D + B topk²", "Xie et al. 2024"
+    ),
+    CatalogueEntry("CollaborativeRankLoss", "gallery", ("equal widths",), True, "B G D + B topk²", "Xie et al. 2023"),
     # With a second queue, for the student, neither equal widths are needed nor are the spaces aligned.
     CatalogueEntry(
-        "SimilarityDistributionLoss", "queue", ("equal widths", "queue"), True, "B Q D", "Koohpayegani et al. 2020"
+        "SimilarityDistributionLoss", "gallery", ("equal widths", "queue"), True, "B G D", "Koohpayegani et al. 2020"
+    ),
+    CatalogueEntry("HintLoss", "feature maps", ("feature maps",), False, "B C² H W", "Romero et al. 2015"),
+    CatalogueEntry(
+        "AttentionTransferLoss", "feature maps", ("feature maps",), False, "B C H W", "Zagoruyko & Komodakis 2017"
+    ),
+    CatalogueEntry(
+        "VariationalInformationLoss", "feature maps", ("feature maps",), False, "B C² H W", "Ahn et al. 2019"
     ),
 )
 
 
 def catalogue() -> list[CatalogueEntry]:
-    """Return an entry for every loss of this package that compares embeddings, pointwise ones first.
+    """Return an entry for every loss of this package that compares embeddings or feature maps, pointwise ones first.
 
     Example:
         >>> [entry.name for entry in catalogue() if entry.aligned and "equal widths" not in entry.needs]

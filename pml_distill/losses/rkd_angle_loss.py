@@ -1,9 +1,13 @@
+from collections.abc import Iterator
+
 import torch
 
 from .base_distillation_loss import BaseDistillationLoss
 
-# Entries of the (vertices, B, B) cosines held at a time, a few times over: 8 MiB each in float32.
-CHUNK = 2**21
+# Entries of the (vertices, B, B) cosines held at a time, a few times over: 2 MiB each in float32.
+CHUNK = 2**19
+# Into how many runs the arms are cut, unless they are short; only pairs of runs on and above the diagonal count.
+PARTS, SHORTEST = 4, 64
 
 
 class RKDAngleLoss(BaseDistillationLoss):
@@ -73,13 +77,15 @@ def arms(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Ten
     return gram.to(embeddings.dtype), inverse.to(embeddings.dtype)
 
 
-def cosines(gram: torch.Tensor, inverse: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the (V, B, B) cosines at the vertices ``rows`` and the products of the inverse lengths of both arms."""
+def cosines(
+    gram: torch.Tensor, inverse: torch.Tensor, rows: slice, left: slice, right: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the (V, L, R) cosines at the vertices ``rows`` between two runs of arms, and their inverse lengths."""
     scale = inverse[rows]
-    scales = scale[:, :, None] * scale[:, None, :]
+    scales = scale[:, left, None] * scale[:, None, right]
     shift = scale * (gram[rows] - gram.diagonal()[rows, None] / 2)
-    left, right = torch.stack([shift, scale], dim=2), torch.stack([scale, shift], dim=1)
-    return (scales * gram).baddbmm_(left, right, alpha=-1), scales
+    shifts = torch.stack([shift, scale], dim=2)[:, left], torch.stack([scale, shift], dim=1)[:, :, right]
+    return (scales * gram[left, right]).baddbmm_(*shifts, alpha=-1), scales
 
 
 class VertexLosses(torch.autograd.Function):
@@ -89,37 +95,50 @@ class VertexLosses(torch.autograd.Function):
     def forward(ctx, embeddings, teacher_gram, teacher_inverse, mask):
         ctx.save_for_backward(embeddings, teacher_gram, teacher_inverse, mask)
         gram, inverse = arms(embeddings, mask)
-        losses = []
-        for rows in chunks(len(gram)):
-            student, _ = cosines(gram, inverse, rows)
-            teacher, _ = cosines(teacher_gram, teacher_inverse, rows)
-            losses.append(torch.nn.functional.smooth_l1_loss(student, teacher, reduction="none").sum(dim=(1, 2)))
-        return torch.cat(losses)
+        losses = torch.zeros_like(gram[0])
+        for rows, left, right in blocks(len(gram)):
+            student, _ = cosines(gram, inverse, rows, left, right)
+            teacher, _ = cosines(teacher_gram, teacher_inverse, rows, left, right)
+            part = torch.nn.functional.smooth_l1_loss(student, teacher, reduction="none").sum(dim=(1, 2))
+            losses[rows] += part if left == right else 2 * part
+        return losses
 
     @staticmethod
     def backward(ctx, weights):
         embeddings, teacher_gram, teacher_inverse, mask = ctx.saved_tensors
         gram, inverse = arms(embeddings, mask)
         # The derivatives with respect to the inner products of arms, summed over the vertices, and over the
-        # second arm.
-        by_pair, by_arm = torch.zeros_like(gram), []
-        for rows in chunks(len(gram)):
-            teacher, _ = cosines(teacher_gram, teacher_inverse, rows)
-            student, scales = cosines(gram, inverse, rows)
-            slopes = teacher.neg_().add_(student).clamp_(-1, 1)
-            scale, weight = inverse[rows], weights[rows, None]
-            along = torch.bmm(slopes, scale[:, :, None])[:, :, 0] * scale
-            lengths = scale.square() * student.mul_(slopes).sum(dim=2)
-            by_arm.append(weight * (along - lengths))
-            by_pair += (weights[None, rows] @ scales.mul_(slopes).flatten(1)).view_as(gram)
-            by_pair.diagonal().sub_((weight * lengths).sum(dim=0))
-        by_arm = torch.cat(by_arm)
+        # second arm; of an arm's product with itself.
+        by_pair, along, lengths = torch.zeros_like(gram), torch.zeros_like(gram), torch.zeros_like(gram)
+        for rows, left, right in blocks(len(gram)):
+            teacher, _ = cosines(teacher_gram, teacher_inverse, rows, left, right)
+            student, scales = cosines(gram, inverse, rows, left, right)
+            slopes, scale = teacher.neg_().add_(student).clamp_(-1, 1), inverse[rows]
+            student.mul_(slopes)
+            along[rows, left] += torch.bmm(slopes, scale[:, right, None])[:, :, 0]
+            lengths[rows, left] += student.sum(dim=2)
+            if left != right:
+                along[rows, right] += torch.bmm(scale[:, None, left], slopes)[:, 0]
+                lengths[rows, right] += student.sum(dim=1)
+            part = (weights[None, rows] @ scales.mul_(slopes).flatten(1)).view(scales.shape[1:])
+            by_pair[left, right] += part
+            if left != right:
+                by_pair[right, left] += part.t()
+        lengths = weights[:, None] * inverse.square() * lengths
+        by_arm = weights[:, None] * inverse * along - lengths
+        by_pair.diagonal().sub_(lengths.sum(dim=0))
         # Each arm is (f_i - f_j), and both arms of a pair receive the same.
         gradient = by_pair @ embeddings - by_arm.t() @ embeddings - by_arm @ embeddings
         return 2 * (gradient + by_arm.sum(dim=1, keepdim=True) * embeddings), None, None, None
 
 
-def chunks(size: int) -> list[slice]:
-    """Return the slices of vertices whose cosines are held at a time."""
-    step = max(1, CHUNK // size**2)
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+def blocks(size: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield (vertices, arms, arms) whose cosines are held at a time; arms i and k are seen once, not as k and i."""
+    length = max(SHORTEST, -(-size // PARTS))
+    runs = [slice(start, min(start + length, size)) for start in range(0, size, length)]
+    step = max(1, CHUNK // length**2)
+    for start in range(0, size, step):
+        rows = slice(start, min(start + step, size))
+        for number, left in enumerate(runs):
+            for right in runs[number:]:
+                yield rows, left, right

@@ -1,7 +1,11 @@
+import torch
 from torch.nn import functional as F
 
 from .base_distillation_loss import BaseDistillationLoss, unit_rows
 from .teacher_queue import TeacherQueue
+
+# Finite, so that 0 * (ABSENT - ABSENT) is 0; exp() of it is 0 in every dtype.
+ABSENT = -1e30
 
 
 class SimilarityDistributionLoss(BaseDistillationLoss):
@@ -84,12 +88,12 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
         self.add_to_recordable_attributes(list_of_names=["student_temperature", "teacher_temperature"], is_stat=False)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        teacher_rows, count = self.candidates(self.queue, ref_emb)
-        student_rows = teacher_rows
+        student, teacher = unit_rows(embeddings), unit_rows(ref_emb)
+        rows, filled = self.queue.candidates(teacher, self.include_batch)
+        teacher = similarities(teacher, rows, filled) / self.teacher_temperature
         if self.student_queue is not None:
-            student_rows, _ = self.candidates(self.student_queue, embeddings)
-        teacher = self.queue.similarities(unit_rows(ref_emb), teacher_rows, count) / self.teacher_temperature
-        student = self.queue.similarities(unit_rows(embeddings), student_rows, count) / self.student_temperature
+            rows, filled = self.student_queue.candidates(student, self.include_batch)
+        student = similarities(student, rows, filled) / self.student_temperature
         if self.topk is not None:
             teacher, nearest = teacher.topk(min(self.topk, teacher.shape[1]), dim=1)
             student = student.gather(1, nearest)
@@ -97,11 +101,7 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
         losses = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
         return self.query_losses(losses, None, embeddings)
 
-    def candidates(self, queue, embeddings):
-        """Return rows and count of the queue as the batch sees them, and let the batch enter in training mode."""
-        rows, count, position = queue.updated(embeddings)
-        # Cloned, because the backward needs the rows that the store overwrites.
-        seen = (rows, count) if self.include_batch else (queue.rows.clone(), queue.count.clone())
-        if self.training:
-            queue.store(rows, count, position)
-        return seen
+
+def similarities(unit: torch.Tensor, rows: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:
+    """Return the (B, Q) inner products; places not yet filled hold ``ABSENT``."""
+    return (unit @ rows.t()).masked_fill(~filled, ABSENT)

@@ -1,13 +1,8 @@
 import torch
 
-from .base_distillation_loss import unit_rows
-
-# Finite, so that 0 * (ABSENT - ABSENT) is 0; exp() of it is 0 in every dtype.
-ABSENT = -1e30
-
 
 class TeacherQueue(torch.nn.Module):
-    """The last embeddings seen, at unit length, first in first out: candidates beyond the batch.
+    """The last embeddings seen, first in first out: candidates beyond the batch.
 
     Rows, write position and count are buffers, so that a checkpoint holds them and a resumed run goes on where it
     stopped. Under ``DistributedLossWrapper`` a loss sees the joined batch, and so does its queue: every process
@@ -24,9 +19,12 @@ class TeacherQueue(torch.nn.Module):
     Example:
         >>> import torch
         >>> queue = TeacherQueue(size=3, width=2)
-        >>> queue.store(*queue.updated(torch.eye(2)))
-        >>> queue.count.item(), queue.similarities(torch.eye(2), queue.rows, queue.count)[0, :2].tolist()
-        (2, [1.0, 0.0])
+        >>> rows, filled = queue.candidates(torch.eye(2))
+        >>> filled.tolist(), queue.count.item()
+        ([False, False, False], 2)
+        >>> rows, filled = queue.candidates(torch.ones(1, 2), include_batch=True)
+        >>> rows.tolist(), filled.tolist()
+        ([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [True, True, True])
     """
 
     def __init__(self, size: int, width: int):
@@ -38,27 +36,25 @@ class TeacherQueue(torch.nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
-    def updated(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return rows, count and position as they are once the embeddings have entered; nothing is stored."""
+    def candidates(self, embeddings: torch.Tensor, include_batch: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the (size, width) rows and which of them are filled; the batch enters in training mode.
+
+        Args:
+            embeddings: (B, width), what enters; of a batch larger than the queue, its end.
+            include_batch: whether the batch is among the rows that are returned, or is not yet.
+        """
         size, width = self.rows.shape
         if embeddings.shape[1] != width:
             raise ValueError(
                 f"the queue holds embeddings of width {width}, but was given shape {tuple(embeddings.shape)}."
             )
-        entered = unit_rows(embeddings.detach())[-size:].to(self.rows.dtype)
-        places = (self.position + torch.arange(len(entered), device=self.rows.device)) % size
-        rows = self.rows.index_copy(0, places, entered)
-        return rows, (self.count + len(entered)).clamp(max=size), (self.position + len(entered)) % size
-
-    def store(self, rows: torch.Tensor, count: torch.Tensor, position: torch.Tensor) -> None:
-        """Take over what ``updated`` has returned."""
-        with torch.no_grad():
+        entering = embeddings.detach()[-size:].to(self.rows.dtype)
+        places = (self.position + torch.arange(len(entering), device=self.rows.device)) % size
+        rows, count = self.rows.index_copy(0, places, entering), (self.count + len(entering)).clamp(max=size)
+        # Cloned, because a backward needs the rows that entering ones overwrite.
+        seen = (rows, count) if include_batch else (self.rows.clone(), self.count.clone())
+        if self.training:
             self.rows.copy_(rows)
             self.count.copy_(count)
-            self.position.copy_(position)
-
-    @staticmethod
-    def similarities(unit: torch.Tensor, rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Return the (B, size) inner products with the rows; places not yet filled hold ``ABSENT``."""
-        filled = torch.arange(len(rows), device=rows.device) < count
-        return (unit @ rows.to(unit.dtype).t()).masked_fill(~filled, ABSENT)
+            self.position.copy_((self.position + len(entering)) % size)
+        return seen[0].to(embeddings.dtype), torch.arange(size, device=self.rows.device) < seen[1]

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from pytorch_metric_learning.utils.loss_tracker import LossTracker
 from tqdm import tqdm
 
+from ..teachers import FrozenTeacher
+from ..utils.feature_tap import FeatureTap
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
 
@@ -40,19 +42,25 @@ class BaseDistillationTrainer(BaseTrainer):
             under autocast; losses are computed in float32. None: no autocast.
         accumulation_steps: how many batches make one optimizer step; their gradients are summed. An epoch still
             goes through the data once.
+        student_features: names of the modules of ``models["trunk"]`` whose outputs ``feature_distillation_loss``
+            takes, see ``FeatureTap``.
+        teacher_features: names of as many modules of the trunk of ``teacher``, which must be a ``FrozenTeacher``.
         **kwargs: PML's further arguments.
 
     Keys:
         ``models["projection"]``, optional, maps the student's embeddings to the teacher's width for
         ``distillation_loss`` alone. It is trained and saved beside the student and is no part of it.
+        ``loss_funcs["feature_distillation_loss"]``, optional, is a ``HintLoss`` or another loss of two lists of
+        feature maps; ``optimizers["feature_distillation_loss_optimizer"]`` trains its parameters, if it has any.
 
     Raises:
         ValueError: the teacher is missing, unused, not frozen, among the models, or shares parameters with the
-            student; a key is unknown; ``amp_dtype`` or ``accumulation_steps`` is out of range;
-            ``DistributedLossWrapper(efficient=True)`` around a distillation loss.
+            student; a key is unknown; features are named that are not there or not used; ``amp_dtype`` or
+            ``accumulation_steps`` is out of range; ``DistributedLossWrapper(efficient=True)`` around a
+            distillation loss.
     """
 
-    loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss",)
+    loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss", "feature_distillation_loss")
 
     def __init__(
         self,
@@ -60,10 +68,13 @@ class BaseDistillationTrainer(BaseTrainer):
         teacher: Teacher | None = None,
         amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
+        student_features: Sequence[str] = (),
+        teacher_features: Sequence[str] = (),
         **kwargs: Any,
     ):
         # PML's constructor ends in the checks, which read these.
         self.teacher, self.amp_dtype, self.accumulation_steps = teacher, amp_dtype, accumulation_steps
+        self.student_features, self.teacher_features = student_features, teacher_features
         self.epoch, self.data_position, self.dataloader = 0, None, None
         super().__init__(*args, **kwargs)
         self.scaler = torch.amp.GradScaler(torch.device(self.data_device).type, enabled=amp_dtype == torch.float16)
@@ -125,6 +136,20 @@ class BaseDistillationTrainer(BaseTrainer):
         self.training_step(*(self.get_batch() for _ in range(self.accumulation_steps)))
 
     def calculate_loss(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the losses but a classifier's; return student and teacher embeddings."""
+        if not self.wants("feature_distillation_loss"):
+            return self.calculate_embedding_losses(curr_batch)
+        with (
+            FeatureTap(self.models["trunk"], self.student_features) as student_tap,
+            FeatureTap(self.teacher.trunk, self.teacher_features) as teacher_tap,
+        ):
+            embeddings = self.calculate_embedding_losses(curr_batch)
+        self.losses["feature_distillation_loss"] = self.loss_funcs["feature_distillation_loss"](
+            student_tap.features, teacher_tap.features, curr_batch[1]
+        )
+        return embeddings
+
+    def calculate_embedding_losses(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute ``metric_loss`` and ``distillation_loss``; return student and teacher embeddings."""
         data, labels, index = curr_batch
         data = c_f.to_device(data, device=self.data_device)
@@ -303,10 +328,40 @@ class BaseDistillationTrainer(BaseTrainer):
                     f'loss_funcs["{key}"] is a DistributedLossWrapper with efficient=True, which gathers only one '
                     "side of each row; use efficient=False."
                 )
+        self.check_features()
         if self.amp_dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"amp_dtype must be None, torch.float16 or torch.bfloat16, but is {self.amp_dtype}.")
         if self.accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, but is {self.accumulation_steps}.")
+
+    def check_features(self) -> None:
+        """Check what the feature distillation needs."""
+        key, names = "feature_distillation_loss", (self.student_features, self.teacher_features)
+        if key not in self.loss_funcs:
+            if any(names):
+                raise ValueError(
+                    f'student_features and teacher_features serve loss_funcs["{key}"], which is not there.'
+                )
+            return
+        if len(names[0]) != len(names[1]) or not all(names) or any(isinstance(n, str) for n in names):
+            raise ValueError(
+                f'loss_funcs["{key}"] needs student_features and teacher_features, two lists of names of modules that '
+                f"go pair by pair, but they are {names[0]!r} and {names[1]!r}."
+            )
+        if not isinstance(self.teacher, FrozenTeacher):
+            raise ValueError(
+                f'loss_funcs["{key}"] taps the layers of the teacher, which must be a FrozenTeacher, but is a '
+                f"{type(self.teacher).__name__}."
+            )
+        FeatureTap(self.models["trunk"], names[0])
+        FeatureTap(self.teacher.trunk, names[1])
+        trained = {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
+        untrained = [name for name, p in self.loss_funcs[key].named_parameters() if id(p) not in trained]
+        if untrained and key not in self.freeze_these:
+            raise ValueError(
+                f'loss_funcs["{key}"] has parameters that no optimizer trains, {untrained}; give '
+                f'optimizers["{key}_optimizer"].'
+            )
 
     def verify_dict_keys(self) -> None:
         """Hold every key to the exact name; PML accepts what merely begins like one."""
@@ -322,7 +377,7 @@ class BaseDistillationTrainer(BaseTrainer):
         super().modify_schema()
         self.schema["models"].keys += ["projection"]
         self.schema["models"].important = ["embedder"]
-        self.schema["loss_funcs"].keys += ["distillation_loss"]
+        self.schema["loss_funcs"].keys += ["distillation_loss", "feature_distillation_loss"]
         self.schema["loss_funcs"].important = []
 
 

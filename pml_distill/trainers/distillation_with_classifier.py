@@ -18,14 +18,14 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
 
     Keys:
         models: ``trunk``, ``embedder``, ``projection``, ``classifier``. loss_funcs: ``metric_loss``,
-        ``classifier_loss``, ``distillation_loss``, ``logit_distillation_loss``.
+        ``classifier_loss``, ``distillation_loss``, ``feature_distillation_loss``, ``logit_distillation_loss``.
 
     Raises:
         ValueError: as for ``BaseDistillationTrainer``; ``logit_distillation_loss`` without ``teacher_classifier``
             or without a ``classifier`` among the models.
     """
 
-    loss_keys_with_teacher = ("distillation_loss", "logit_distillation_loss")
+    loss_keys_with_teacher = (*BaseDistillationTrainer.loss_keys_with_teacher, "logit_distillation_loss")
 
     def __init__(self, *args: Any, teacher_classifier: torch.nn.Module | None = None, **kwargs: Any):
         self.teacher_classifier = None if teacher_classifier is None else FrozenTeacher(teacher_classifier)

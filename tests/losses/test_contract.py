@@ -23,11 +23,15 @@ from pytorch_metric_learning.regularizers import LpRegularizer
 from pml_distill.losses import (
     AbsoluteTeacherLoss,
     AsymmetricRegressionLoss,
+    CollaborativeRankLoss,
     CorrelationCongruenceLoss,
     CosineTeacherLoss,
     DarkRankLoss,
+    DecoupledDifferentialLoss,
     LogitDistillationLoss,
+    MutualDistanceLoss,
     ProbabilisticTransferLoss,
+    RankPreservationLoss,
     RegressionTeacherLoss,
     RelativeTeacherLoss,
     RelaxedContrastiveLoss,
@@ -59,9 +63,19 @@ LOSSES = {
     "correlation_congruence": CorrelationCongruenceLoss,
     "relaxed_contrastive": RelaxedContrastiveLoss,
     "asymmetric_regression": AsymmetricRegressionLoss,
+    "mutual_distance": MutualDistanceLoss,
+    "rank_preservation": RankPreservationLoss,
+    "decoupled_differential": DecoupledDifferentialLoss,
+    "collaborative_rank": CollaborativeRankLoss,
+}
+SUB_LOSSES = {
+    "asymmetric_regression": ["absolute", "teacher_student", "student_student"],
+    "mutual_distance": ["own", "others"],
+    "decoupled_differential": ["feature", "hard", "simple"],
+    "collaborative_rank": ["nearest", "ranks"],
 }
 POINTWISE = ("absolute", "logit", "regression", "regression_smooth_l1", "cosine")
-EQUAL_WIDTHS = (*POINTWISE, "asymmetric_regression")
+EQUAL_WIDTHS = (*POINTWISE, "rank_preservation", *SUB_LOSSES)
 PROPER_DISTANCE = ("rkd_distance", "relaxed_contrastive")
 PAIRWISE = (
     "relative",
@@ -188,8 +202,8 @@ def test_reducers(name, reducer):
     reduce = torch.sum if isinstance(reducer, SumReducer) else torch.mean
     expected = sum(reduce(details["losses"]) for details in parts.values())
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    if name == "asymmetric_regression":
-        assert list(parts) == ["absolute", "teacher_student", "student_student"]
+    if name in SUB_LOSSES:
+        assert list(parts) == SUB_LOSSES[name]
         return
     (details,) = parts.values()
     losses = details["losses"]
@@ -200,7 +214,7 @@ def test_reducers(name, reducer):
         assert details["reduction_type"] == "element" and details["indices"].tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("relative_frobenius", "asymmetric_regression")])
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("relative_frobenius", *SUB_LOSSES)])
 def test_class_weights(name):
     labels, weights = torch.arange(8) % 2, torch.tensor([1.0, 3.0])
     student, teacher = embeddings(8), embeddings(8, seed=1)

@@ -5,7 +5,26 @@ import torch.multiprocessing
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from test_contract import LOSSES, embeddings
 
+from pml_distill.losses import (
+    CollaborativeRankLoss,
+    DecoupledDifferentialLoss,
+    MutualDistanceLoss,
+    RankPreservationLoss,
+    SimilarityDistributionLoss,
+)
+
 PER_RANK = 6
+QUEUE = {"queue_size": 24, "width": 5}
+WITH_QUEUE = {
+    "one queue": lambda: SimilarityDistributionLoss(**QUEUE),
+    "two queues": lambda: SimilarityDistributionLoss(**QUEUE, student_width=5),
+    "with the batch": lambda: SimilarityDistributionLoss(**QUEUE, include_batch=True, topk=5),
+    "mutual_distance": lambda: MutualDistanceLoss(**QUEUE),
+    "rank_preservation": lambda: RankPreservationLoss(topk=5, **QUEUE),
+    "decoupled_differential": lambda: DecoupledDifferentialLoss(topk=5, **QUEUE),
+    "collaborative_rank": lambda: CollaborativeRankLoss(topk=5, **QUEUE),
+}
+STEPS = 4
 
 
 def network():
@@ -29,6 +48,16 @@ def worker(rank, folder):
             efficient(data[:, :5], torch.arange(PER_RANK), ref_emb=teacher)
         except ValueError as error:
             results[name] += (str(error),)
+    for name in WITH_QUEUE:
+        model = torch.nn.parallel.DistributedDataParallel(network())
+        loss = DistributedLossWrapper(WITH_QUEUE[name]())
+        results["queue", name] = []
+        for step in range(STEPS):
+            model.zero_grad()
+            data, teacher = embeddings(2 * PER_RANK, 6, step)[rows], embeddings(2 * PER_RANK, 5, 10 + step)[rows]
+            value = loss(model(data), ref_emb=teacher)
+            value.backward()
+            results["queue", name].append((value.detach(), model.module.weight.grad.clone()))
     torch.save(results, f"{folder}/{rank}.pth")
     torch.distributed.destroy_process_group()
 
@@ -46,3 +75,11 @@ def test_two_processes_equal_one(tmp_path):
             assert torch.allclose(value, 2 * expected, rtol=1e-5), name
             assert torch.allclose(gradient, model.weight.grad, rtol=1e-4, atol=1e-6), name
             assert "(6, 5)" in error and "(12, 5)" in error and "efficient=False" in error, name
+        for name in WITH_QUEUE:
+            model, loss = network(), WITH_QUEUE[name]()
+            for step, (value, gradient) in enumerate(results["queue", name]):
+                model.zero_grad()
+                expected = loss(model(embeddings(12, 6, step)), ref_emb=embeddings(12, 5, 10 + step))
+                expected.backward()
+                assert torch.allclose(value, 2 * expected, rtol=1e-5), (name, step)
+                assert torch.allclose(gradient, model.weight.grad, rtol=1e-4, atol=1e-6), (name, step)

@@ -30,8 +30,13 @@ def filled(form, batches=3, **kwargs):
 def restored(case, file_queue, **kwargs):
     rows = torch.tensor(case.arrays[file_queue])
     loss = SimilarityDistributionLoss(*rows.shape, **kwargs).double()
-    loss.queue.store(rows, torch.tensor(len(rows)), torch.tensor(int(case.arrays.get("hp_ptr", 0))))
+    fill(loss.queue, rows, int(case.arrays.get("hp_ptr", 0)))
     return loss
+
+
+def fill(queue, rows, position=0):
+    state = {"rows": rows, "count": torch.tensor(len(rows)), "position": torch.tensor(position)}
+    queue.load_state_dict(state)
 
 
 @cases("compress_1q")
@@ -53,7 +58,7 @@ def test_equals_compress_with_two_queues(case):
     width = case.student.shape[1]
     loss = restored(case, "queue_t", student_temperature=case.T, teacher_temperature=case.T, student_width=width)
     rows = torch.tensor(case.arrays["queue_s"])
-    loss.student_queue.store(rows, torch.tensor(len(rows)), torch.tensor(0))
+    fill(loss.student_queue, rows)
     case.check(loss(case.student, ref_emb=case.teacher))
     assert torch.allclose(loss.queue.rows, torch.tensor(case.arrays["queue_t_after"]))
     assert torch.allclose(loss.student_queue.rows, torch.tensor(case.arrays["queue_s_after"]))

@@ -1,0 +1,85 @@
+"""Distil on several processes: each on a GPU of its own (NCCL), or on the CPU (Gloo).
+
+    torchrun --standalone --nproc-per-node 4 examples/train_ddp.py --teacher teacher.pth
+
+Every process draws its part of one joint batch, whole classes of it, and `DistributedLossWrapper` computes both losses
+on the joint batch. The update is that of one process with the joint batch, except for what batch norm does with the
+samples: each process normalises its own part. `--batch-norm sync` normalises the joint batch (GPUs only);
+`--batch-norm frozen` uses the running statistics, and then any number of processes ends with the same weights.
+
+The losses shown are of the joint batch times the number of processes, by which DDP's mean divides the gradients.
+"""
+
+import argparse
+import os
+
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+from torch.nn.parallel import DistributedDataParallel
+
+from pml_distill.datasets import Glyphs
+from pml_distill.losses import RelativeTeacherLoss
+from pml_distill.models import SmallResNet
+from pml_distill.samplers import DistributedMPerClassSampler
+from pml_distill.teachers import FrozenTeacher
+from pml_distill.trainers import DistillationTrainer
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--teacher", help="state dict of a SmallResNet(32); without, the teacher is untrained")
+    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=100, help="per epoch")
+    parser.add_argument("--batch-norm", choices=("own", "sync", "frozen"), default="own")
+    parser.add_argument("--plain-images", action="store_true", help="no random jitter")
+    parser.add_argument("--out", default="student.pth", help="where the student's weights go")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    gpus = torch.cuda.is_available()
+    torch.distributed.init_process_group("nccl" if gpus else "gloo")
+    rank, num_processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+
+    torch.manual_seed(0)  # the same weights everywhere
+    dataset = Glyphs("train", augment=not options.plain_images)
+    teacher, student = SmallResNet(32), SmallResNet(8)
+    if options.teacher:
+        teacher.load_state_dict(torch.load(options.teacher, map_location="cpu"))
+    if options.batch_norm == "sync":
+        student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    trunk = DistributedDataParallel(student.to(device), device_ids=[device] if gpus else None)
+
+    torch.manual_seed(rank)  # other jitter on each process
+    batch_size = options.batch_size // num_processes
+    trainer = DistillationTrainer(
+        models={"trunk": trunk},
+        optimizers={"trunk_optimizer": torch.optim.SGD(trunk.parameters(), lr=options.lr, momentum=0.9)},
+        batch_size=batch_size,
+        loss_funcs={
+            "metric_loss": DistributedLossWrapper(MultiSimilarityLoss()),
+            "distillation_loss": DistributedLossWrapper(RelativeTeacherLoss()),
+        },
+        dataset=dataset,
+        teacher=FrozenTeacher(teacher.to(device)),
+        sampler=DistributedMPerClassSampler(dataset.labels, m=4, batch_size=batch_size),
+        iterations_per_epoch=options.steps,
+        freeze_trunk_batchnorm=options.batch_norm == "frozen",
+        data_device=device,
+        dataloader_num_workers=0,
+    )
+    trainer.train(num_epochs=options.epochs)
+    if rank == 0:
+        torch.save(student.state_dict(), options.out)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+import torch
+
+from .base_distillation_loss import unit_rows
+from .base_feature_loss import BaseFeatureLoss, Maps
+
+
+class AttentionTransferLoss(BaseFeatureLoss):
+    r"""The squared difference between where the student's and where the teacher's feature maps are strong.
+
+    .. math::
+        Q^l = \mathrm{vec} \sum_c (F^l_c)^2, \qquad
+        L_i = \sum_l \frac{1}{H_l W_l} \left\| \frac{Q_s^l}{\|Q_s^l\|} - \frac{Q_t^l}{\|Q_t^l\|} \right\|^2
+
+    Channels may differ and nothing is learned. A map of zeros has no attention and gets no gradient.
+
+    Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2. The equation has the
+    norm of the difference; we follow the authors' code, which squares it and takes the mean over places and batch, so
+    that its scale is ours. A weight of 1000 is common.
+
+    Args:
+        **kwargs: ``reducer`` as in every PML loss.
+
+    Shapes:
+        student_maps and teacher_maps: lists of (B, C, H, W). Reducer input: ``loss``, one value per sample
+        (``element``).
+
+    Raises:
+        ValueError: the maps do not go in pairs.
+
+    Example:
+        >>> import torch
+        >>> left = torch.tensor([[[[1.0, 0.0]]]])
+        >>> AttentionTransferLoss()([left], [left.flip(3)]).item()
+        1.0
+    """
+
+    def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
+        pairs = zip(student_maps, teacher_maps)
+        return torch.stack([(attention(s) - attention(t)).square().mean(dim=1) for s, t in pairs]).sum(dim=0)
+
+
+def attention(feature_map: torch.Tensor) -> torch.Tensor:
+    """Return the energy of each place over the channels, (B, H * W), at unit length."""
+    return unit_rows(feature_map.square().sum(dim=1).flatten(1))

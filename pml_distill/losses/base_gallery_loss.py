@@ -1,0 +1,73 @@
+import torch
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity
+
+from .base_distillation_loss import BaseDistillationLoss
+from .teacher_queue import TeacherQueue
+
+
+class BaseGalleryLoss(BaseDistillationLoss):
+    """Base of the losses that compare a student's query with a gallery of teacher embeddings.
+
+    The gallery is the teacher's batch, the query's own row included, or, with ``queue_size``, a ``TeacherQueue``:
+    the teacher's embeddings of earlier batches, and with ``include_batch`` of this one too. Student and teacher
+    spaces end up aligned. ``indices_tuple``, which speaks of pairs in the batch, is ignored. While the queue is
+    empty the loss is zero.
+
+    Args:
+        queue_size: how many embeddings the queue holds; None for the batch as the gallery.
+        width: width of the teacher's embeddings; needed for a queue only.
+        include_batch: whether the batch enters the queue before the gallery is read.
+        **kwargs: ``distance``, ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings and ref_emb: (B, D), of equal widths.
+
+    Raises:
+        ValueError: only one of ``queue_size`` and ``width`` is given, or one is below 1; ``include_batch``
+            without a queue; ``ref_emb`` is missing, differs in shape, or has not the queue's width.
+    """
+
+    equal_widths = True
+
+    def __init__(self, queue_size: int | None = None, width: int | None = None, include_batch: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        if (queue_size is None) != (width is None):
+            raise ValueError(
+                f"queue_size and width make a queue together, but queue_size is {queue_size} and width is {width}."
+            )
+        if include_batch and queue_size is None:
+            raise ValueError("include_batch is True, but there is no queue; without queue_size the batch is all.")
+        self.queue = None if queue_size is None else TeacherQueue(queue_size, width)
+        self.include_batch = include_batch
+
+    def get_default_distance(self) -> BaseDistance:
+        """Return the distance to use where none is given."""
+        return CosineSimilarity()
+
+    def closeness(
+        self, embeddings: torch.Tensor, ref_emb: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the (B, G) closeness of student and of teacher to the gallery, and which places are filled.
+
+        Closeness is ``self.distance``, negative where it grows with dissimilarity.
+        """
+        if self.queue is None:
+            gallery, filled = ref_emb, torch.ones(len(ref_emb), dtype=torch.bool, device=ref_emb.device)
+        else:
+            gallery, filled = self.queue.candidates(ref_emb, self.include_batch)
+        sign = 1 if self.distance.is_inverted else -1
+        student = sign * self.distance(self.directed(embeddings), gallery)
+        return student, sign * self.distance(ref_emb, gallery), filled
+
+    def nearest(
+        self, embeddings: torch.Tensor, ref_emb: torch.Tensor, topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the closeness of student and teacher to the teacher's ``topk`` nearest, nearest first.
+
+        Returns:
+            Two tensors (B, k), k being at most the gallery's size, and which of the k places are filled, (k,).
+        """
+        student, teacher, filled = self.closeness(embeddings, ref_emb)
+        _, places = teacher.masked_fill(~filled, -torch.inf).topk(min(topk, len(filled)), dim=1)
+        filled = torch.arange(places.shape[1], device=filled.device) < filled.sum()
+        return student.gather(1, places), teacher.gather(1, places), filled

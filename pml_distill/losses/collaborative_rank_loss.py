@@ -1,0 +1,69 @@
+import torch
+
+from .base_gallery_loss import BaseGalleryLoss
+
+
+class CollaborativeRankLoss(BaseGalleryLoss):
+    r"""Similarity to the nearest gallery row, and smooth ranks of the next ones, after the teacher's (ACRD).
+
+    With t the teacher's similarities of a query to its k nearest gallery rows, nearest first, and s the student's
+    to the same rows:
+
+    .. math:: L = \alpha \, |s_1 - t_1| + \frac{\beta}{k - 1} \|r(t_{2..k}) - r(s_{2..k})\|_2, \quad
+        r_j(x) = \sum_i \max(0, x_i - x_j)
+
+    r is 0 for the nearest and grows the more, and the nearer, rows are before it. Under a distance, which grows
+    with dissimilarity, x is its negative. Two sub-losses, each reduced on its own and then added: ``nearest`` and
+    ``ranks``. The authors' gallery holds the teacher's embeddings of all training data: let ``queue_size`` be
+    large; see ``BaseGalleryLoss``.
+
+    Source: code SCY-X/Capacity_Dynamic_Distillation (``ACRD``), there on pooled feature maps: pass these as the
+    embeddings for its figures. Its released settings leave the loss out, so that k, alpha and beta are not known;
+    the defaults are plain choices.
+
+    Args:
+        topk: k, how many of the teacher's nearest count, at least 2.
+        alpha: weight of the nearest one, not negative.
+        beta: weight of the ranks, not negative.
+        **kwargs: ``queue_size``, ``width``, ``include_batch`` of ``BaseGalleryLoss``; ``distance`` (default
+            ``CosineSimilarity()``), ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``nearest`` and ``ranks``, one value per
+        query each (``element``).
+
+    Raises:
+        ValueError: ``topk`` is below 2, a weight is negative; what ``BaseGalleryLoss`` refuses.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> loss = CollaborativeRankLoss()
+        >>> bool(loss(teacher, ref_emb=teacher) < 1e-4 < loss(teacher.flip(0), ref_emb=teacher))
+        True
+    """
+
+    def __init__(self, topk: int = 10, alpha: float = 1.0, beta: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        if topk < 2:
+            raise ValueError(f"topk must be at least 2, but is {topk}.")
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+        self.topk, self.alpha, self.beta = topk, alpha, beta
+        self.add_to_recordable_attributes(list_of_names=["topk", "alpha", "beta"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        student, teacher, filled = self.nearest(embeddings, ref_emb, self.topk)
+        nearest = self.alpha * (student[:, 0] - teacher[:, 0]).abs() * filled[0]
+        filled = filled[1:]
+        both = filled[:, None] & filled
+        ranks = [((x[:, :, None] - x[:, None, :]).relu() * both).sum(dim=1) for x in (student[:, 1:], teacher[:, 1:])]
+        errors = torch.linalg.vector_norm(ranks[1] - ranks[0], dim=1)
+        return {
+            **self.query_losses(nearest, None, embeddings, "nearest"),
+            **self.query_losses(self.beta * errors / filled.sum().clamp(min=1), None, embeddings, "ranks"),
+        }
+
+    def _sub_loss_names(self):
+        return ["nearest", "ranks"]

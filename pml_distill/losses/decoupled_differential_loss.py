@@ -1,0 +1,79 @@
+import torch
+
+from .base_gallery_loss import BaseGalleryLoss
+
+
+class DecoupledDifferentialLoss(BaseGalleryLoss):
+    r"""Differences of similarities within the teacher's neighbourhood, wrong signs apart from right ones (D3still).
+
+    With :math:`t_1 \ge \dots \ge t_k` the teacher's similarities of a query to its k nearest gallery rows and
+    :math:`s_j` the student's to the same rows:
+
+    .. math:: L = \frac{\alpha}{B} \|t_1 - s_1\|_2 + \frac{1}{k - 1} \Big( \beta \, \|E^{hard}\|_F +
+        \gamma \, \|E^{simple}\|_F \Big), \quad
+        E_{ij} = \frac{(s_j - s_i) - (t_j - t_i)}{0.1 + |t_j - t_i|}, \quad i, j \ge 2
+
+    E hard holds the pairs that the student orders the other way round than the teacher, E simple those of the
+    same order. In the first term the norm runs over the batch: with the batch as gallery the nearest row is the
+    query's own, so that it draws the student onto the teacher. It is the sub-loss ``feature``; ``hard`` and
+    ``simple`` are the others. A pair that the teacher holds for equal counts as t_j - t_i = 1, as in the authors'
+    code.
+
+    Source: Xie et al., "D3still: Decoupled Differential Distillation for Asymmetric Image Retrieval", CVPR 2024;
+    code SCY-X/D3still, whose scale this is. Its settings with the batch as gallery: ``topk=10`` and alpha, beta,
+    gamma of 100, 5, 1 (CUB, ResNet-18 student; the defaults) or 200, 10, 2 (CUB, MobileNetV3).
+
+    Args:
+        topk: k, how many of the teacher's nearest count, at least 2.
+        alpha: weight of the nearest one, not negative.
+        beta: weight of the wrongly ordered pairs, not negative.
+        gamma: weight of the rightly ordered pairs, not negative.
+        **kwargs: ``queue_size``, ``width``, ``include_batch`` of ``BaseGalleryLoss``; ``distance`` (default
+            ``CosineSimilarity()``), ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``feature``, a scalar
+        (``already_reduced``); ``hard`` and ``simple``, one value per query each (``element``).
+
+    Raises:
+        ValueError: ``topk`` is below 2, a weight is negative; what ``BaseGalleryLoss`` refuses.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> loss = DecoupledDifferentialLoss()
+        >>> bool(loss(teacher, ref_emb=teacher) < 1e-4 < loss(teacher.flip(0), ref_emb=teacher))
+        True
+    """
+
+    def __init__(self, topk: int = 10, alpha: float = 100, beta: float = 5, gamma: float = 1, **kwargs):
+        super().__init__(**kwargs)
+        if topk < 2:
+            raise ValueError(f"topk must be at least 2, but is {topk}.")
+        for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+        self.topk, self.alpha, self.beta, self.gamma = topk, alpha, beta, gamma
+        self.add_to_recordable_attributes(list_of_names=["topk", "alpha", "beta", "gamma"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        student, teacher, filled = self.nearest(embeddings, ref_emb, self.topk)
+        feature = torch.linalg.vector_norm((teacher[:, 0] - student[:, 0]) * filled[0]) / len(embeddings)
+        student, teacher, filled = student[:, 1:], teacher[:, 1:], filled[1:]
+        found, expected = (rows[:, None, :] - rows[:, :, None] for rows in (student, teacher))
+        expected = expected.masked_fill(expected == 0, 1)
+        errors = (found - expected) / (0.1 + expected.abs()) * (filled[:, None] & filled)
+        agreement = (found.sign() * expected.sign()).flatten(1)
+        others = filled.sum().clamp(min=1)
+        hard, simple = (
+            weight * torch.linalg.vector_norm(errors.flatten(1) * chosen, dim=1) / others
+            for weight, chosen in ((self.beta, agreement < 0), (self.gamma, agreement > 0))
+        )
+        return {
+            "feature": {"losses": self.alpha * feature, "indices": None, "reduction_type": "already_reduced"},
+            **self.query_losses(hard, None, embeddings, "hard"),
+            **self.query_losses(simple, None, embeddings, "simple"),
+        }
+
+    def _sub_loss_names(self):
+        return ["feature", "hard", "simple"]

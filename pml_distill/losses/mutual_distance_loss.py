@@ -1,0 +1,74 @@
+import torch
+
+from ..distances import EuclideanDistance
+from .base_gallery_loss import BaseGalleryLoss
+
+# The distance of a teacher's embedding to itself, as the authors' code has it.
+OWN_DISTANCE = 1e-6
+
+
+class MutualDistanceLoss(BaseGalleryLoss):
+    r"""Distances of the student's queries to the teacher's gallery, held to those of the teacher's queries (MKD).
+
+    .. math:: L_i = \alpha \, \big( d(s_i, t_i) - 10^{-6} \big)^2 +
+        \frac{\beta}{|G \setminus i|} \sum_{j \in G \setminus i} \big( d(s_i, g_j) - d(t_i, g_j) \big)^2
+
+    The gallery G is the batch, or a queue; see ``BaseGalleryLoss``. Two sub-losses, each reduced on its own and
+    then added: ``own`` and ``others``. With a queue the batch's rows, which ``include_batch`` lets in, are
+    gallery rows like any other.
+
+    Source: code SCY-X/Capacity_Dynamic_Distillation (``MKD``), there on spatial attention maps, the flattened
+    channel means of squared feature maps: pass these as the embeddings for its figures. It *sums* over the others:
+    multiply ``beta`` by B - 1 for its scale; 1e-6 is the least distance that it knows. The group's DEAP (Pattern
+    Recognition 152, 2024) has alpha 10 and beta 1 in those sums, and cosine mode, which is the default distance
+    here.
+
+    Args:
+        alpha: weight of the distance to the own teacher, not negative.
+        beta: weight of the distances to the others, not negative.
+        **kwargs: ``queue_size``, ``width``, ``include_batch`` of ``BaseGalleryLoss``; ``distance`` (default
+            ``EuclideanDistance()``), ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``own`` and ``others``, one value per query
+        each (``element``).
+
+    Raises:
+        ValueError: a weight is negative, the distance is a similarity; what ``BaseGalleryLoss`` refuses.
+
+    Example:
+        >>> import torch
+        >>> round(MutualDistanceLoss()(torch.eye(4), ref_emb=3 * torch.eye(4)).item(), 6)
+        0.0
+    """
+
+    needs_proper_distance = True
+
+    def __init__(self, alpha: float = 1.0, beta: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+        self.alpha, self.beta = alpha, beta
+        self.add_to_recordable_attributes(list_of_names=["alpha", "beta"], is_stat=False)
+
+    def get_default_distance(self) -> EuclideanDistance:
+        """Return the distance to use where none is given."""
+        return EuclideanDistance()
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        student, teacher, filled = self.closeness(embeddings, ref_emb)
+        counted = filled.expand_as(student)
+        if self.queue is None:
+            counted = counted & ~torch.eye(len(filled), dtype=torch.bool, device=filled.device)
+        errors = (student - teacher).square() * counted
+        others = self.beta * errors.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+        to_batch = -student if self.queue is None else self.distance(self.directed(embeddings), ref_emb)
+        own = self.alpha * (to_batch.diagonal() - OWN_DISTANCE).square()
+        return {
+            **self.query_losses(own, None, embeddings, "own"),
+            **self.query_losses(others, None, embeddings, "others"),
+        }
+
+    def _sub_loss_names(self):
+        return ["own", "others"]

@@ -1,0 +1,65 @@
+import torch
+
+from .base_gallery_loss import BaseGalleryLoss
+
+# So sharp that the teacher's comparisons are 0 or 1, and 1/2 for ties.
+TEACHER_TEMPERATURE = 1e-6
+
+
+class RankPreservationLoss(BaseGalleryLoss):
+    r"""The teacher's order of its nearest gallery rows, kept by the student's queries (ROP).
+
+    With :math:`t_1 \ge \dots \ge t_k` the teacher's similarities of a query to its k nearest gallery rows,
+    :math:`s_j` the student's to the same rows and :math:`\sigma` the logistic function:
+
+    .. math:: L = \frac{1}{k} \sum_{i,j} w_i \Big( \sigma\big((t_j - t_i) / 10^{-6}\big) -
+        \sigma\big((s_j - t_i) / \tau\big) \Big)^2, \quad
+        w_i = i \cdot \frac{e^{\rho t_i}}{\sum_m e^{\rho t_m}}
+
+    The student's similarity s_j is compared with the *teacher's* t_i, so that a query of the student ranks a
+    gallery of the teacher. The gallery is the batch (as in SCY-X/D3still, whose figures this class gives) or a
+    queue (the paper has all training data); see ``BaseGalleryLoss``.
+
+    Source: Wu et al., "A General Rank Preserving Framework for Asymmetric Image Retrieval", ICLR 2023, equations
+    8 to 10. SCY-X/D3still takes the whole batch of 256 as ``topk``; time and memory grow with B topk^2.
+
+    Args:
+        topk: k, how many of the teacher's nearest count.
+        temperature: tau of the student's comparisons, positive.
+        rank_weight: rho, how much more the near ones weigh.
+        **kwargs: ``queue_size``, ``width``, ``include_batch`` of ``BaseGalleryLoss``; ``distance`` (default
+            ``CosineSimilarity()``), ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``loss``, one value per query
+        (``element``).
+
+    Raises:
+        ValueError: ``topk`` is below 1, ``temperature`` is not positive; what ``BaseGalleryLoss`` refuses.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> loss = RankPreservationLoss(temperature=0.01)
+        >>> bool(loss(teacher, ref_emb=teacher) < 1e-4 < loss(teacher.flip(0), ref_emb=teacher))
+        True
+    """
+
+    def __init__(self, topk: int = 32, temperature: float = 0.1, rank_weight: float = 0.2, **kwargs):
+        super().__init__(**kwargs)
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, but is {topk}.")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be a positive number, but is {temperature}.")
+        self.topk, self.temperature, self.rank_weight = topk, temperature, rank_weight
+        self.add_to_recordable_attributes(list_of_names=["topk", "temperature", "rank_weight"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        student, teacher, filled = self.nearest(embeddings, ref_emb, self.topk)
+        ranks = torch.arange(1, len(filled) + 1, device=filled.device)
+        weights = ranks * torch.softmax((self.rank_weight * teacher).masked_fill(~filled, -1e30), dim=1)
+        expected = torch.sigmoid((teacher[:, None, :] - teacher[:, :, None]) / TEACHER_TEMPERATURE)
+        found = torch.sigmoid((student[:, None, :] - teacher[:, :, None]) / self.temperature)
+        misses = (expected - found).square() * (filled[:, None] & filled)
+        losses = (weights * misses.sum(dim=2)).sum(dim=1) / filled.sum().clamp(min=1)
+        return self.query_losses(losses, None, embeddings)

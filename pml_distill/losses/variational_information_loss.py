@@ -1,0 +1,68 @@
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from .base_feature_loss import BaseFeatureLoss, Maps
+from .channel_regressors import ChannelRegressors
+
+MIN_VARIANCE = 1e-5
+FIRST_VARIANCE = 5.0
+
+
+class VariationalInformationLoss(BaseFeatureLoss):
+    r"""Minus the log-likelihood of the teacher's feature maps under a Gaussian that the student's maps predict (VID).
+
+    .. math::
+        L_i = \sum_l \frac{1}{C_l H_l W_l} \sum_{c, h, w} \frac{1}{2} \left(
+        \log \sigma_{l, c}^2 + \frac{(F_t^l - \mu_l(F_s^l))_{c, h, w}^2}{\sigma_{l, c}^2} \right),
+        \qquad \sigma_{l, c}^2 = \mathrm{softplus}(\alpha_{l, c}) + 10^{-5}
+
+    The mean is a learned 1x1 convolution, the variance a learned number per channel of the teacher: what the student
+    cannot predict is given up, where ``HintLoss`` insists. Both are parameters of the loss; train them with the
+    student (in a trainer, by ``optimizers["feature_distillation_loss_optimizer"]``). They are saved in checkpoints and
+    are no part of the student.
+
+    The loss may be negative: reducers that drop values of zero or less (``AvgNonZeroReducer``) do not suit it.
+
+    Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, with the first
+    variance of the authors' code, 5, and without the constant log(2 pi) / 2. The formula of the paper sums where we
+    take the mean over an image's map (factor C H W); their code takes the mean, too, and predicts by three 1x1
+    convolutions with ReLU between.
+
+    Args:
+        student_channels: channels of the student's maps.
+        teacher_channels: channels of the teacher's maps.
+        **kwargs: ``reducer`` as in every PML loss.
+
+    Shapes:
+        student_maps and teacher_maps: lists of (B, C, H, W). Reducer input: ``loss``, one value per sample
+        (``element``).
+
+    Raises:
+        ValueError: the channels do not go in pairs or are not those of the maps; the maps do not go in pairs.
+
+    Example:
+        >>> import torch
+        >>> loss = VariationalInformationLoss(student_channels=[8], teacher_channels=[32])
+        >>> loss([torch.rand(4, 8, 7, 7)], [torch.rand(4, 32, 14, 14)]).shape
+        torch.Size([])
+    """
+
+    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], **kwargs):
+        super().__init__(**kwargs)
+        self.regressors = ChannelRegressors(student_channels, teacher_channels)
+        first = math.log(math.expm1(FIRST_VARIANCE - MIN_VARIANCE))
+        self.raw_variances = torch.nn.ParameterDict(
+            {name: torch.full((channels,), first) for name, channels in zip(self.regressors, teacher_channels)}
+        )
+
+    def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
+        means = self.regressors(student_maps, teacher_maps)
+        variances = [F.softplus(raw)[:, None, None] + MIN_VARIANCE for raw in self.raw_variances.values()]
+        losses = [
+            (variance.log() + (target - mean).square() / variance).mean(dim=(1, 2, 3)) / 2
+            for target, mean, variance in zip(teacher_maps, means, variances)
+        ]
+        return torch.stack(losses).sum(dim=0)

@@ -1,0 +1,5 @@
+"""Samplers for PML's trainers and for ``torch.utils.data.DataLoader``."""
+
+from .distributed_m_per_class_sampler import DistributedMPerClassSampler
+
+__all__ = ["DistributedMPerClassSampler"]

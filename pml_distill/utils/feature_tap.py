@@ -1,0 +1,81 @@
+from collections.abc import Sequence
+from difflib import get_close_matches
+from types import TracebackType
+
+import torch
+
+
+class FeatureTap:
+    """Take the outputs of named modules out of a network while it runs.
+
+    Inside of ``with``, each forward pass of the network refreshes ``features``; leaving it removes the hooks, also
+    after an error. A module that runs several times in one pass yields its last output. One whose output the next
+    module changes in place, such as a normalisation before ``ReLU(inplace=True)``, yields what it becomes.
+
+    Args:
+        network: the network; inside of ``DistributedDataParallel`` or ``torch.compile`` the modules are named as
+            without. A compiled network must be tapped from its first pass on: what was compiled knows no hooks.
+        names: names as in ``network.named_modules()``, for example ``["layer1", "layer3.0.conv2"]``.
+
+    Raises:
+        ValueError: the network has no module of that name, or is a ``DataParallel``, which runs copies of itself;
+            on reading ``features``: a module has not run, or its output is no tensor.
+
+    Example:
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
+        >>> with FeatureTap(network, ["1"]) as tap:
+        ...     outputs = network(torch.zeros(2, 1, 8, 8))
+        >>> [feature.shape for feature in tap.features]
+        [torch.Size([2, 4, 6, 6])]
+    """
+
+    def __init__(self, network: torch.nn.Module, names: Sequence[str]):
+        if isinstance(network, torch.nn.DataParallel):
+            raise ValueError(
+                "network is a DataParallel, which runs copies of its modules; tap a plain network or one in "
+                "DistributedDataParallel."
+            )
+        if isinstance(network, torch.nn.parallel.DistributedDataParallel):
+            network = network.module
+        network = getattr(network, "_orig_mod", network)
+        modules = dict(network.named_modules())
+        unknown = [name for name in names if name not in modules]
+        if unknown:
+            near = {name: get_close_matches(name, modules, n=5, cutoff=0.5) for name in unknown}
+            top = [name for name, _ in network.named_children()]
+            hints = "; ".join(f"{name!r} (near: {', '.join(found or top)})" for name, found in near.items())
+            raise ValueError(f"{type(network).__name__} has no modules of these names: {hints}.")
+        self.modules = {name: modules[name] for name in names}
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def features(self) -> list[torch.Tensor]:
+        """The outputs of the latest pass, in the order of ``names``."""
+        missing = [name for name in self.modules if name not in self.outputs]
+        if missing:
+            raise ValueError(
+                f"The modules {missing} have not run; run the network inside of `with FeatureTap(...)`, and one under "
+                "torch.compile from its first pass on."
+            )
+        for name, output in self.outputs.items():
+            if not isinstance(output, torch.Tensor):
+                raise ValueError(f"The output of {name!r} is a {type(output).__name__}, not a tensor.")
+        return [self.outputs[name] for name in self.modules]
+
+    def __enter__(self) -> "FeatureTap":
+        self.outputs = {}
+        for name, module in self.modules.items():
+            self.hooks.append(module.register_forward_hook(lambda _m, _i, output, name=name: self.keep(name, output)))
+        return self
+
+    def keep(self, name: str, output: torch.Tensor) -> None:
+        """Remember an output; returning nothing leaves it as it is."""
+        self.outputs[name] = output
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []

@@ -1,0 +1,219 @@
+"""The losses on feature maps: formulas, precision, reducers, and a pair of real ResNets."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer, SumReducer, ThresholdReducer
+
+from pml_distill.losses import AttentionTransferLoss, HintLoss, VariationalInformationLoss
+from pml_distill.utils import FeatureTap
+
+STUDENT, TEACHER = [4, 6], [5, 3]
+LOSSES = {
+    "hint": lambda **kw: HintLoss(STUDENT, TEACHER, **kw),
+    "attention": AttentionTransferLoss,
+    "variational": lambda **kw: VariationalInformationLoss(STUDENT, TEACHER, **kw),
+}
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def make(name, **kwargs):
+    torch.manual_seed(0)
+    return LOSSES[name](**kwargs)
+
+
+def maps(channels, batch=3, size=4, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, c, size // (i + 1), size, generator=generator).to(dtype) for i, c in enumerate(channels)]
+
+
+def attention(array):
+    energy = (array**2).sum(axis=1).reshape(len(array), -1)
+    return energy / np.sqrt((energy**2).sum(axis=1, keepdims=True))
+
+
+def expected(name, loss, students, teachers):
+    """Values per sample, from the definition, with NumPy."""
+    total = np.zeros(len(students[0]))
+    for i, (s, t) in enumerate(zip(students, teachers)):
+        s, t = s.double().numpy(), t.double().numpy()
+        if name == "attention":
+            total += ((attention(s) - attention(t)) ** 2).mean(axis=1)
+            continue
+        conv = loss.regressors[f"map_{i}"]
+        weight, bias = conv.weight.detach().double().numpy()[:, :, 0, 0], conv.bias.detach().double().numpy()
+        prediction = np.einsum("oc,bchw->bohw", weight, s) + bias[:, None, None]
+        errors = (prediction - t) ** 2
+        if name == "variational":
+            raw = loss.raw_variances[f"map_{i}"].detach().double().numpy()
+            variance = (np.log1p(np.exp(raw)) + 1e-5)[:, None, None]
+            errors = (np.log(variance) + errors / variance) / 2
+        total += errors.mean(axis=(1, 2, 3))
+    return total
+
+
+@every_loss
+def test_values_are_those_of_the_formula(name):
+    loss = make(name, reducer=DoNothingReducer()).double()
+    if name == "variational":
+        for raw in loss.raw_variances.values():
+            torch.nn.init.normal_(raw)
+    students, teachers = maps(STUDENT, dtype=torch.float64), maps(TEACHER, seed=1, dtype=torch.float64)
+    details = loss(students, teachers)["loss"]
+    assert np.allclose(details["losses"].detach().numpy(), expected(name, loss, students, teachers), rtol=1e-12)
+    assert details["reduction_type"] == "element" and details["indices"].tolist() == [0, 1, 2]
+
+
+@every_loss
+def test_reducers(name):
+    labels, weights = torch.tensor([0, 1, 1]), torch.tensor([1.0, 3.0])
+    students, teachers = maps(STUDENT), maps(TEACHER, seed=1)
+    parts = make(name, reducer=DoNothingReducer())(students, teachers)["loss"]["losses"]
+    assert make(name)(students, teachers).item() == pytest.approx(parts.mean().item())
+    assert make(name, reducer=SumReducer())(students, teachers).item() == pytest.approx(parts.sum().item())
+    weighted = make(name, reducer=ClassWeightedReducer(weights))(students, teachers, labels)
+    assert weighted.item() == pytest.approx((parts * weights[labels]).mean().item())
+    assert make(name, reducer=ThresholdReducer(low=1e6))(students, teachers) == 0
+
+
+@every_loss
+def test_gradients_are_correct(name):
+    loss = make(name).double()
+    parameters = dict(loss.named_parameters())
+    students = [m.requires_grad_() for m in maps(STUDENT, batch=2, size=2, dtype=torch.float64)]
+    teachers = maps(TEACHER, batch=2, size=2, seed=1, dtype=torch.float64)
+
+    def value(first, second, *weights):
+        return torch.func.functional_call(loss, dict(zip(parameters, weights)), ([first, second], teachers))
+
+    assert torch.autograd.gradcheck(value, (*students, *parameters.values()))
+
+
+@every_loss
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_degenerate_maps_have_finite_values_and_gradients(name, dtype, autocast):
+    usual, other = maps(STUDENT), maps(TEACHER, seed=1)
+    one_zero = [m.clone().index_fill_(0, torch.tensor(1), 0) for m in usual]
+    cases = {
+        "usual": (usual, other),
+        "zero student": ([0 * m for m in usual], other),
+        "zero teacher": (usual, [0 * m for m in other]),
+        "all zero": ([0 * m for m in usual], [0 * m for m in other]),
+        "one zero sample": (one_zero, other),
+        "tiny": ([1e-6 * m for m in usual], other),
+        "large": ([1000 * m for m in usual], [1000 * m for m in other]),
+        "batch of one": ([m[:1] for m in usual], [m[:1] for m in other]),
+    }
+    for what, (students, teachers) in cases.items():
+        loss = make(name)
+        students = [m.to(dtype).requires_grad_() for m in students]
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            value = loss(students, [m.to(dtype) for m in teachers])
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), what
+        value.backward()
+        assert torch.isfinite(value), what
+        assert all(torch.isfinite(p.grad).all() for p in (*students, *loss.parameters())), what
+
+
+def test_a_zero_map_has_no_attention_to_learn():
+    students = [torch.zeros(3, c, 4, 4, requires_grad=True) for c in STUDENT]
+    AttentionTransferLoss()(students, [torch.rand(3, c, 4, 4) for c in TEACHER]).backward()
+    assert all((m.grad == 0).all() for m in students)
+
+
+@every_loss
+def test_the_larger_map_is_pooled_to_the_smaller(name):
+    small, large = maps([4], size=4), maps([4], size=8)
+    channels = [4], [4]
+    loss = AttentionTransferLoss() if name == "attention" else type(make(name))(*channels)
+    pooled = [torch.nn.functional.avg_pool2d(large[0], 2)]
+    assert torch.allclose(loss(large, small), loss(pooled, small), atol=1e-6)
+    assert torch.allclose(loss(small, large), loss(small, pooled), atol=1e-6)
+    tall, wide = torch.rand(2, 4, 8, 2), torch.rand(2, 4, 2, 8)
+    assert torch.isfinite(loss([tall], [wide]))
+
+
+def test_attention_ignores_strength_and_channels():
+    teachers = maps([4], size=6)
+    assert AttentionTransferLoss()([3 * teachers[0].repeat(1, 2, 1, 1)], teachers).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_first_variance_is_five():
+    loss = VariationalInformationLoss([2], [3])
+    zero_regressors = copy.deepcopy(loss)
+    for parameter in zero_regressors.regressors.parameters():
+        torch.nn.init.zeros_(parameter)
+    value = zero_regressors([torch.rand(2, 2, 3, 3)], [torch.full((2, 3, 3, 3), 2.0)])
+    assert value.item() == pytest.approx((np.log(5) + 4 / 5) / 2, rel=1e-5)
+
+
+@every_loss
+def test_the_teacher_gets_no_gradient_and_the_inputs_stay_as_they_are(name):
+    students = [m.requires_grad_() for m in maps(STUDENT)]
+    teachers = [m.requires_grad_() for m in maps(TEACHER, seed=1)]
+    before = [m.detach().clone() for m in (*students, *teachers)]
+    make(name)(students, teachers).backward()
+    assert all(m.grad is not None for m in students) and all(m.grad is None for m in teachers)
+    assert all(torch.equal(*pair) for pair in zip(before, (*students, *teachers)))
+
+
+@every_loss
+def test_compiles_to_a_single_graph(name):
+    torch._dynamo.reset()
+    students, teachers = [m.requires_grad_() for m in maps(STUDENT)], maps(TEACHER, size=8, seed=1)
+    loss = make(name)
+    values = torch.compile(loss, fullgraph=True, backend="aot_eager")(students, teachers), loss(students, teachers)
+    wanted = (*students, *loss.parameters())
+    gradients = [torch.autograd.grad(value, wanted) for value in values]
+    assert torch.allclose(*values)
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*gradients))
+
+
+@every_loss
+def test_state_comes_back(name):
+    loss, other = make(name), LOSSES[name]()
+    other.load_state_dict(loss.state_dict())
+    assert loss(maps(STUDENT), maps(TEACHER)) == other(maps(STUDENT), maps(TEACHER))
+
+
+@every_loss
+@pytest.mark.parametrize(
+    ("students", "teachers", "message"),
+    [
+        (torch.zeros(2, 4, 3, 3), [torch.zeros(2, 5, 3, 3)], r"student_maps to be a list.*a tensor of shape \(2, 4"),
+        ([torch.zeros(2, 4, 3, 3)], [], r"teacher_maps to be a list of feature maps, but it is \[\]"),
+        ([torch.zeros(2, 4, 3, 3)], [torch.zeros(2, 5, 3, 3)] * 2, r"\[\(2, 4, 3, 3\)\].*their numbers differ"),
+        ([torch.zeros(2, 4)], [torch.zeros(2, 5, 3, 3)], r"\(batch, channels, height, width\).*\[\(2, 4\)\]"),
+        ([torch.zeros(2, 4, 3, 3)], [torch.zeros(3, 5, 3, 3)], r"same samples.*the numbers of rows differ"),
+    ],
+)
+def test_wrong_maps_are_named(name, students, teachers, message):
+    with pytest.raises(ValueError, match=f"{type(make(name)).__name__}.*{message}"):
+        make(name)(students, teachers)
+
+
+@pytest.mark.parametrize("name", ["hint", "variational"])
+def test_wrong_channels_are_named_with_the_right_ones(name):
+    with pytest.raises(ValueError, match=r"are \[4\] and \[4, 5\]"):
+        type(make(name))([4], [4, 5])
+    with pytest.raises(ValueError, match=r"call for student_channels=\[4, 7\] and teacher_channels=\[5, 3\]"):
+        make(name)(maps([4, 7]), maps(TEACHER))
+
+
+@every_loss
+def test_on_resnets(name):
+    from torchvision.models import resnet18, resnet34
+
+    torch.manual_seed(0)
+    names = ["layer1", "layer3"]
+    student, teacher, images = resnet18(), resnet34().eval(), torch.rand(2, 3, 64, 64)
+    with FeatureTap(student, names) as tap, FeatureTap(teacher, names) as teacher_tap:
+        student(images), teacher(images)
+    channels = [m.shape[1] for m in tap.features]
+    loss = AttentionTransferLoss() if name == "attention" else type(make(name))(channels, channels)
+    loss(tap.features, teacher_tap.features).backward()
+    assert student.conv1.weight.grad.abs().sum() > 0 and teacher.conv1.weight.grad is None
+    assert student.layer4[0].conv1.weight.grad is None

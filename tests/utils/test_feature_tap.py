@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import nn
+
+from pml_distill.models import SmallResNet
+from pml_distill.utils import FeatureTap
+
+IMAGES = torch.rand(2, 1, 16, 16)
+
+
+def hooks(network):
+    return sum(len(m._forward_hooks) for m in network.modules())
+
+
+def test_outputs_come_in_the_order_of_the_names_and_carry_gradients():
+    network = SmallResNet(4)
+    with FeatureTap(network, ["layer3", "layer1", "layer2.0.conv1"]) as tap:
+        network(IMAGES)
+    assert [tuple(m.shape) for m in tap.features] == [(2, 16, 2, 2), (2, 4, 8, 8), (2, 8, 4, 4)]
+    assert torch.equal(tap.features[0].mean(dim=(2, 3)), network.train()(IMAGES))
+    tap.features[1].sum().backward()
+    assert network.conv1.weight.grad is not None
+
+
+def test_each_pass_refreshes_the_features():
+    network = SmallResNet(4).eval()
+    with FeatureTap(network, ["layer1"]) as tap:
+        network(IMAGES)
+        first = tap.features[0]
+        network(2 * IMAGES)
+        assert not torch.equal(first, tap.features[0])
+
+
+def test_the_hooks_go_on_exit_also_after_an_error():
+    network = SmallResNet(4)
+    with FeatureTap(network, ["layer1", "layer2"]) as tap:
+        assert hooks(network) == 2
+    assert hooks(network) == 0
+    with pytest.raises(RuntimeError), FeatureTap(network, ["layer1"]):
+        network(torch.rand(2, 5, 16, 16))
+    assert hooks(network) == 0
+    with tap:
+        network(IMAGES)
+    assert len(tap.features) == 2 and hooks(network) == 0
+
+
+def test_unknown_names_are_answered_with_near_ones():
+    with pytest.raises(ValueError, match=r"SmallResNet has no modules.*'layer4' \(near: layer\d, layer\d"):
+        FeatureTap(SmallResNet(4), ["layer1", "layer4"])
+    with pytest.raises(ValueError, match=r"'zzz' \(near: conv1, bn1, layer1, layer2, layer3\)"):
+        FeatureTap(SmallResNet(4), ["zzz"])
+
+
+def test_reading_too_early_or_what_is_no_tensor_is_an_error():
+    network = nn.Sequential(nn.LSTM(3, 3))
+    tap = FeatureTap(network, ["0"])
+    with pytest.raises(ValueError, match=r"modules \['0'\] have not run"):
+        tap.features  # noqa: B018
+    with tap:
+        network(torch.rand(2, 4, 3))
+    with pytest.raises(ValueError, match="output of '0' is a tuple"):
+        tap.features  # noqa: B018
+
+
+def test_a_compiled_network_is_tapped_from_its_first_pass_on():
+    torch._dynamo.reset()
+    network = SmallResNet(4).eval()
+    compiled = torch.compile(network, backend="eager")
+    for factor in (1, 2):
+        with FeatureTap(compiled, ["layer1"]) as tap:
+            compiled(factor * IMAGES)
+        stem = network.bn1(network.conv1(factor * IMAGES)).relu()
+        assert torch.allclose(tap.features[0], network.layer1(stem), atol=1e-6)
+    torch._dynamo.reset()
+    compiled = torch.compile(SmallResNet(4), backend="eager")
+    compiled(IMAGES)
+    with FeatureTap(compiled, ["layer1"]) as tap:
+        compiled(IMAGES)
+    with pytest.raises(ValueError, match="under torch.compile from its first pass on"):
+        tap.features  # noqa: B018
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(ValueError, match="network is a DataParallel"):
+        FeatureTap(nn.DataParallel(SmallResNet(4)), ["layer1"])
