@@ -1,6 +1,7 @@
 """A student that shrinks while it learns: compactors, what drives their rows to zero, and the network that is left."""
 
 from .capacity_dynamics import CapacityDynamics
+from .compact_file import load_compact, save_compact
 from .compactor import Compactor, find_compactors, insert_compactors, register_block
 from .export import export
 from .export_meter import ExportMeter
@@ -17,6 +18,8 @@ __all__ = [
     "find_compactors",
     "group_lasso",
     "insert_compactors",
+    "load_compact",
     "register_block",
+    "save_compact",
     "shrink_rows",
 ]

@@ -84,9 +84,8 @@ class Chain:
     @property
     def compactor(self) -> Compactor | None:
         """The compactor, once it is in."""
-        if isinstance(self.norm, nn.Sequential) and isinstance(self.norm[-1], Compactor):
-            return self.norm[-1]
-        return None
+        norm = getattr(self.block, self.path[1], None)
+        return norm[-1] if isinstance(norm, nn.Sequential) and isinstance(norm[-1], Compactor) else None
 
 
 def register_block(
@@ -129,7 +128,8 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
     """Put a compactor behind normalisations inside of the residual blocks of a network, in place.
 
     The normalisation is replaced, at its own name, by ``nn.Sequential(normalisation, compactor)``; the outputs stay
-    what they were. Make the optimizer afterwards: the compactors are new parameters.
+    what they were. Load pretrained weights before, since the names in the state dictionary change, and make the
+    optimizer afterwards, since the compactors are new parameters.
 
     Recognised are the BasicBlock and Bottleneck of torchvision and timm (Wide-ResNet and SE-ResNet among them), the
     block of ``pml_distill.models``, and those given to :func:`register_block`. The widths of stem, shortcuts and block

@@ -1,0 +1,196 @@
+import copy
+import importlib
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from .compactor import find_compactors
+from .export import replace_module
+
+FORMAT = "pml-distill compact network 1"
+# What may differ from the architecture, with the arguments that rebuild it.
+REBUILT = {
+    nn.Conv2d: (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    ),
+    nn.Linear: ("in_features", "out_features"),
+    nn.BatchNorm2d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
+    nn.Identity: (),
+}
+TORCHVISION = {
+    ("BasicBlock", 2, 2, 2, 2): "resnet18",
+    ("BasicBlock", 3, 4, 6, 3): "resnet34",
+    ("Bottleneck", 3, 4, 6, 3): "resnet50",
+    ("Bottleneck", 3, 4, 23, 3): "resnet101",
+    ("Bottleneck", 3, 8, 36, 3): "resnet152",
+}
+
+
+def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write an exported network to one safetensors file that can be read without this package.
+
+    The file holds the weights, and as metadata ``format``, ``architecture`` (``"torchvision resnet50"``,
+    ``"timm seresnet50"``; empty for other networks) and ``layers``: JSON of the type of each module without children
+    by name, with the arguments that rebuild it for convolutions, linear layers, batch norms and identities. To read it
+    with torchvision and safetensors alone::
+
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            layers = json.loads(file.metadata()["layers"])
+        model = torchvision.models.resnet50()
+        for name, layer in layers.items():
+            kind = layer.pop("type")
+            if kind in ("Conv2d", "Linear", "BatchNorm2d", "Identity"):
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, getattr(torch.nn, kind)(**layer))
+        model.load_state_dict(tensors)
+        model.eval()
+
+    The file is written under another name first: when saving fails, an older file stays whole. Needs safetensors.
+
+    Args:
+        model: a network from :func:`export`.
+        path: where to write it.
+
+    Raises:
+        ValueError: for a network that still has compactors.
+    """
+    if find_compactors(model):
+        raise ValueError(f"{type(model).__name__} has compactors: save what export returns")
+    layers = describe(model)
+    metadata = {"format": FORMAT, "architecture": architecture(model, layers), "layers": json.dumps(layers)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = safetensors("safetensors.torch").save(tensors, metadata)
+    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+    """Return the network that :func:`save_compact` wrote, on the CPU, in eval mode.
+
+    Args:
+        path: the file.
+        model: a network of the architecture before it was compacted, with any weights; it is left as it is. Needed
+            for networks that are not plain ResNets of torchvision or timm.
+
+    Raises:
+        ValueError: for a file that is not of this format, for one of another architecture than ``model``, and for
+            one that names no architecture when ``model`` is not given.
+    """
+    metadata, tensors = read(path)
+    name, layers = metadata["architecture"], json.loads(metadata["layers"])
+    if model is None:
+        if not name:
+            raise ValueError(
+                f"{path} names no architecture of torchvision or timm: give model, a network as it was before "
+                "insert_compactors"
+            )
+        model = build(name)
+    model = copy.deepcopy(model).cpu()
+    found = describe(model)
+    problem = difference(found, layers)
+    if problem:
+        raise ValueError(f"{path} holds {name or 'a network'} and does not fit {type(model).__name__}: {problem}")
+    for layer_name, layer in layers.items():
+        if layer != found[layer_name]:
+            arguments = {key: value for key, value in layer.items() if key != "type"}
+            replace_module(model, layer_name, getattr(nn, layer["type"])(**arguments))
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} holds {name or 'a network'} and does not fit {type(model).__name__}: {error}"
+        ) from error
+    return model.eval()
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Return metadata and tensors of a file, or raise ValueError for one of another format."""
+    try:
+        with safetensors().safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            # Copies are aligned in memory, which the file is not: the same sums come out to the last bit.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    except safetensors().SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not from save_compact: expected format {FORMAT!r}, got {metadata.get('format')!r}")
+    return metadata, tensors
+
+
+def describe(model: nn.Module) -> dict[str, dict]:
+    """Return type and arguments of each module without children, as JSON gives them back."""
+    layers = {}
+    for name, module in model.named_modules():
+        if next(module.children(), None) is None:
+            layers[name] = {"type": type(module).__name__}
+            for argument in REBUILT.get(type(module), ()):
+                value = getattr(module, argument)
+                layers[name][argument] = list(value) if isinstance(value, tuple) else value
+            if type(module) in (nn.Conv2d, nn.Linear):
+                layers[name]["bias"] = module.bias is not None
+    return layers
+
+
+def difference(expected: dict[str, dict], layers: dict[str, dict]) -> str:
+    """Return what keeps layers from being put into a network, or an empty string."""
+    rebuilt = {kind.__name__ for kind in REBUILT}
+    for name in expected:
+        if name not in layers:
+            return f"{name} is in the network only"
+    for name, layer in layers.items():
+        if name not in expected:
+            return f"{name} is in the file only"
+        if layer["type"] not in rebuilt | {expected[name]["type"]}:
+            return f"{name} is {expected[name]['type']} in the network, {layer['type']} in the file"
+    return ""
+
+
+def architecture(model: nn.Module, layers: dict[str, dict]) -> str:
+    """Return what :func:`build` makes such a network of, or an empty string."""
+    name, library = "", type(model).__module__
+    if library == "torchvision.models.resnet":
+        stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+        name = TORCHVISION.get((type(stages[0][0]).__name__, *(len(stage) for stage in stages)), "")
+    elif library == "timm.models.resnet":
+        name = model.default_cfg.get("architecture", "")
+    if not name:
+        return ""
+    name = f"{library.split('.')[0]} {name}"
+    with torch.device("meta"):
+        return "" if difference(describe(build(name)), layers) else name
+
+
+def build(name: str) -> nn.Module:
+    """Return an untrained network of torchvision or timm."""
+    library, name = name.split()
+    if library == "timm":
+        import timm
+
+        return timm.create_model(name)
+    import torchvision
+
+    return torchvision.models.get_model(name)
+
+
+def safetensors(module: str = "safetensors") -> ModuleType:
+    """Import safetensors, or say how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError("compact networks are kept in safetensors: pip install 'pml-distill[capacity]'") from error

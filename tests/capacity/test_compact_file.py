@@ -1,0 +1,121 @@
+import json
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from networks import images, network, pruned
+
+from pml_distill.capacity import export, insert_compactors, load_compact, save_compact
+from pml_distill.models import SmallResNet
+
+
+@pytest.fixture(scope="module")
+def small():
+    return export(pruned("torchvision resnet18"))
+
+
+@pytest.mark.parametrize("fold_norms", [False, True])
+@pytest.mark.parametrize(
+    "name", ["torchvision resnet18", "torchvision resnet50", "timm resnetaa50", "timm seresnet50t"]
+)
+def test_comes_back_as_it_was(name, fold_norms, tmp_path):
+    small = export(pruned(name, "all"), fold_norms=fold_norms)
+    save_compact(small, tmp_path / "small.safetensors")
+    loaded = load_compact(tmp_path / "small.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), small(images()))
+    assert not loaded.training and type(loaded) is type(small)
+
+
+def test_wide_networks_come_back_as_the_narrow_one_widened(tmp_path):
+    model = torchvision.models.wide_resnet50_2().eval()
+    insert_compactors(model)
+    small = export(model)
+    save_compact(small, tmp_path / "wide")
+    with torch.no_grad():
+        assert torch.equal(load_compact(tmp_path / "wide")(images()), small(images()))
+
+
+def test_headless_networks_and_other_types_come_back(tmp_path):
+    model = export(pruned("torchvision resnet18"))
+    model.fc = torch.nn.Linear(512, 16)
+    model.double()
+    save_compact(model, tmp_path / "head")
+    torch.testing.assert_close(load_compact(tmp_path / "head")(images().double()), model(images().double()))
+    model.fc = torch.nn.Identity()
+    save_compact(model, tmp_path / "head")
+    assert load_compact(tmp_path / "head")(images().double()).shape == (2, 512)
+
+
+def test_other_networks_come_back_with_their_architecture_given(tmp_path):
+    small = export(pruned("SmallResNet"))
+    save_compact(small, tmp_path / "small")
+    with pytest.raises(ValueError, match="names no architecture of torchvision or timm: give model"):
+        load_compact(tmp_path / "small")
+    given = SmallResNet(width=8, in_channels=3)
+    loaded = load_compact(tmp_path / "small", given)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), small(images()))
+    assert given.layer1[0].conv1.out_channels == 8
+
+
+def test_can_be_read_without_this_package(tmp_path):
+    small = export(pruned("torchvision resnet50"))
+    path = tmp_path / "small.safetensors"
+    save_compact(small, path)
+    lines = save_compact.__doc__.split("alone::\n\n")[1].split("\n\n    The file is written")[0]
+    names = {"path": path, "safetensors": safetensors, "json": json, "torchvision": torchvision, "torch": torch}
+    exec("\n".join(line[8:] for line in lines.splitlines()), names)
+    with torch.no_grad():
+        assert torch.equal(names["model"](images()), small(images()))
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["architecture"] == "torchvision resnet50"
+
+
+def test_a_failed_save_leaves_the_old_file_whole(small, tmp_path, monkeypatch):
+    path = tmp_path / "small.safetensors"
+    save_compact(small, path)
+    before = path.read_bytes()
+
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:100])
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_compact(small, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_of_other_architectures_are_refused(small, tmp_path):
+    path = tmp_path / "small.safetensors"
+    save_compact(small, path)
+    with pytest.raises(ValueError, match="torchvision resnet18 and does not fit ResNet: layer1.2.conv1 is in the netw"):
+        load_compact(path, torchvision.models.resnet34())
+    with pytest.raises(ValueError, match="does not fit SmallResNet: layer1.0.downsample is in the network only"):
+        load_compact(path, SmallResNet())
+
+
+def test_other_files_are_refused(tmp_path):
+    safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "plain")
+    with pytest.raises(ValueError, match="plain is not from save_compact: expected format"):
+        load_compact(tmp_path / "plain")
+    (tmp_path / "text").write_text("no tensors in here")
+    with pytest.raises(ValueError, match="text is not a safetensors file"):
+        load_compact(tmp_path / "text")
+    with pytest.raises(FileNotFoundError):
+        load_compact(tmp_path / "nothing")
+
+
+def test_networks_with_compactors_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="SmallResNet has compactors: save what export returns"):
+        save_compact(pruned("SmallResNet"), tmp_path / "small")
+
+
+def test_says_how_to_get_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"pip install 'pml-distill\[capacity\]'"):
+        save_compact(network("SmallResNet"), tmp_path / "small")
