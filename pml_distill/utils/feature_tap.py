@@ -9,8 +9,8 @@ class FeatureTap:
     """Take the outputs of named modules out of a network while it runs.
 
     Inside of ``with``, each forward pass of the network refreshes ``features``; leaving it removes the hooks, also
-    after an error. A module that runs several times in one pass yields its last output. One whose output the next
-    module changes in place, such as a normalisation before ``ReLU(inplace=True)``, yields what it becomes.
+    after an error. A module that runs several times in one pass yields its last output. Outputs are copied, so that a
+    next module that works in place, such as ``ReLU(inplace=True)`` behind a normalisation, does not change them.
 
     Args:
         network: the network; inside of ``DistributedDataParallel`` or ``torch.compile`` the modules are named as
@@ -71,7 +71,7 @@ class FeatureTap:
 
     def keep(self, name: str, output: torch.Tensor) -> None:
         """Remember an output; returning nothing leaves it as it is."""
-        self.outputs[name] = output
+        self.outputs[name] = output.clone() if isinstance(output, torch.Tensor) else output
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
