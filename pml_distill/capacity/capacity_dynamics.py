@@ -1,4 +1,6 @@
+import math
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -38,9 +40,9 @@ class CapacityDynamics:
     How far a row can shrink is the sum of lr * lasso_weight over all steps; rows begin at length 1. The paper's
     0.004 sums to 1.6 over its 40,000 steps at lr 0.01; a shorter training wants a larger weight, or a budget.
 
-    With a budget (``target_params`` or ``target_flops``) the lasso weight adapts: the size is led along a straight
-    line from the whole network at the first step to the target after ``budget_steps``. There the shortest rows that
-    are still too many go, and those that are zero stay zero while the others learn on.
+    With a budget (``target_params`` or ``target_flops``) the lasso weight adapts: of the rows that have to go, the
+    longest is led to zero along a straight line over ``budget_steps``. There the shortest rows that are still too
+    many go, and those that are zero stay zero while the others learn on.
 
     In a PML trainer it is a gradient clipper, and counts the epochs in the end-of-epoch hook::
 
@@ -143,7 +145,7 @@ class CapacityDynamics:
             raise ValueError(f"give target_params ({params}) or target_flops ({flops}), not both.")
         self.measured = "flops" if params is None else "parameters"
         share = flops if params is None else params
-        self.target, self.budget_steps = None, steps
+        self.target, self.budget_steps, self.first_longest = None, steps, 0.0
         if share is None:
             return
         name = "target_flops" if params is None else "target_params"
@@ -153,8 +155,7 @@ class CapacityDynamics:
             raise ValueError(f"{name} needs budget_steps, the steps after which it is met, but that is {steps}.")
         if not self.proximal:
             raise ValueError(f"{name} needs proximal=True; with the lasso as a gradient no row reaches zero.")
-        self.whole = getattr(self.meter.measure(0.0), self.measured)
-        self.target = share * self.whole
+        self.target = share * self.size(0.0)
 
     def tap(self) -> None:
         """Collect the pooled features of both networks while the student trains, and the student's input."""
@@ -243,33 +244,38 @@ class CapacityDynamics:
 
     def keep_to_budget(self, before: list[torch.Tensor]) -> None:
         """Make the lasso stronger or weaker, or settle what stays once the target is met or the time is over."""
-        size = getattr(self.meter.measure(self.threshold), self.measured)
-        progress = min(1.0, self.steps / self.budget_steps)
-        if size <= self.target or progress == 1:
+        size, over = self.size(self.threshold), self.steps >= self.budget_steps
+        if size <= self.target or over:
             if size < self.target:
+                # Rows vanish together; one by one they come nearer to the target.
                 for weight, previous in zip(self.weights, before):
                     weight.copy_(previous)
             self.settle()
-            return
-        planned = self.whole + progress * (self.target - self.whole)
-        self.lasso_weight *= 1.1 if size > planned else 1 / 1.1
+        elif self.steps % max(1, self.budget_steps // 100) == 0:
+            longest = self.longest_to_go()
+            self.first_longest = self.first_longest or longest
+            planned = self.first_longest * (1 - self.steps / self.budget_steps)
+            self.lasso_weight *= 1.25 if longest > planned else 1 / 1.25
+
+    def longest_to_go(self) -> float:
+        """Return the length of the longest row that has to go, shortest first, until the target is met."""
+        norms = torch.cat([weight.flatten(1).norm(dim=1) for weight in self.weights]).unique().tolist()
+        # measure() keeps rows from its threshold on, so that the place found is one beyond the longest to go.
+        place = bisect_left(norms, True, lo=1, hi=len(norms) - 1, key=lambda norm: self.size(norm) <= self.target)
+        return norms[place - 1]
 
     def settle(self) -> None:
         """Zero the shortest rows that are too many; those at zero stay there from now on."""
-        norms = torch.cat([weight.flatten(1).norm(dim=1) for weight in self.weights]).sort().values.tolist()
-        low, high = 0, len(norms) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if getattr(self.meter.measure(norms[middle]), self.measured) <= self.target:
-                high = middle
-            else:
-                low = middle + 1
-        threshold = max(norms[low], self.threshold)
+        threshold = max(math.nextafter(self.longest_to_go(), math.inf), self.threshold)
         self.alive = [torch.zeros_like(weight[:, :1]) for weight in self.weights]
         for weight, alive, compactor in zip(self.weights, self.alive, self.compactors.values()):
             alive[kept_rows(compactor, threshold)] = 1
             weight.mul_(alive)
         self.met = True
+
+    def size(self, threshold: float) -> int:
+        """Return the parameters or FLOPs, whichever has a target, without the rows under a threshold."""
+        return getattr(self.meter.measure(threshold), self.measured)
 
     def measure(self) -> ExportedCost:
         """Return what the network would cost if it were exported now."""
@@ -360,6 +366,7 @@ class CapacityDynamics:
             "epoch": self.epoch,
             "steps": self.steps,
             "alive": self.alive if self.met else None,
+            "first_longest": self.first_longest,
             "history": self.history,
         }
 
@@ -368,6 +375,7 @@ class CapacityDynamics:
         self.resets.load_state_dict(state["resets"])
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.met, self.history = state["alive"] is not None, list(state["history"])
+        self.first_longest = state["first_longest"]
         if self.met:
             self.alive = [alive.to(weight) for alive, weight in zip(state["alive"], self.weights)]
 

@@ -28,16 +28,16 @@ def test_marks_what_the_authors_mark(case):
         reset.enqueue(torch.nn.functional.normalize(batch))
     reset.mask.copy_(torch.tensor(case["mask0"]).bool())
     assert np.array_equal(reset.update(student, teacher).numpy(), case["mask"].astype(bool))
-    assert torch.allclose(reset.queue[: reset.count], torch.nn.functional.normalize(torch.tensor(case["queue_after"])[: reset.count]))
+    assert torch.allclose(
+        reset.queue[: reset.count], torch.nn.functional.normalize(torch.tensor(case["queue_after"])[: reset.count])
+    )
 
 
 @cases("crgr_sequence")
 def test_marks_stay_over_the_authors_sequence(case):
     for layer in range(3):
         students, teachers = torch.tensor(case[f"s_{layer}"]), torch.tensor(case[f"t_{layer}"])
-        reset = GradientReset(
-            students.shape[2], int(case["queue_size"]), int(case["k"]), float(case["ratio"])
-        ).double()
+        reset = GradientReset(students.shape[2], int(case["queue_size"]), int(case["k"]), float(case["ratio"])).double()
         for step, (student, teacher) in enumerate(zip(students, teachers)):
             assert np.array_equal(reset.update(student, teacher).numpy(), case[f"mask_{layer}"][step].astype(bool))
 
