@@ -19,6 +19,7 @@ from .hash_centers import center_distances, hash_centers
 from .hint_loss import HintLoss
 from .logit_distillation_loss import LogitDistillationLoss
 from .mutual_distance_loss import MutualDistanceLoss
+from .pooled_feature_loss import PooledFeatureLoss
 from .probabilistic_transfer_loss import ProbabilisticTransferLoss
 from .rank_preservation_loss import RankPreservationLoss
 from .regression_teacher_loss import RegressionTeacherLoss
@@ -51,6 +52,7 @@ __all__ = [
     "HintLoss",
     "LogitDistillationLoss",
     "MutualDistanceLoss",
+    "PooledFeatureLoss",
     "ProbabilisticTransferLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",

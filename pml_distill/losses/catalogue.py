@@ -56,6 +56,7 @@ CATALOGUE = (
     CatalogueEntry(
         "AttentionTransferLoss", "feature maps", ("feature maps",), False, "B C H W", "Zagoruyko & Komodakis 2017"
     ),
+    CatalogueEntry("PooledFeatureLoss", "feature maps", ("feature maps",), False, "B C H W", "Xie et al. 2023"),
     CatalogueEntry(
         "VariationalInformationLoss", "feature maps", ("feature maps",), False, "B C² H W", "Ahn et al. 2019"
     ),

@@ -17,7 +17,7 @@ from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
 
 Teacher = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs")
+SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs", "gradient_clippers")
 
 
 class BaseDistillationTrainer(BaseTrainer):
@@ -232,7 +232,7 @@ class BaseDistillationTrainer(BaseTrainer):
     def save_checkpoint(self, path: str | os.PathLike) -> None:
         """Write all that an undisturbed continuation needs, replacing an older file only once complete.
 
-        Models, losses, miners, optimizers, schedulers, scaler, epoch, the random states of Python, NumPy and
+        Models, losses, miners, optimizers, schedulers, gradient clippers that have a state, scaler, epoch, the random states of Python, NumPy and
         torch, and the place in the data. Call it last in the end-of-epoch hook.
         """
         state: dict[str, Any] = {

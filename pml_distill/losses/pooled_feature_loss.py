@@ -1,0 +1,43 @@
+import torch
+
+from .base_feature_loss import BaseFeatureLoss, Maps
+
+
+class PooledFeatureLoss(BaseFeatureLoss):
+    r"""The distance of the spatial means of the student's and the teacher's feature maps.
+
+    .. math:: L_i = \sum_l \Big\| \frac{1}{H_l W_l} \sum_{h, w} (F_s^l)_{h, w} - (F_t^l)_{h, w} \Big\|_2
+
+    Channels must be equal; nothing is learned. Equal maps get gradient zero.
+
+    Source: the feature term of Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient
+    Image Retrieval", CVPR 2023, with weight 0.5 there and the scale of their code. They take the normalisation of
+    each block's 3x3 convolution, in the student before its compactor: with compactors inserted, ``"layer1.0.bn2.0"``
+    of the student and ``"layer1.0.bn2"`` of the teacher, and so on.
+
+    Args:
+        **kwargs: ``reducer`` as in every PML loss.
+
+    Shapes:
+        student_maps and teacher_maps: lists of (B, C, H, W), with equal C in a pair. Reducer input: ``loss``, one
+        value per sample (``element``).
+
+    Raises:
+        ValueError: the maps do not go in pairs, or the channels of a pair differ.
+
+    Example:
+        >>> import torch
+        >>> PooledFeatureLoss()([torch.zeros(2, 1, 3, 3)], [torch.ones(2, 1, 3, 3)]).item()
+        1.0
+    """
+
+    def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
+        channels = [(s.shape[1], t.shape[1]) for s, t in zip(student_maps, teacher_maps)]
+        if any(own != other for own, other in channels):
+            raise ValueError(
+                f"PooledFeatureLoss needs equal channels in each pair of maps, but student and teacher have {channels}."
+            )
+        return sum(
+            torch.linalg.vector_norm(s.mean(dim=(2, 3)) - t.mean(dim=(2, 3)), dim=1)
+            for s, t in zip(student_maps, teacher_maps)
+        )

@@ -1,0 +1,398 @@
+import copy
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+
+from pml_distill.capacity import CapacityDynamics, insert_compactors
+from pml_distill.losses import AbsoluteTeacherLoss
+from pml_distill.models import SmallResNet
+from pml_distill.teachers import FrozenTeacher
+from pml_distill.trainers import DistillationTrainer
+from pml_distill.utils import model_cost
+
+SHAPE = (1, 16, 16)
+
+
+def network(seed=0, compactors=True):
+    torch.manual_seed(seed)
+    model = SmallResNet(4)
+    if compactors:
+        insert_compactors(model)
+    return model
+
+
+def images(count=8, seed=0):
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def setting(teacher=True, rate=0.1, optimizer=torch.optim.SGD, **kwargs):
+    student, teacher = network(), network(1, compactors=False) if teacher else None
+    optimizer = optimizer(student.parameters(), lr=rate)
+    kwargs = {"reset_epoch": 0, "queue_size": 64, "ratio": 0.8, **kwargs}
+    return student, teacher, optimizer, CapacityDynamics(student, teacher, optimizer, SHAPE, **kwargs)
+
+
+def backward(student, batch):
+    student(batch).square().sum().backward()
+
+
+def gradients(dynamics):
+    return [weight.grad.clone() for weight in dynamics.weights]
+
+
+def test_marked_rows_lose_their_gradient_and_others_keep_it():
+    student, _, _, dynamics = setting()
+    backward(student, images())
+    before = gradients(dynamics)
+    dynamics()
+    assert any(not reset.mask.all() for reset in dynamics.resets)
+    for gradient, reset, weight in zip(before, dynamics.resets, dynamics.weights):
+        expected = gradient * reset.mask.view(-1, 1, 1, 1)
+        assert torch.equal(weight.grad, expected)
+
+
+def test_nothing_is_reset_before_its_epoch_or_without_a_teacher():
+    for kwargs in ({"reset_epoch": 1}, {"teacher": False}):
+        student, _, _, dynamics = setting(**kwargs)
+        backward(student, images())
+        before = gradients(dynamics)
+        dynamics()
+        assert all(torch.equal(a, b) for a, b in zip(before, gradients(dynamics)))
+    student, _, _, dynamics = setting(reset_epoch=1)
+    dynamics.end_epoch()
+    backward(student, images())
+    dynamics()
+    assert all(reset.count == 8 for reset in dynamics.resets)
+
+
+def test_the_teacher_runs_once_in_eval_mode_and_stays_as_it_is():
+    passes = []
+    for given in (True, False):
+        student, teacher, _, dynamics = setting()
+        state, calls = copy.deepcopy(teacher.state_dict()), []
+        teacher.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        batch = images()
+        if given:
+            FrozenTeacher(teacher)(batch)
+            teacher.train()
+        if given:
+            teacher.eval()
+        calls.clear()
+        backward(student, batch)
+        if given:
+            with torch.no_grad():
+                teacher(batch)
+        teacher.train(not given)
+        dynamics()
+        assert calls == [1] and teacher.training == (not given)
+        assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in state.items())
+        passes.append([reset.queue.clone() for reset in dynamics.resets])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*passes))
+
+
+def test_a_teacher_run_on_other_images_does_not_count():
+    student, teacher, _, dynamics = setting()
+    backward(student, images())
+    with torch.no_grad():
+        teacher.eval()(images(seed=5))
+    dynamics()
+    expected = setting()
+    backward(expected[0], images())
+    expected[3]()
+    assert all(torch.allclose(a.queue, b.queue, atol=1e-6) for a, b in zip(dynamics.resets, expected[3].resets))
+
+
+def test_accumulated_batches_enter_together():
+    whole, parts = setting(), setting()
+    for model in (whole[0], parts[0]):
+        model.eval()  # batch norm alike
+        for module in model.modules():
+            if not isinstance(module, torch.nn.BatchNorm2d):
+                module.training = True
+    backward(whole[0], images(8))
+    backward(parts[0], images(8)[:4])
+    backward(parts[0], images(8)[4:])
+    for _, _, _, dynamics in (whole, parts):
+        dynamics()
+    for a, b in zip(whole[3].resets, parts[3].resets):
+        assert torch.equal(a.mask, b.mask) and torch.allclose(a.queue, b.queue, atol=1e-6)
+
+
+def steps(student, dynamics, optimizer, count, seed=0):
+    for step in range(count):
+        optimizer.zero_grad()
+        (student(images(seed=seed + step)).square().mean()).backward()
+        dynamics()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_proximal_form_makes_rows_exactly_zero_and_the_gradient_form_does_not(optimizer):
+    for proximal in (True, False):
+        student, _, optim, dynamics = setting(False, 0.02, optimizer, lasso_weight=5.0, proximal=proximal)
+        steps(student, dynamics, optim, 30)
+        zero = sum(int((weight.flatten(1) == 0).all(dim=1).sum()) for weight in dynamics.weights)
+        assert (zero > 0) == proximal
+        if proximal:
+            cost = model_cost(dynamics.export(), SHAPE, repeats=1)
+            assert (cost.parameters, cost.flops) == (dynamics.measure().parameters, dynamics.measure().flops)
+            assert cost.parameters < dynamics.meter.measure(0.0).parameters
+
+
+def test_a_step_that_the_scaler_skips_shrinks_nothing():
+    student, _, optimizer, dynamics = setting(False, lasso_weight=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    before = [weight.clone() for weight in dynamics.weights]
+    scaler.scale(student(images()).square().sum() * torch.inf).backward()
+    scaler.unscale_(optimizer)
+    dynamics()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, dynamics.weights))
+
+
+@pytest.mark.parametrize("budget", [{"target_params": 0.5}, {"target_flops": 0.6}])
+def test_the_budget_is_met_within_two_percent_and_kept(budget):
+    student, _, optimizer, dynamics = setting(rate=0.02, budget_steps=60, **budget)
+    whole = dynamics.meter.measure(0.0)
+    steps(student, dynamics, optimizer, 60)
+    ((name, share),) = budget.items()
+    key = "parameters" if name == "target_params" else "flops"
+    assert getattr(dynamics.measure(), key) <= share * getattr(whole, key)
+    assert getattr(dynamics.measure(), key) == pytest.approx(share * getattr(whole, key), rel=0.03)
+    settled, first = dynamics.measure(), student.conv1.weight.detach().clone()
+    steps(student, dynamics, optimizer, 5, seed=100)
+    assert dynamics.measure() == settled and not torch.equal(first, student.conv1.weight)
+
+
+def test_history_table_and_plot(tmp_path):
+    student, _, optimizer, dynamics = setting(False, lasso_weight=2.0)
+    for _ in range(3):
+        steps(student, dynamics, optimizer, 4)
+        dynamics.end_epoch()
+    assert [row["epoch"] for row in dynamics.history] == [1, 2, 3] and dynamics.epoch == 4
+    assert set(dynamics.history[0]["widths"]) == set(dynamics.compactors)
+    sizes = [row["parameters"] for row in dynamics.history]
+    assert sizes == sorted(sizes, reverse=True)
+    assert "| 3 " in dynamics.table() and f"{sizes[-1]:,}" in dynamics.table()
+    dynamics.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_closed_it_leaves_no_hooks():
+    student, teacher, optimizer, dynamics = setting()
+    dynamics.close()
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for net in (student, teacher) for m in net.modules()]
+    assert not any(hooks) and not optimizer._optimizer_step_post_hooks
+
+
+def test_a_state_resumes_the_run():
+    torch.manual_seed(0)
+    student, _, optimizer, dynamics = setting(rate=0.02, target_params=0.5, budget_steps=12)
+    steps(student, dynamics, optimizer, 6)
+    saved = copy.deepcopy([x.state_dict() for x in (student, optimizer, dynamics)])
+    steps(student, dynamics, optimizer, 10, seed=6)
+    other = setting(rate=0.02, target_params=0.5, budget_steps=12)
+    for part, state in zip((other[0], other[2], other[3]), saved):
+        part.load_state_dict(state)
+    steps(other[0], other[3], other[2], 10, seed=6)
+    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), other[0].state_dict().values()))
+    assert dynamics.met and other[3].met and dynamics.lasso_weight == other[3].lasso_weight
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s, t, o: CapacityDynamics(network(compactors=False), t, o, SHAPE), "has no compactors"),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, torch.optim.SGD([s.conv1.weight], lr=0.1), SHAPE),
+            r"does not train the compactors behind \['layer1.0.bn1'",
+        ),
+        (
+            lambda s, t, o: CapacityDynamics(s, torch.nn.Linear(2, 2), o, SHAPE),
+            r"teacher, a Linear, has no modules \['layer1.0.bn1'",
+        ),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_params=0.5, target_flops=0.5),
+            "not both",
+        ),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_params=2), "between 0 and 1, but is 2"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5), "needs budget_steps"),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, proximal=False),
+            "needs proximal=True",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused(make, message):
+    student = network()
+    with pytest.raises(ValueError, match=message):
+        make(student, network(1, False), torch.optim.SGD(student.parameters(), lr=0.1))
+
+
+def test_a_teacher_of_another_width_and_a_compactor_with_nan_are_named():
+    student = network()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    dynamics = CapacityDynamics(student, SmallResNet(8), optimizer, SHAPE, reset_epoch=0, queue_size=8)
+    backward(student, images())
+    with pytest.raises(ValueError, match=r"\(batch, 4\), but have \(8, 4\) and \(8, 8\)"):
+        dynamics()
+    dynamics.weights[0].data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"compactors behind \['layer1.0.bn1'\] have values that are not finite"):
+        dynamics.end_epoch()
+
+
+def worker(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    student = network()
+    for module in student.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    student = torch.nn.parallel.DistributedDataParallel(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    dynamics = CapacityDynamics(
+        student, network(1, False), optimizer, SHAPE, reset_epoch=0, queue_size=64, ratio=0.8, lasso_weight=0.5
+    )
+    for step in range(3):
+        optimizer.zero_grad()
+        student(images(8, seed=step)[4 * rank : 4 * rank + 4]).square().sum().backward()
+        dynamics()
+        optimizer.step()
+    torch.save([[r.mask for r in dynamics.resets], dynamics.weights], f"{folder}/{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_mark_the_rows_that_one_marks(tmp_path):
+    torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    student = network()
+    for module in student.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    dynamics = CapacityDynamics(
+        student, network(1, False), optimizer, SHAPE, reset_epoch=0, queue_size=64, ratio=0.8, lasso_weight=0.5
+    )
+    for step in range(3):
+        optimizer.zero_grad()
+        (student(images(8, seed=step)).square().sum() / 2).backward()
+        dynamics()
+        optimizer.step()
+    for rank in range(2):
+        masks, weights = torch.load(tmp_path / f"{rank}.pth")
+        assert all(torch.equal(mask, reset.mask) for mask, reset in zip(masks, dynamics.resets))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights, dynamics.weights))
+    assert any(not reset.mask.all() for reset in dynamics.resets)
+
+
+RUN = textwrap.dedent(
+    """
+    import os, signal, sys
+    import torch
+    from pytorch_metric_learning.losses import MultiSimilarityLoss
+    from pytorch_metric_learning.samplers import MPerClassSampler
+    from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+    from pytorch_metric_learning.utils import common_functions as c_f, logging_presets
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pml_distill.capacity import CapacityDynamics, insert_compactors
+    from pml_distill.datasets import Digits
+    from pml_distill.losses import AbsoluteTeacherLoss
+    from pml_distill.models import SmallResNet
+    from pml_distill.teachers import FrozenTeacher
+    from pml_distill.trainers import DistillationTrainer
+
+    folder, kill_at = sys.argv[1], int(sys.argv[2])
+    checkpoint = os.path.join(folder, "checkpoint.pth")
+    torch.manual_seed(0)
+    c_f.NUMPY_RANDOM.seed(0)
+    train, test = Digits("train"), Digits("test")
+    student, teacher = SmallResNet(4), SmallResNet(4)
+    insert_compactors(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    dynamics = CapacityDynamics(
+        student, teacher, optimizer, (1, 32, 32), reset_epoch=1, queue_size=100, target_params=0.6, budget_steps=15
+    )
+    record_keeper, _, _ = logging_presets.get_record_keeper(folder + "/logs", folder + "/tensorboard")
+    hooks = logging_presets.HookContainer(record_keeper, primary_metric="precision_at_1")
+    tester = GlobalEmbeddingSpaceTester(
+        end_of_testing_hook=hooks.end_of_testing_hook,
+        accuracy_calculator=AccuracyCalculator(include=("precision_at_1",), k=1),
+        dataloader_num_workers=0,
+        data_device=torch.device("cpu"),
+    )
+    after = hooks.end_of_epoch_hook(tester, {"val": test}, folder + "/models")
+
+    def then(trainer):
+        after(trainer)
+        if trainer.epoch == 2:
+            trainer.save_checkpoint(checkpoint)
+
+    def end_of_iteration(trainer):
+        hooks.end_of_iteration_hook(trainer)
+        if (trainer.epoch, trainer.iteration) == (kill_at, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = DistillationTrainer(
+        models={"trunk": student},
+        optimizers={"trunk_optimizer": optimizer},
+        batch_size=32,
+        loss_funcs={"metric_loss": MultiSimilarityLoss(), "distillation_loss": AbsoluteTeacherLoss()},
+        dataset=train,
+        teacher=FrozenTeacher(teacher),
+        sampler=MPerClassSampler(train.labels, 8, 32, 160),
+        gradient_clippers={"trunk_grad_clipper": dynamics},
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=0,
+        end_of_iteration_hook=end_of_iteration,
+        end_of_epoch_hook=dynamics.end_of_epoch_hook(then),
+    )
+    start = trainer.load_checkpoint(checkpoint) if os.path.exists(checkpoint) else 1
+    trainer.train(start, 4)
+    torch.save([student.state_dict(), dynamics.history], folder + "/final")
+    """
+)
+
+
+def test_a_killed_run_through_pmls_trainer_ends_like_an_undisturbed_one(tmp_path):
+    def run(name, kill_at):
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, "-c", RUN, str(tmp_path / name), str(kill_at)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    whole = run("whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    assert run("broken", 3).returncode == -signal.SIGKILL and not (tmp_path / "broken" / "final").exists()
+    assert run("broken", 0).returncode == 0
+    (whole, history), (broken, other) = (torch.load(tmp_path / name / "final") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[k], broken[k]) for k in whole) and history == other
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert history[-1]["parameters"] < 0.65 * history[0]["parameters"]
+    assert os.listdir(tmp_path / "whole" / "logs")
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_in_a_trainer_with_mixed_precision_and_accumulation(amp_dtype, accumulation_steps):
+    student, teacher, optimizer, dynamics = setting(rate=0.01, lasso_weight=1.0)
+    data = torch.utils.data.TensorDataset(images(32), torch.arange(32) % 4)
+    DistillationTrainer(
+        models={"trunk": student},
+        optimizers={"trunk_optimizer": optimizer},
+        batch_size=8,
+        loss_funcs={"metric_loss": MultiSimilarityLoss(), "distillation_loss": AbsoluteTeacherLoss()},
+        dataset=data,
+        teacher=FrozenTeacher(teacher),
+        gradient_clippers={"trunk_grad_clipper": dynamics},
+        end_of_epoch_hook=dynamics.end_of_epoch_hook(),
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=0,
+        amp_dtype=amp_dtype,
+        accumulation_steps=accumulation_steps,
+    ).train(1, 2)
+    assert dynamics.resets[0].count == 64 and len(dynamics.history) == 2
+    assert all(weight.isfinite().all() for weight in dynamics.weights)
