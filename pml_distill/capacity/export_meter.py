@@ -71,11 +71,15 @@ class ExportMeter:
 
     def measure(self, threshold: float = 1e-5) -> ExportedCost:
         """Return the cost of ``export(model, threshold)``; where no row reaches the threshold, the longest stays."""
+        return self.cost({chain.name: len(kept_rows(chain.compactor, threshold)) for chain in self.chains})
+
+    def cost(self, widths: dict[str, int]) -> ExportedCost:
+        """Return the cost of the network with so many rows behind each normalisation."""
         blocks: dict[str, BlockCost] = {}
         inputs, outputs, owners = {}, {}, {}
         parameters, flops = parameter_count(self.model), self.total_flops
         for chain in self.chains:
-            rows = len(kept_rows(chain.compactor, threshold))
+            rows = widths[chain.name]
             outputs[chain.conv] = inputs[chain.following] = rows
             cost = BlockCost(parameter_count(chain.block), self.flops[chain.block], {})
             block = owners[chain.conv] = owners[chain.following] = blocks.setdefault(chain.block_name, cost)
