@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..teachers import FrozenTeacher
 from ..utils.report import format_table
@@ -314,14 +315,61 @@ class CapacityDynamics:
         )
         self.epoch += 1
 
-    def end_of_epoch_hook(self, then: Callable[[Any], Any] | None = None) -> Callable[[Any], Any]:
-        """Return the hook for a PML trainer; ``then`` is another one to run after it, such as a HookContainer's."""
+    def end_of_epoch_hook(
+        self, then: Callable[[Any], Any] | None = None, export_after: int | None = None
+    ) -> Callable[[Any], Any]:
+        """Return the hook for a PML trainer, which logs a line of the history.
+
+        Args:
+            then: another hook to run after it, such as a HookContainer's.
+            export_after: after this epoch ``replace_student`` is called; None for never.
+        """
 
         def hook(trainer: Any) -> Any:
-            self.end_epoch()
+            if self.handles:
+                self.end_epoch()
+                tqdm.write(self.table().splitlines()[-1] if self.epoch > 2 else self.table())
+                if self.epoch - 1 == export_after:
+                    self.replace_student(trainer)
             return None if then is None else then(trainer)
 
         return hook
+
+    def replace_student(self, trainer: Any) -> nn.Module:
+        """Put the exported network in the student's place in a trainer, where the training goes on with it.
+
+        Parameter groups get the new parameters where the old ones of the same module were, without their momentum;
+        learning rates and schedulers stay. A DistributedDataParallel wrapper is made anew. The hooks are removed. A
+        checkpoint taken from now on holds the small network.
+
+        Returns:
+            The exported network, in training mode.
+
+        Raises:
+            ValueError: the trainer has no model that is this student.
+        """
+        keys = [key for key, model in trainer.models.items() if unwrapped(model) is self.student]
+        if not keys:
+            raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
+        wrapper, small = trainer.models[keys[0]], self.export().train()
+        old, new = dict(self.student.named_parameters()), dict(small.named_parameters())
+        for optimizer in trainer.optimizers.values():
+            for group in optimizer.param_groups:
+                own = {id(p) for p in group["params"]}
+                modules = {name.rpartition(".")[0] for name, p in old.items() if id(p) in own}
+                kept = [p for p in group["params"] if not any(p is gone for gone in old.values())]
+                group["params"] = kept + [p for name, p in new.items() if name.rpartition(".")[0] in modules]
+            for parameter in old.values():
+                optimizer.state.pop(parameter, None)
+        before, after = (sum(p.numel() for p in parameters.values()) for parameters in (old, new))
+        tqdm.write(f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed.")
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            trainer.models[keys[0]] = nn.parallel.DistributedDataParallel(small, device_ids=wrapper.device_ids)
+        else:
+            trainer.models[keys[0]] = small
+        trainer.gradient_clippers = {k: c for k, c in trainer.gradient_clippers.items() if c is not self}
+        self.close()
+        return small
 
     def table(self) -> str:
         """Return the history as a Markdown table."""
