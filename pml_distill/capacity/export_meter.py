@@ -75,6 +75,7 @@ class ExportMeter:
         inputs, outputs, owners = {}, {}, {}
         parameters, flops = parameter_count(self.model), self.total_flops
         for chain in self.chains:
+            assert chain.compactor is not None
             rows = len(kept_rows(chain.compactor, threshold))
             outputs[chain.conv] = inputs[chain.following] = rows
             cost = BlockCost(parameter_count(chain.block), self.flops[chain.block], {})
