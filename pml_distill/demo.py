@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_metric_learning.distances import LpDistance
@@ -214,7 +215,7 @@ class Demo:
         trunk = SmallResNet(width, in_channels=self.image_shape[0])
         embedder = nn.Linear(trunk.output_size, EMBEDDING_SIZE)
         classifier = nn.Linear(EMBEDDING_SIZE, self.num_classes)
-        models = {"trunk": trunk, "embedder": embedder, "classifier": classifier}
+        models: dict[str, Any] = {"trunk": trunk, "embedder": embedder, "classifier": classifier}
         # A third faster on the CPU than PyTorch's default layout.
         return {key: model.to(self.device, memory_format=torch.channels_last) for key, model in models.items()}
 

@@ -91,6 +91,11 @@ class CapacityDynamics:
             width.
     """
 
+    teacher: Any
+    target: Any
+    budget_steps: Any
+    resets: Any
+
     def __init__(
         self,
         student: nn.Module,

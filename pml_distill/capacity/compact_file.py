@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ REBUILT = {
     nn.BatchNorm2d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.Identity: (),
 }
-TORCHVISION = {
+TORCHVISION: dict[tuple, str] = {
     ("BasicBlock", 2, 2, 2, 2): "resnet18",
     ("BasicBlock", 3, 4, 6, 3): "resnet34",
     ("Bottleneck", 3, 4, 6, 3): "resnet50",
@@ -135,7 +136,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, torch.Tenso
 
 def describe(model: nn.Module) -> dict[str, dict]:
     """Return type and arguments of each module without children, as JSON gives them back."""
-    layers = {}
+    layers: dict[str, dict] = {}
     for name, module in model.named_modules():
         if next(module.children(), None) is None:
             layers[name] = {"type": type(module).__name__}
@@ -161,7 +162,7 @@ def difference(expected: dict[str, dict], layers: dict[str, dict]) -> str:
     return ""
 
 
-def architecture(model: nn.Module, layers: dict[str, dict]) -> str:
+def architecture(model: Any, layers: dict[str, dict]) -> str:
     """Return what :func:`build` makes such a network of, or an empty string."""
     name, library = "", type(model).__module__
     if library == "torchvision.models.resnet":

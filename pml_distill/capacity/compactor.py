@@ -164,11 +164,13 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
         )
     for chain in chains:
         check_chain(chain)
+    compactors = {}
     for chain in chains:
         norm, weight = chain.norm, chain.conv.weight
         compactor = Compactor(chain.conv.out_channels, device=weight.device, dtype=weight.dtype)
         setattr(chain.block, chain.path[1], nn.Sequential(norm, compactor).train(norm.training))
-    return {chain.name: chain.compactor for chain in chains}
+        compactors[chain.name] = compactor
+    return compactors
 
 
 def find_compactors(model: nn.Module) -> dict[str, Compactor]:

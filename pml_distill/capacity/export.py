@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,14 +45,15 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
         Conv2d(8, 3, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
     check_compactors(model, threshold)
-    merged: dict[int, nn.Module] = {}
+    merged: dict[int, Any] = {}
     for chain in find_chains(model, "all"):
         if chain.compactor is None:
             continue
+        norm: Any = chain.norm
         rows = kept_rows(chain.compactor, threshold)
         conv = merged.get(id(chain.conv), chain.conv)
         following = merged.get(id(chain.following), chain.following)
-        merged[id(chain.conv)] = merge(conv, chain.norm[0], chain.compactor.weight[rows])
+        merged[id(chain.conv)] = merge(conv, norm[0], chain.compactor.weight[rows])
         merged[id(chain.following)] = with_values(following, following.weight[:, rows], following.bias)
         merged[id(chain.norm)] = nn.Identity().eval()
     # What stands in the memo is taken for the copy, so that nothing that hangs on a compactor is copied.
@@ -87,7 +89,7 @@ def kept_rows(compactor: Compactor, threshold: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def merge(conv: nn.Conv2d, norm: nn.Module, rows: torch.Tensor | None = None) -> nn.Conv2d:
+def merge(conv: nn.Conv2d, norm: Any, rows: torch.Tensor | None = None) -> nn.Conv2d:
     """Return one convolution for convolution, batch norm in eval mode and the rows of a compactor."""
     weight = conv.weight.double()
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -106,7 +108,7 @@ def merge(conv: nn.Conv2d, norm: nn.Module, rows: torch.Tensor | None = None) ->
 
 
 @torch.no_grad()
-def with_values(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
+def with_values(conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
     """Return a convolution as the one given, with other weights."""
     new = nn.Conv2d(
         weight.shape[1] * conv.groups,
@@ -122,7 +124,7 @@ def with_values(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None
         conv.weight.dtype,
     ).eval()
     new.weight.copy_(weight)
-    if bias is not None:
+    if new.bias is not None:
         new.bias.copy_(bias)
     return new
 
@@ -141,11 +143,12 @@ def fold(model: nn.Module) -> None:
         source = node.args[0] if node.args else None
         if node.op != "call_module" or not isinstance(source, torch.fx.Node) or source.op != "call_module":
             continue
-        conv, norm = modules[source.target], modules[node.target]
+        names = str(source.target), str(node.target)
+        conv, norm = modules[names[0]], modules[names[1]]
         once = calls.count(source.target) == calls.count(node.target) == 1 and len(source.users) == 1
         if type(conv) is nn.Conv2d and is_batch_norm(norm) and once:
-            replace_module(model, source.target, merge(conv, norm))
-            replace_module(model, node.target, nn.Identity().eval())
+            replace_module(model, names[0], merge(conv, norm))
+            replace_module(model, names[1], nn.Identity().eval())
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -45,6 +45,12 @@ class GradientReset(nn.Module):
         [True, True, False, False]
     """
 
+    mask: torch.Tensor
+    queue: torch.Tensor
+    position: torch.Tensor
+    count: torch.Tensor
+    updates: torch.Tensor
+
     def __init__(
         self,
         num_channels: int,

@@ -91,7 +91,7 @@ def render_glyphs() -> tuple[np.ndarray, np.ndarray, str]:
     faces = [FT2Font(str(f)) for f in files if f.stem.startswith(FAMILIES) and not f.stem.endswith("Display")]
     characters = [chr(code) for code in sorted(set.intersection(*(set(face.get_charmap()) for face in faces)))]
     images = np.stack([[render(face, character) for face in faces] for character in characters])
-    inked = images.any(axis=(2, 3)).all(axis=1)
+    inked = np.any(images, axis=(2, 3)).all(axis=1)
     images, characters = images[inked], [c for c, ink in zip(characters, inked) if ink]
 
     ink = images[:, :, ::2, ::2].reshape(*images.shape[:2], -1).astype(np.float32)

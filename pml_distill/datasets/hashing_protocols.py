@@ -21,7 +21,7 @@ class HashingSplit(torch.utils.data.Dataset):
         labels: (len,) or (len, C) tensor. indices: (len,) tensor of places in the dataset.
     """
 
-    def __init__(self, dataset: Any, indices: Sequence[int], labels: torch.Tensor):
+    def __init__(self, dataset: Any, indices: Sequence[int] | np.ndarray, labels: torch.Tensor):
         self.dataset, self.indices = dataset, torch.as_tensor(indices)
         self.labels = torch.as_tensor(labels)[self.indices]
 
@@ -102,7 +102,7 @@ def cifar10_hashing(
 
     halves = [CIFAR10(str(root), train=train, transform=transform, download=download) for train in (True, False)]
     labels = [label for half in halves for label in half.targets]
-    dataset = torch.utils.data.ConcatDataset(halves)
+    dataset: torch.utils.data.Dataset = torch.utils.data.ConcatDataset(halves)
     return hashing_splits(dataset, labels, train_in_database=train_in_database, seed=seed)
 
 
@@ -127,7 +127,8 @@ class MultiLabelList(torch.utils.data.Dataset):
 
     def __init__(self, list_file: str | os.PathLike, root: str | os.PathLike, transform: Callable | None = None):
         self.root, self.transform = Path(root), transform
-        self.paths, rows = [], []
+        self.paths: list[str] = []
+        rows: list[list[float]] = []
         for number, line in enumerate(Path(list_file).read_text().splitlines(), start=1):
             path, *columns = line.split() or [""]
             if not path:
@@ -171,7 +172,7 @@ def glyph_hashing(
     """
     from .glyphs import Glyphs
 
-    parts = {}
+    parts: dict[str, torch.utils.data.Dataset] = {}
     faces = np.random.RandomState(seed).permutation(16)
     for part, own in zip(PARTS, np.split(faces, [8, 10])):
         dataset = Glyphs("train+val", size, channels, augment=part == "train", seed=seed)

@@ -37,7 +37,7 @@ class BaseGalleryLoss(BaseDistillationLoss):
             )
         if include_batch and queue_size is None:
             raise ValueError("include_batch is True, but there is no queue; without queue_size the batch is all.")
-        self.queue = None if queue_size is None else TeacherQueue(queue_size, width)
+        self.queue = None if queue_size is None or width is None else TeacherQueue(queue_size, width)
         self.include_batch = include_batch
 
     def get_default_distance(self) -> BaseDistance:

@@ -39,4 +39,4 @@ class ChannelRegressors(torch.nn.ModuleDict):
                 f"{self.channels[1]}, but the maps call for student_channels={given[0]} and "
                 f"teacher_channels={given[1]}."
             )
-        return [conv(m.to(conv.weight.dtype)) for conv, m in zip(self.values(), student_maps)]
+        return [conv(m.to(next(conv.parameters()).dtype)) for conv, m in zip(self.values(), student_maps)]

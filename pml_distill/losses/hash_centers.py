@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 
 ROUNDS = 200
@@ -81,7 +82,7 @@ def with_random_codes(
             codes = codes[((codes @ centers.T).abs() <= largest_product).all(dim=1)]
         near = ((codes @ codes.T).abs() > largest_product).numpy()
         # A code is near itself; that only says that it is taken once.
-        free, kept = ~near[:, :0].any(axis=1), []
+        free, kept = np.ones(len(near), dtype=bool), []
         for i in range(len(codes)):
             if free[i]:
                 kept.append(i)
@@ -101,8 +102,8 @@ def linear_code(bits: int, distance: int) -> torch.Tensor:
     words = torch.arange(2**bits)
     weights = (words[:, None] & places).ne(0).sum(dim=1)
     near, code = words[weights < distance], torch.zeros(1, dtype=torch.long)
-    if bits & (bits - 1) == 0:
-        rows = hadamard(bits)
+    rows = hadamard(bits) if bits & (bits - 1) == 0 else None
+    if rows is not None:
         code = (torch.cat([rows, -rows]) < 0).long() @ places
     free = torch.ones(2**bits, dtype=torch.bool)
     free[(code[:, None] ^ near).flatten()] = False

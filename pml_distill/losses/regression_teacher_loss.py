@@ -1,9 +1,11 @@
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
 from .base_distillation_loss import BaseDistillationLoss
 
-PENALTIES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+PENALTIES: dict[str, Callable[..., torch.Tensor]] = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 class RegressionTeacherLoss(BaseDistillationLoss):

@@ -27,6 +27,10 @@ class TeacherQueue(torch.nn.Module):
         ([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [True, True, True])
     """
 
+    rows: torch.Tensor
+    position: torch.Tensor
+    count: torch.Tensor
+
     def __init__(self, size: int, width: int):
         super().__init__()
         for name, value in (("size", size), ("width", width)):

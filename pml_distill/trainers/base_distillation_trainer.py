@@ -61,6 +61,11 @@ class BaseDistillationTrainer(BaseTrainer):
     """
 
     loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss", "feature_distillation_loss")
+    # Set by PML, or None until they are needed.
+    teacher: Any
+    dataloader: Any
+    dataloader_iter: Any
+    iterations_per_epoch: Any
 
     def __init__(
         self,
@@ -92,7 +97,7 @@ class BaseDistillationTrainer(BaseTrainer):
         """
         self.zero_grad()
         self.update_loss_weights()
-        sums = dict.fromkeys(self.losses, 0)
+        sums: dict[str, Any] = dict.fromkeys(self.losses, 0)
         for batch in batches:
             self.zero_losses()
             self.calculate_loss(split_batch(batch))
@@ -192,7 +197,8 @@ class BaseDistillationTrainer(BaseTrainer):
             labels = c_f.process_label(labels, self.label_hierarchy_level, self.label_mapper)
         if "subset_batch_miner" in self.mining_funcs:
             kept = self.mine_subset(data, labels)
-            data, labels, index = (None if x is None else x[kept] for x in (data, labels, index))
+            data = data[kept]
+            labels, index = (None if x is None else x[kept] for x in (labels, index))
         return data, labels, index
 
     @torch.no_grad()

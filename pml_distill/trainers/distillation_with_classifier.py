@@ -27,6 +27,8 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
 
     loss_keys_with_teacher = (*BaseDistillationTrainer.loss_keys_with_teacher, "logit_distillation_loss")
 
+    teacher_classifier: Any
+
     def __init__(self, *args: Any, teacher_classifier: torch.nn.Module | None = None, **kwargs: Any):
         self.teacher_classifier = None if teacher_classifier is None else FrozenTeacher(teacher_classifier)
         super().__init__(*args, **kwargs)

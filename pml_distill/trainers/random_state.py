@@ -27,7 +27,7 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
-def plain(state: tuple) -> tuple:
+def plain(state: Any) -> tuple:
     """Return a Mersenne twister's state without NumPy's array, which a safe ``torch.load`` refuses."""
     name, keys, *rest = state
     return (name, keys.tolist(), *rest)

@@ -22,7 +22,8 @@ class ResumableDataLoader:
 
     def __init__(self, dataloader: DataLoader, position: dict[str, Any] | None = None):
         self.dataloader, self.resume_from = dataloader, position
-        self.start, self.batches = None, 0
+        self.start: Any = None
+        self.batches = 0
         samplers = (dataloader.sampler, getattr(dataloader.batch_sampler, "sampler", None))
         attributes = [value for sampler in samplers if sampler is not None for value in vars(sampler).values()]
         self.sampler_lists = [(value, list(value)) for value in attributes if isinstance(value, list)]

@@ -110,13 +110,17 @@ class HashAccuracyCalculator(AccuracyCalculator):
         names = self.get_function_dict(include, exclude)
         if any(name in METRICS for name in names):
             self.ranking = Ranking(
-                *(self.on_device(x) for x in (query, query_labels, reference, reference_labels)), ref_includes_query
+                self.on_device(query),
+                self.on_device(query_labels),
+                self.on_device(reference),
+                self.on_device(reference_labels),
+                ref_includes_query,
             )
         return super().get_accuracy(
             query, query_labels, reference, reference_labels, ref_includes_query, include, exclude
         )
 
-    def on_device(self, values: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def on_device(self, values: torch.Tensor | np.ndarray | None) -> torch.Tensor:
         """Return a tensor on the calculator's device."""
         return torch.as_tensor(values).to(self.device)
 
@@ -161,8 +165,13 @@ class HashAccuracyCalculator(AccuracyCalculator):
         Means over the queries that find anything (precision) and that have relevant items (recall); a radius at
         which no query finds anything has NaN as its precision.
         """
-        arguments = (query, query_labels, reference, reference_labels)
-        relevant, total = (c.cumsum(dim=1).double() for c in Ranking(*map(self.on_device, arguments)).counts)
+        ranking = Ranking(
+            self.on_device(query),
+            self.on_device(query_labels),
+            self.on_device(reference),
+            self.on_device(reference_labels),
+        )
+        relevant, total = (c.cumsum(dim=1).double() for c in ranking.counts)
         precision = (relevant / total).nanmean(dim=0)
         recall = (relevant / relevant[:, -1:]).nanmean(dim=0)
         return precision.cpu(), recall.cpu()

@@ -25,7 +25,7 @@ def neighbor_agreement(embeddings: torch.Tensor, ref_emb: torch.Tensor, k: int =
     if not 1 <= k < len(embeddings):
         raise ValueError(f"k must be from 1 to {len(embeddings) - 1}, one less than the rows, but is {k}.")
     student, teacher = F.normalize(embeddings.float()), F.normalize(ref_emb.float())
-    common = 0
+    common = 0.0
     for rows in torch.arange(len(student), device=student.device).split(1024):
         found = []
         for space in (student, teacher):

@@ -42,8 +42,8 @@ def bar_chart(
     figure = Figure(figsize=(8, 0.6 + 0.42 * len(bars)), layout="constrained")
     axes = figure.subplots()
     names = list(bars)
-    values, errors = zip(*bars.values())
-    errors = [0 if error != error else error for error in errors]
+    values = [value for value, _ in bars.values()]
+    errors = [0 if error != error else error for _, error in bars.values()]
     axes.barh(names, values, xerr=errors, color="#4c78a8", ecolor="#222222", capsize=3, height=0.65)
     for (name, level), color in zip(levels.items(), ("#e45756", "#54a24b")):
         axes.axvline(level, color=color, linestyle="--", linewidth=1.5, label=f"{name} {level:.3f}")

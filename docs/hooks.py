@@ -1,0 +1,165 @@
+"""What mkdocs writes into the pages, so that they cannot drift from the package and from the recorded figures.
+
+A page holds one line per thing to be written:
+
+- ``<!-- api: pml_distill.losses -->``: one ``:::`` block for each name that the package exports;
+- ``<!-- catalogue -->``: the table of all losses;
+- ``<!-- table: demo.csv | name | precision_at_1 flops -->``: figures of ``benchmarks/results/demo.csv``, one row for
+  each value of the columns between the bars, mean ± standard error over its lines, and a link to the file. Without
+  columns the file is shown as it is;
+- ``<!-- results -->``: a link to each file in ``benchmarks/results``.
+
+A subpackage without a page in ``docs`` gets one: its docstring and what it exports.
+"""
+
+import csv
+import importlib
+import pkgutil
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def api_blocks(package: str) -> str:
+    """Return the markdown that documents every exported name of a package."""
+    module = importlib.import_module(package)
+    blocks = []
+    for name in sorted(module.__all__, key=str.lower):
+        if name not in vars(module):  # PML's own, imported when asked for
+            blocks.append(f"## {name}\n\n`{package}.{name}` is the class of that name in pytorch-metric-learning.")
+            continue
+        path = f"{package}.{name}"
+        thing = vars(module)[name]
+        if thing.__module__ == path:  # a function in a file of the same name, which the short path would mean
+            path = f"{path}.{name}"
+        blocks.append(f"::: {path}")
+    return "\n\n".join(blocks)
+
+
+def catalogue_table() -> str:
+    """Return the table of all losses."""
+    from pml_distill.losses import catalogue
+
+    rows = [
+        [
+            f"[{entry.name}](#pml_distill.losses.{entry.name})",
+            entry.family,
+            ", ".join(entry.needs) or "nothing more",
+            "yes" if entry.aligned else "no",
+            entry.cost,
+            entry.source,
+        ]
+        for entry in catalogue()
+    ]
+    return markdown_table(["loss", "family", "needs", "aligned", "cost", "source"], rows)
+
+
+def csv_table(name: str, keys: list[str], columns: list[str]) -> str:
+    """Return the figures of a recorded result: mean ± standard error of ``columns`` for each value of ``keys``."""
+    with open(RESULTS / name, newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not keys:
+        header, rows = list(lines[0]), [[shown(value) for value in line.values()] for line in lines]
+    else:
+        groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+        for line in lines:
+            groups.setdefault(tuple(line[key] for key in keys), []).append(line)
+        header = [*keys, "lines", *columns]
+        rows = [
+            [*map(shown, group), str(len(members)), *(mean_and_error([m[c] for m in members]) for c in columns)]
+            for group, members in groups.items()
+        ]
+    source = f"From [`benchmarks/results/{name}`](results/{name})."
+    return markdown_table([title.replace("_", " ") for title in header], rows) + f"\n\n{source}"
+
+
+def mean_and_error(values: list[str]) -> str:
+    """Return the mean of recorded values, with its standard error where they differ."""
+    numbers = [float(value) for value in values if value]
+    if not numbers:
+        return ""
+    mean = statistics.fmean(numbers)
+    if len(set(numbers)) == 1:
+        return shown(values[0])
+    return f"{mean:.4g} ± {statistics.stdev(numbers) / len(numbers) ** 0.5:.2g}"
+
+
+def shown(value: str) -> str:
+    """Return a recorded value to four digits; integers and words as they are."""
+    try:
+        return f"{float(value):.4g}" if "." in value else f"{int(value):,}"
+    except ValueError:
+        return value.replace("|", "\\|")
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def result_links() -> str:
+    """Return a list of links to all recorded results."""
+    return "\n".join(f"- [`benchmarks/results/{path.name}`](results/{path.name})" for path in result_files())
+
+
+def result_files() -> list[Path]:
+    """Return the recorded results by name."""
+    return sorted(RESULTS.glob("*.csv"))
+
+
+def expand(markdown: str) -> str:
+    """Return a page with what its lines ask for."""
+    markdown = re.sub(r"<!-- api: (\S+) -->", lambda m: api_blocks(m[1]), markdown)
+    markdown = re.sub(r"<!-- catalogue -->", lambda m: catalogue_table(), markdown)
+    markdown = re.sub(r"<!-- results -->", lambda m: result_links(), markdown)
+    return re.sub(
+        r"<!-- table: (\S+)(?: \| ([^|\n]*) \| ([^|\n]*))? -->",
+        lambda m: csv_table(m[1], (m[2] or "").split(), (m[3] or "").split()),
+        markdown,
+    )
+
+
+def packages() -> list[str]:
+    """Return the names of the subpackages."""
+    import pml_distill
+
+    return [module.name for module in pkgutil.iter_modules(pml_distill.__path__) if module.ispkg]
+
+
+def packages_without_page() -> list[str]:
+    """Return the names of the subpackages that nobody has written a page for."""
+    return [name for name in packages() if not (ROOT / "docs" / f"{name}.md").exists()]
+
+
+def package_page(name: str) -> str:
+    """Return a page of what a subpackage says of itself."""
+    package = f"pml_distill.{name}"
+    docstring = (importlib.import_module(package).__doc__ or "").replace("``", "`").strip()
+    return f"# {name.capitalize()}\n\n{docstring}\n\n<!-- api: {package} -->\n"
+
+
+def on_config(config):
+    """Mkdocs calls this first: pages that nobody has written follow the losses."""
+    place = [*map(list, config.nav)].index(["Losses"]) + 1
+    config.nav[place:place] = [{name.capitalize(): f"{name}.md"} for name in packages_without_page()]
+    return config
+
+
+def on_files(files, config):
+    """Mkdocs calls this once: the recorded results and the pages that nobody has written become files of the site."""
+    from mkdocs.structure.files import File
+
+    for path in result_files():
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    for name in packages_without_page():
+        files.append(File.generated(config, f"{name}.md", content=package_page(name)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Mkdocs calls this for each page."""
+    return expand(markdown)

@@ -1,0 +1,47 @@
+"""Sessions of the project: ``nox -l`` lists them, CONTRIBUTING.md says what they are for."""
+
+import nox
+
+nox.options.sessions = ["lint", "types", "docs"]
+
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+# Lower bounds of setup.cfg; torchvision is the one that belongs to that torch. torch 2.4 has no build for Python 3.13.
+LOWEST = ["torch==2.4.0", "torchvision==0.19.0", "pytorch-metric-learning==2.8.0"]
+CPU = {"OMP_NUM_THREADS": "1"}
+
+
+@nox.session(python=PYTHONS)
+def tests(session):
+    """All tests."""
+    session.install(".[test]")
+    session.run("python", "-m", "pytest", "-q", *session.posargs, env=CPU)
+
+
+@nox.session(python="3.10")
+def lowest(session):
+    """All tests with the lowest versions that the metadata allows."""
+    session.install(".[test]", *LOWEST)
+    session.run("python", "-m", "pytest", "-q", *session.posargs, env=CPU)
+
+
+@nox.session
+def lint(session):
+    """Style of the code."""
+    session.install("ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session):
+    """Type hints of the package."""
+    session.install(".[test]", "mypy")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session):
+    """The site, where any warning is an error, and what it shows."""
+    session.install(".[test,docs]")
+    session.run("mkdocs", "build", "--strict")
+    session.run("python", "-m", "pytest", "-q", "tests/test_docs.py", env=CPU)
