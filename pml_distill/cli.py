@@ -99,6 +99,7 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
                 "network": "student alone" if name == "student" else name,
                 "precision@1": shown(values(name, "precision_at_1")),
                 "MAP@R": shown(values(name, metric)),
+                "student → teacher": shown(values(name, "asymmetric_map_at_r")),
                 "gap recovered": shown([100 * gap for gap in gaps], 0) + " %",
                 "agreement": shown(values(name, "neighbor_agreement")),
                 "parameters": f"{cost.parameters:,}",
@@ -144,5 +145,7 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
         {"student alone": demo.embeddings("student", 0).cpu(), f"student with {best}": demo.embeddings(best, 0).cpu()},
         queries,
     )
-    print(f"\nAveraged over {seeds} seed{'s' * (seeds > 1)}. In {demo.out}: table.md, results.csv, map_at_r.png,")
+    print("\nstudent → teacher: MAP@R of the student's queries in the teacher's gallery; losses that teach relations")
+    print("alone do not align the two spaces.")
+    print(f"Averaged over {seeds} seed{'s' * (seeds > 1)}. In {demo.out}: table.md, results.csv, map_at_r.png,")
     print("neighbors.png, and the record-keeper and tensorboard logs of every run in its folder.")

@@ -43,7 +43,7 @@ from .losses import (
 from .models import SmallResNet
 from .teachers import FrozenTeacher
 from .trainers import DistillationWithClassifier
-from .utils import model_cost, neighbor_agreement
+from .utils import asymmetric_accuracy, model_cost, neighbor_agreement
 
 EMBEDDING_SIZE = 128
 BATCH_SIZE = 128
@@ -188,12 +188,16 @@ class Demo:
         accuracies = tester.all_accuracies["test"]
         embeddings = tester.embeddings
         torch.save(embeddings, folder / "embeddings.pth")
+        gallery = self.embeddings("teacher", seed)
         row = {
             "name": name,
             "seed": seed,
             "precision_at_1": accuracies["precision_at_1_level0"],
             "mean_average_precision_at_r": accuracies["mean_average_precision_at_r_level0"],
-            "neighbor_agreement": neighbor_agreement(embeddings, self.embeddings("teacher", seed)),
+            "asymmetric_map_at_r": asymmetric_accuracy(embeddings, gallery, torch.as_tensor(self.test_set.labels))[
+                "mean_average_precision_at_r"
+            ],
+            "neighbor_agreement": neighbor_agreement(embeddings, gallery),
         }
         torch.save({key: model.state_dict() for key, model in models.items()}, folder / "models.pth")
         unfinished = folder / "result.json.tmp"

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..teachers import FrozenTeacher
 from ..utils.report import format_table
 from .compactor import find_compactors
-from .export import export, kept_rows
+from .export import export
 from .export_meter import ExportedCost, ExportMeter
 from .gradient_reset import GradientReset
 from .group_lasso import add_lasso_gradient, shrink_rows
@@ -49,7 +50,7 @@ class CapacityDynamics:
         insert_compactors(trunk)
         optimizer = torch.optim.SGD(trunk.parameters(), lr=0.01, momentum=0.9)
         dynamics = CapacityDynamics(trunk, teacher, optimizer, image_shape=(3, 224, 224))
-        DistillationTrainer(..., gradient_clippers={"capacity": dynamics},
+        DistillationTrainer(..., gradient_clippers={"trunk_grad_clipper": dynamics},
                             end_of_epoch_hook=dynamics.end_of_epoch_hook(hooks.end_of_epoch_hook(...)))
 
     In a loop of your own: ``loss.backward(); dynamics(); optimizer.step()``, and ``dynamics.end_epoch()``.
@@ -85,7 +86,7 @@ class CapacityDynamics:
 
     Raises:
         ValueError: the student has no compactors, or one that the optimizer does not train; the teacher lacks a
-            module of a compactor's name; a target out of range, without ``budget_steps`` or with
+            module of a compactor's name; a target out of range or of reach, without ``budget_steps`` or with
             ``proximal=False``; in a step: a compactor with values that are not finite, teacher features of another
             width.
     """
@@ -160,7 +161,12 @@ class CapacityDynamics:
             raise ValueError(f"{name} needs budget_steps, the steps after which it is met, but that is {steps}.")
         if not self.proximal:
             raise ValueError(f"{name} needs proximal=True; with the lasso as a gradient no row reaches zero.")
-        self.target = share * self.size(0.0)
+        whole, least = self.size(0.0), self.size(math.inf)
+        self.target = share * whole
+        if self.target < least:
+            raise ValueError(
+                f"{name} is {share}, but one channel behind each compactor leaves {least / whole:.3f} of the network."
+            )
 
     def tap(self) -> None:
         """Collect the pooled features of both networks while the student trains, and the student's input."""
@@ -257,25 +263,35 @@ class CapacityDynamics:
                     weight.copy_(previous)
             self.settle()
         elif self.steps % max(1, self.budget_steps // 100) == 0:
-            longest = self.longest_to_go()
+            going, norms = self.rows_to_go()
+            longest = float(norms[going].max())
             self.first_longest = self.first_longest or longest
             planned = self.first_longest * (1 - self.steps / self.budget_steps)
             self.lasso_weight *= 1.25 if longest > planned else 1 / 1.25
 
-    def longest_to_go(self) -> float:
-        """Return the length of the longest row that has to go, shortest first, until the target is met."""
-        norms = torch.cat([weight.flatten(1).norm(dim=1) for weight in self.weights]).unique().tolist()
-        # measure() keeps rows from its threshold on, so that the place found is one beyond the longest to go.
-        place = bisect_left(norms, True, lo=1, hi=len(norms) - 1, key=lambda norm: self.size(norm) <= self.target)
-        return norms[place - 1]
+    def rows_to_go(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which rows of all compactors have to go, shortest first, until the target is met, and all lengths."""
+        norms = torch.cat([weight.flatten(1).norm(dim=1) for weight in self.weights])
+        order, counts = norms.argsort(stable=True), [len(weight) for weight in self.weights]
+        owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[order.cpu()]
+
+        def meets(number: int) -> bool:
+            widths = torch.bincount(owners[number:], minlength=len(counts)).clamp(min=1).tolist()
+            return getattr(self.meter.cost(dict(zip(self.compactors, widths))), self.measured) <= self.target
+
+        number = bisect_left(range(len(order)), True, key=meets)
+        return torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, order[:number], True), norms
 
     def settle(self) -> None:
         """Zero the shortest rows that are too many; those at zero stay there from now on."""
-        threshold = max(math.nextafter(self.longest_to_go(), math.inf), self.threshold)
-        self.alive = [torch.zeros_like(weight[:, :1]) for weight in self.weights]
-        for weight, alive, compactor in zip(self.weights, self.alive, self.compactors.values()):
-            alive[kept_rows(compactor, threshold)] = 1
-            weight.mul_(alive)
+        going, norms = self.rows_to_go()
+        counts = [len(weight) for weight in self.weights]
+        self.alive = []
+        for weight, gone, lengths in zip(self.weights, going.split(counts), norms.split(counts)):
+            alive = ~gone & (lengths >= self.threshold)
+            alive[lengths.argmax()] = True
+            self.alive.append(alive.to(weight.dtype).view(-1, 1, 1, 1))
+            weight.mul_(self.alive[-1])
         self.met = True
 
     def size(self, threshold: float) -> int:
@@ -304,14 +320,61 @@ class CapacityDynamics:
         )
         self.epoch += 1
 
-    def end_of_epoch_hook(self, then: Callable[[Any], Any] | None = None) -> Callable[[Any], Any]:
-        """Return the hook for a PML trainer; ``then`` is another one to run after it, such as a HookContainer's."""
+    def end_of_epoch_hook(
+        self, then: Callable[[Any], Any] | None = None, export_after: int | None = None
+    ) -> Callable[[Any], Any]:
+        """Return the hook for a PML trainer, which logs a line of the history.
+
+        Args:
+            then: another hook to run after it, such as a HookContainer's.
+            export_after: after this epoch ``replace_student`` is called; None for never.
+        """
 
         def hook(trainer: Any) -> Any:
-            self.end_epoch()
+            if self.handles:
+                self.end_epoch()
+                tqdm.write(self.table().splitlines()[-1] if self.epoch > 2 else self.table())
+                if self.epoch - 1 == export_after:
+                    self.replace_student(trainer)
             return None if then is None else then(trainer)
 
         return hook
+
+    def replace_student(self, trainer: Any) -> nn.Module:
+        """Put the exported network in the student's place in a trainer, where the training goes on with it.
+
+        Parameter groups get the new parameters where the old ones of the same module were, without their momentum;
+        learning rates and schedulers stay. A DistributedDataParallel wrapper is made anew. The hooks are removed. A
+        checkpoint taken from now on holds the small network.
+
+        Returns:
+            The exported network, in training mode.
+
+        Raises:
+            ValueError: the trainer has no model that is this student.
+        """
+        keys = [key for key, model in trainer.models.items() if unwrapped(model) is self.student]
+        if not keys:
+            raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
+        wrapper, small = trainer.models[keys[0]], self.export().train()
+        old, new = dict(self.student.named_parameters()), dict(small.named_parameters())
+        for optimizer in trainer.optimizers.values():
+            for group in optimizer.param_groups:
+                own = {id(p) for p in group["params"]}
+                modules = {name.rpartition(".")[0] for name, p in old.items() if id(p) in own}
+                kept = [p for p in group["params"] if not any(p is gone for gone in old.values())]
+                group["params"] = kept + [p for name, p in new.items() if name.rpartition(".")[0] in modules]
+            for parameter in old.values():
+                optimizer.state.pop(parameter, None)
+        before, after = (sum(p.numel() for p in parameters.values()) for parameters in (old, new))
+        tqdm.write(f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed.")
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            trainer.models[keys[0]] = nn.parallel.DistributedDataParallel(small, device_ids=wrapper.device_ids)
+        else:
+            trainer.models[keys[0]] = small
+        trainer.gradient_clippers = {k: c for k, c in trainer.gradient_clippers.items() if c is not self}
+        self.close()
+        return small
 
     def table(self) -> str:
         """Return the history as a Markdown table."""

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class ExportMeter:
     """
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...]):
-        self.chains = [chain for chain in find_chains(model, "all") if chain.compactor is not None]
+        self.chains: list[Any] = [chain for chain in find_chains(model, "all") if chain.compactor is not None]
         if not self.chains:
             raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it first")
         self.model = model
@@ -71,12 +72,15 @@ class ExportMeter:
 
     def measure(self, threshold: float = 1e-5) -> ExportedCost:
         """Return the cost of ``export(model, threshold)``; where no row reaches the threshold, the longest stays."""
+        return self.cost({chain.name: len(kept_rows(chain.compactor, threshold)) for chain in self.chains})
+
+    def cost(self, widths: dict[str, int]) -> ExportedCost:
+        """Return the cost of the network with so many rows behind each normalisation."""
         blocks: dict[str, BlockCost] = {}
         inputs, outputs, owners = {}, {}, {}
         parameters, flops = parameter_count(self.model), self.total_flops
         for chain in self.chains:
-            assert chain.compactor is not None
-            rows = len(kept_rows(chain.compactor, threshold))
+            rows = widths[chain.name]
             outputs[chain.conv] = inputs[chain.following] = rows
             cost = BlockCost(parameter_count(chain.block), self.flops[chain.block], {})
             block = owners[chain.conv] = owners[chain.following] = blocks.setdefault(chain.block_name, cost)

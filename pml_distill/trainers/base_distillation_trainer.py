@@ -238,8 +238,8 @@ class BaseDistillationTrainer(BaseTrainer):
     def save_checkpoint(self, path: str | os.PathLike) -> None:
         """Write all that an undisturbed continuation needs, replacing an older file only once complete.
 
-        Models, losses, miners, optimizers, schedulers, gradient clippers that have a state, scaler, epoch, the random states of Python, NumPy and
-        torch, and the place in the data. Call it last in the end-of-epoch hook.
+        Models, losses, miners, optimizers, schedulers, gradient clippers that have a state, scaler, epoch, the random
+        states of Python, NumPy and torch, and the place in the data. Call it last in the end-of-epoch hook.
         """
         state: dict[str, Any] = {
             name: {key: unwrapped(value).state_dict() for key, value in stateful(getattr(self, name))} for name in SAVED

@@ -1,5 +1,6 @@
 """What a distilled network costs and how near it comes to its teacher."""
 
+from .asymmetric_accuracy import asymmetric_accuracy
 from .feature_tap import FeatureTap
 from .hamming_knn import HammingKNN
 from .hash_accuracy_calculator import HashAccuracyCalculator
@@ -11,6 +12,7 @@ __all__ = [
     "HammingKNN",
     "HashAccuracyCalculator",
     "ModelCost",
+    "asymmetric_accuracy",
     "model_cost",
     "neighbor_agreement",
 ]

