@@ -84,7 +84,7 @@ def mean_and_error(values: list[str]) -> str:
     mean = statistics.fmean(numbers)
     if len(set(numbers)) == 1:
         return shown(values[0])
-    return f"{mean:.4g} ± {statistics.stdev(numbers) / len(numbers) ** 0.5:.2g}"
+    return f"{mean:.4g}\u00a0±\u00a0{statistics.stdev(numbers) / len(numbers) ** 0.5:.2g}"
 
 
 def shown(value: str) -> str:

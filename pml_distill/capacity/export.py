@@ -124,7 +124,7 @@ def with_values(conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> n
         conv.weight.dtype,
     ).eval()
     new.weight.copy_(weight)
-    if new.bias is not None:
+    if new.bias is not None and bias is not None:
         new.bias.copy_(bias)
     return new
 

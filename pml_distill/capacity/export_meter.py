@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class ExportMeter:
     """
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...]):
-        self.chains = [chain for chain in find_chains(model, "all") if chain.compactor is not None]
+        self.chains: list[Any] = [chain for chain in find_chains(model, "all") if chain.compactor is not None]
         if not self.chains:
             raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it first")
         self.model = model

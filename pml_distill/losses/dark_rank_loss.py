@@ -1,4 +1,5 @@
 from functools import lru_cache
+from math import comb
 
 import torch
 
@@ -234,9 +235,11 @@ def subset_levels(length: int, device: torch.device) -> list[tuple[torch.Tensor,
     subsets = torch.arange(2**length)
     bits = subsets[:, None] >> torch.arange(length) & 1
     levels = []
+    # Sorted and cut at places known beforehand: torch 2.4 cannot compile nonzero(), whose size depends on the values.
+    by_size = bits.sum(dim=1).argsort(stable=True).split([comb(length, size) for size in range(length + 1)])
     for size in range(length - 1, 0, -1):
-        members = (bits.sum(dim=1) == size).nonzero().flatten()
-        added = (bits[members] == 0).nonzero()[:, 1].view(len(members), length - size)
+        members = by_size[size]
+        added = bits[members].argsort(dim=1, stable=True)[:, : length - size]
         supersets = members[:, None] | 1 << added
         levels.append((members.to(device), added.to(device), supersets.to(device)))
     return levels
