@@ -239,6 +239,10 @@ class CapacityDynamics:
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Shorten the rows; a hook of the optimizer, so that a step that a grad scaler skips shortens nothing."""
+        # A fused optimizer is called even then, and skips the step by itself.
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is not None and bool(skipped):
+            return
         self.steps += 1
         if not self.proximal:
             return
@@ -255,7 +259,7 @@ class CapacityDynamics:
 
     def keep_to_budget(self, before: list[torch.Tensor]) -> None:
         """Make the lasso stronger or weaker, or settle what stays once the target is met or the time is over."""
-        size, over = self.size(self.threshold), self.steps >= self.budget_steps
+        size, over = getattr(self.measure(), self.measured), self.steps >= self.budget_steps
         if size <= self.target or over:
             if size < self.target:
                 # Rows vanish together; one by one they come nearer to the target.

@@ -110,8 +110,7 @@ class GradientReset(nn.Module):
             self.mask.copy_(kept)
             return self.mask
         if self.refresh_interval is not None:
-            kept, previous = kept, self.mask | (self.updates % self.refresh_interval == 0)
-            self.mask.copy_(previous)
+            self.mask |= self.updates % self.refresh_interval == 0
         self.mask &= kept
         self.updates += 1
         return self.mask

@@ -27,4 +27,5 @@ def shrink_rows(weight: torch.Tensor, amount: float) -> None:
     """Make each row shorter by ``amount``; those not longer than that become exactly zero (the proximal step)."""
     rows = weight.flatten(1)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    weight.copy_(torch.where(norms > amount, rows * (1 - amount / norms), 0).view_as(weight))
+    # In this order, so that a row of NaN stays one and is found.
+    weight.copy_(torch.where(norms <= amount, 0, rows * (1 - amount / norms)).view_as(weight))

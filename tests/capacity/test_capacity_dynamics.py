@@ -1,4 +1,5 @@
 import copy
+import functools
 import os
 import signal
 import subprocess
@@ -141,8 +142,10 @@ def test_the_proximal_form_makes_rows_exactly_zero_and_the_gradient_form_does_no
             assert cost.parameters < dynamics.meter.measure(0.0).parameters
 
 
-def test_a_step_that_the_scaler_skips_shrinks_nothing():
-    student, _, optimizer, dynamics = setting(False, lasso_weight=1.0)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_shrinks_nothing(fused):
+    optimizer = functools.partial(torch.optim.SGD, fused=fused)
+    student, _, optimizer, dynamics = setting(False, lasso_weight=1.0, optimizer=optimizer)
     scaler = torch.amp.GradScaler("cpu")
     before = [weight.clone() for weight in dynamics.weights]
     scaler.scale(student(images()).square().sum() * torch.inf).backward()
@@ -150,7 +153,16 @@ def test_a_step_that_the_scaler_skips_shrinks_nothing():
     dynamics()
     scaler.step(optimizer)
     scaler.update()
-    assert all(torch.equal(a, b) for a, b in zip(before, dynamics.weights))
+    assert all(torch.equal(a, b) for a, b in zip(before, dynamics.weights)) and dynamics.steps == 0
+
+
+def test_a_loss_of_nan_is_found_and_not_taken_for_small_rows():
+    student, _, optimizer, dynamics = setting(False, lasso_weight=1.0)
+    (student(images()).square().sum() * torch.nan).backward()
+    dynamics()
+    optimizer.step()
+    with pytest.raises(ValueError, match="not finite"):
+        dynamics.end_epoch()
 
 
 @pytest.mark.parametrize("budget", [{"target_params": 0.5}, {"target_flops": 0.6}])

@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from pml_distill.capacity import GradientReset, add_lasso_gradient, group_lasso, shrink_rows
 
-FOLDER = __import__("pathlib").Path(__file__).parents[1] / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def cases(file):
@@ -68,7 +70,6 @@ def test_equals_the_definition_with_a_queue_that_is_no_multiple_of_the_batch(met
 
 def test_marks_stay_are_taken_back_or_stand_alone():
     batches = [(rows(2, seed=i), rows(2, seed=50 + i)) for i in range(6)]
-    alone = [GradientReset(16, 64, ratio=0.8).update(*batch).clone() for batch in batches]
     settings = {"accumulate": {}, "alone": {"accumulate": False}, "refreshed": {"refresh_interval": 2}}
     for name, setting in settings.items():
         reset = GradientReset(16, 2, 1, ratio=0.8, **setting)
@@ -77,7 +78,6 @@ def test_marks_stay_are_taken_back_or_stand_alone():
             mask = reset.update(*batch)
             first = {"accumulate": 0, "alone": step, "refreshed": step - step % 2}[name]
             assert torch.equal(mask, torch.stack(single[first : step + 1]).all(dim=0)), (name, step)
-    assert len(alone) == 6
 
 
 def test_a_queue_shorter_than_the_neighbours_counts_what_is_there():
