@@ -227,6 +227,13 @@ class Demo:
             model.load_state_dict(saved[key])
         return FrozenTeacher(models["trunk"], models["embedder"]), models["classifier"]
 
+    def training_data(self, name: str, seed: int) -> tuple[Any, torch.utils.data.Sampler]:
+        """Return the dataset that a run learns from and the sampler of an epoch."""
+        per_class = PER_CLASS
+        while per_class * self.num_classes < BATCH_SIZE:
+            per_class *= 2
+        return self.train_set, MPerClassSampler(self.train_set.labels, per_class, BATCH_SIZE, len(self.train_set))
+
     def trainer_and_tester(
         self,
         folder: Path,
@@ -256,23 +263,20 @@ class Demo:
             loss_funcs[key], loss_weights[key] = loss, distillation.weight
         parameters = [p for model in models.values() for p in model.parameters()]
         optimizer = torch.optim.AdamW(parameters, weight_decay=1e-2)
-        per_class = PER_CLASS
-        while per_class * self.num_classes < BATCH_SIZE:
-            per_class *= 2
+        dataset, sampler = self.training_data(folder.name, seed)
         c_f.NUMPY_RANDOM.seed(seed)
         torch.manual_seed(seed)
-        size = len(self.train_set)
-        total_steps = self.config.epochs * (size // BATCH_SIZE)
+        total_steps = self.config.epochs * (len(sampler) // BATCH_SIZE)
         trainer = DemoTrainer(
             models=models,
             optimizers={"trunk_optimizer": optimizer},
             batch_size=BATCH_SIZE,
             loss_funcs=loss_funcs,
             loss_weights=dict(loss_weights),
-            dataset=self.train_set,
-            dataset_labels=self.train_set.labels.numpy(),
+            dataset=dataset,
+            dataset_labels=dataset.labels.numpy(),
             set_min_label_to_zero=True,
-            sampler=MPerClassSampler(self.train_set.labels, per_class, BATCH_SIZE, size),
+            sampler=sampler,
             lr_schedulers={
                 "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(
                     optimizer,

@@ -2,20 +2,27 @@
 
 from typing import Any
 
+from .cross_quality import CrossQuality, Views
 from .digits import Digits
 from .glyphs import Glyphs
 from .hashing_protocols import HashingSplit, MultiLabelList, cifar10_hashing, glyph_hashing, hashing_splits
+from .labeled_and_unlabeled import LabeledAndUnlabeled
+from .partially_labeled import PartiallyLabeled
 
 FROM_PML = ("CUB", "Cars196", "StanfordOnlineProducts")
 
 __all__ = [
     "CUB",
     "Cars196",
+    "CrossQuality",
     "Digits",
     "Glyphs",
     "HashingSplit",
+    "LabeledAndUnlabeled",
     "MultiLabelList",
+    "PartiallyLabeled",
     "StanfordOnlineProducts",
+    "Views",
     "cifar10_hashing",
     "glyph_hashing",
     "hashing_splits",

@@ -11,6 +11,8 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from pytorch_metric_learning.utils.loss_tracker import LossTracker
 from tqdm import tqdm
 
+from ..datasets import Views
+from ..datasets.partially_labeled import UNLABELED
 from ..teachers import FrozenTeacher
 from ..utils.feature_tap import FeatureTap
 from .random_state import get_random_state, set_random_state
@@ -29,6 +31,11 @@ class BaseDistillationTrainer(BaseTrainer):
     A batch is what the dataset yields: ``(data, labels)``, ``(data, labels, index)`` or, without labels, just
     ``data``. The teacher sees it once per step, as ``teacher(data, index)``. ``tuple_miner`` runs on the student's
     embeddings, and what it returns goes to both losses.
+
+    A row with the label -1 is unlabelled. Losses and miners that need labels do not see it; the losses with a teacher
+    see all rows, and in a batch with such a row neither labels nor what was mined. A batch without any labelled row
+    has no ``metric_loss``. Under ``DistributedLossWrapper`` each process needs as many labelled rows: use
+    ``MixedSampler``. If the data are ``Views``, student and teacher are shown their own.
 
     Differences from PML's trainers, beyond the additions: loss weights are not applied in place (that breaks the
     backward of losses that end in a root or an exponential), keys must match exactly, and the end-of-epoch hook
@@ -150,27 +157,32 @@ class BaseDistillationTrainer(BaseTrainer):
         ):
             embeddings = self.calculate_embedding_losses(curr_batch)
         self.losses["feature_distillation_loss"] = self.loss_funcs["feature_distillation_loss"](
-            student_tap.features, teacher_tap.features, curr_batch[1]
+            student_tap.features, teacher_tap.features, all_or_none(curr_batch[1])
         )
         return embeddings
 
     def calculate_embedding_losses(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute ``metric_loss`` and ``distillation_loss``; return student and teacher embeddings."""
         data, labels, index = curr_batch
-        data = c_f.to_device(data, device=self.data_device)
+        data = on_views(data, lambda view: c_f.to_device(view, device=self.data_device))
+        student_data, teacher_data = data if isinstance(data, Views) else (data, data)
         with self.autocast():
-            output = self.compute_embeddings(data)
+            output = self.compute_embeddings(student_data)
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
         teacher_embeddings = None
         if any(self.wants(key) for key in self.loss_keys_with_teacher):
-            teacher_embeddings = self.teacher(data, index)
-        indices_tuple = self.maybe_mine_embeddings(embeddings, labels)
-        if self.wants("metric_loss"):
-            self.losses["metric_loss"] = self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple)
+            teacher_embeddings = self.teacher(teacher_data, index)
+        known, known_labels = only_labeled(embeddings, labels)
+        indices_tuple = self.maybe_mine_embeddings(known, known_labels) if len(known) else None
+        if self.wants("metric_loss") and len(known):
+            self.losses["metric_loss"] = self.loss_funcs["metric_loss"](known, known_labels, indices_tuple)
         if self.wants("distillation_loss"):
             self.losses["distillation_loss"] = self.loss_funcs["distillation_loss"](
-                projected, labels, indices_tuple, ref_emb=teacher_embeddings
+                projected,
+                # A -1 would be taken for a class, and pairs of labelled rows would keep the other rows from the loss.
+                *((labels, indices_tuple) if known is embeddings else (None, None)),
+                ref_emb=teacher_embeddings,
             )
         return embeddings, teacher_embeddings
 
@@ -197,15 +209,24 @@ class BaseDistillationTrainer(BaseTrainer):
             labels = c_f.process_label(labels, self.label_hierarchy_level, self.label_mapper)
         if "subset_batch_miner" in self.mining_funcs:
             kept = self.mine_subset(data, labels)
-            data = data[kept]
+            data = on_views(data, lambda view: view[kept])
             labels, index = (None if x is None else x[kept] for x in (labels, index))
         return data, labels, index
 
     @torch.no_grad()
-    def mine_subset(self, data: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return the rows that ``subset_batch_miner`` keeps, judged by the student in eval mode."""
+    def mine_subset(self, data: torch.Tensor | Views, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return the rows that ``subset_batch_miner`` keeps, judged in eval mode, and the unlabelled ones."""
         self.set_to_eval()
-        kept = self.mining_funcs["subset_batch_miner"](self.compute_embeddings(data), labels)
+        embeddings = self.compute_embeddings(data.student if isinstance(data, Views) else data)
+        rows = labeled_rows(labels)
+        if rows is None:
+            kept = self.mining_funcs["subset_batch_miner"](embeddings, labels)
+        else:
+            dropped = torch.zeros(len(embeddings), dtype=torch.bool).index_fill(0, rows, True)
+            if len(rows):
+                mined = self.mining_funcs["subset_batch_miner"](*only_labeled(embeddings, labels))
+                dropped[rows[mined.to(rows.device)]] = False
+            kept = (~dropped).nonzero().flatten()
         self.set_to_train()
         return kept
 
@@ -299,6 +320,15 @@ class BaseDistillationTrainer(BaseTrainer):
         if not self.iterations_per_epoch:
             self.iterations_per_epoch = max(1, len(self.dataloader) // self.accumulation_steps)
         self.dataloader_iter = iter(self.dataloader)
+
+    def initialize_label_mapper(self) -> None:
+        """Map labels as PML does, but for -1, which stays and is no class."""
+        mapper = c_f.LabelMapper(self.set_min_label_to_zero, self.dataset_labels)
+        if self.dataset_labels is not None:
+            for level, ranks in mapper.label_map.items():
+                known = [label for label in ranks if label != UNLABELED]
+                mapper.label_map[level] = c_f.make_label_to_rank_dict(known) | {UNLABELED: UNLABELED}
+        self.label_mapper = mapper.map
 
     def initialize_loss_tracker(self) -> None:
         """Track losses with weights that are not applied in place."""
@@ -399,10 +429,35 @@ class WeightedLossTracker(LossTracker):
 
 def split_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return (data, labels, index) of a batch that may be only data, or lack the index."""
-    if not isinstance(batch, (tuple, list)):
+    if isinstance(batch, Views) or not isinstance(batch, (tuple, list)):
         return batch, None, None
     data, labels, index = (*batch, None, None)[:3]
     return data, labels, index
+
+
+def on_views(data: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply a function to the data, or to both views."""
+    return Views(*map(function, data)) if isinstance(data, Views) else function(data)
+
+
+def labeled_rows(labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Return which rows have a label, or None if all have or there are no labels; multi-hot ones lack all of theirs."""
+    if labels is None:
+        return None
+    missing = labels == UNLABELED
+    missing = missing.all(dim=1) if missing.ndim == 2 else missing
+    return (~missing).nonzero().flatten() if missing.any() else None
+
+
+def only_labeled(rows: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the rows that have a label, and the labels; the same objects if all rows have."""
+    kept = labeled_rows(labels)
+    return (rows, labels) if labels is None or kept is None else (rows[kept], labels[kept])
+
+
+def all_or_none(labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the labels if all rows have one: a -1 would be taken for a class."""
+    return labels if labeled_rows(labels) is None else None
 
 
 def in_float32(embeddings: torch.Tensor) -> torch.Tensor:

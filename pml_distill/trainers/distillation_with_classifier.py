@@ -5,7 +5,7 @@ from pytorch_metric_learning.trainers import TrainWithClassifier
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..teachers import FrozenTeacher
-from .base_distillation_trainer import BaseDistillationTrainer, check_frozen, in_float32
+from .base_distillation_trainer import BaseDistillationTrainer, all_or_none, check_frozen, in_float32, only_labeled
 
 
 class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
@@ -59,11 +59,13 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
         with self.autocast():
             logits = in_float32(self.models["classifier"](embeddings))
         if self.wants("classifier_loss"):
-            labels = c_f.to_device(labels, logits)
-            self.losses["classifier_loss"] = self.loss_funcs["classifier_loss"](logits, labels)
+            known, known_labels = only_labeled(logits, labels)
+            if len(known):
+                known_labels = c_f.to_device(known_labels, logits)
+                self.losses["classifier_loss"] = self.loss_funcs["classifier_loss"](known, known_labels)
         if self.wants("logit_distillation_loss"):
             self.losses["logit_distillation_loss"] = self.loss_funcs["logit_distillation_loss"](
-                logits, labels, ref_emb=self.teacher_classifier(teacher_embeddings)
+                logits, all_or_none(labels), ref_emb=self.teacher_classifier(teacher_embeddings)
             )
         return embeddings, teacher_embeddings
 

@@ -1,0 +1,61 @@
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .partially_labeled import UNLABELED, get_items
+
+
+class LabeledAndUnlabeled(torch.utils.data.Dataset):
+    """Two datasets as one: first all samples with labels, then all without.
+
+    ``MixedSampler(dataset.labels, ...)`` draws batches with so much of each.
+
+    Args:
+        labeled: a dataset of (data, label), or (data, label, index).
+        unlabeled: a dataset of such items too, whose labels are not used, or of data alone.
+        labels: (N,) of the labelled samples; None: ``labeled.labels``.
+
+    Items:
+        (data, label), the label being -1 for a sample of ``unlabeled``. If both datasets yield an index, it goes on
+        from the first to the second: (data, label, index).
+
+    Attributes:
+        labels: (len,) int64 tensor, -1 for the samples of ``unlabeled``.
+
+    Raises:
+        ValueError: labels of another length or shape.
+
+    Example:
+        >>> dataset = LabeledAndUnlabeled([("a", 0), ("b", 1)], ["c", "d"], labels=[0, 1])
+        >>> list(dataset)
+        [('a', 0), ('b', 1), ('c', -1), ('d', -1)]
+    """
+
+    def __init__(self, labeled: Any, unlabeled: Any, labels: Sequence[int] | torch.Tensor | None = None):
+        known = torch.as_tensor(labeled.labels if labels is None else labels, dtype=torch.int64)
+        if known.shape != (len(labeled),):
+            raise ValueError(f"labels must be ({len(labeled)},), one per sample, but have shape {tuple(known.shape)}.")
+        self.labeled, self.unlabeled = labeled, unlabeled
+        self.labels = torch.cat([known, torch.full((len(unlabeled),), UNLABELED)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple]:
+        """Return several items at once; what a ``DataLoader`` calls for a batch."""
+        places = range(len(self))
+        wanted, size = [places[i] for i in indices], len(self.labeled)
+        own = iter(get_items(self.labeled, [i for i in wanted if i < size]))
+        others = iter(get_items(self.unlabeled, [i - size for i in wanted if i >= size]))
+        return [next(own) if i < size else without_label(next(others), size) for i in wanted]
+
+
+def without_label(item: Any, offset: int) -> tuple:
+    """Return (data, -1), and the index behind ``offset`` if the item has one."""
+    # Data may itself be a named tuple of two views.
+    parts = item if type(item) in (tuple, list) else (item,)
+    return (parts[0], UNLABELED, *(offset + index for index in parts[2:]))

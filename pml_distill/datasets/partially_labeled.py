@@ -1,0 +1,75 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+#: The label of a sample without one. The trainers leave such rows out of the losses that need labels.
+UNLABELED = -1
+
+
+class PartiallyLabeled(torch.utils.data.Dataset):
+    """A dataset of which a fraction has labels; the label of all other samples is -1.
+
+    The labelled samples are drawn at random within each class: ``fraction`` of its samples, rounded, but at least
+    two, for a metric loss learns nothing from a class with a single one. (A class that has only one keeps it.) The
+    share that results, ``(dataset.labels >= 0).float().mean()``, is therefore larger than ``fraction`` where classes
+    are small.
+
+    Args:
+        dataset: any dataset of (data, label, ...).
+        fraction: of the labels to keep, from 0 to 1.
+        labels: (N,) of all samples; None: ``dataset.labels``.
+        seed: of the draw.
+
+    Items:
+        those of ``dataset``, the label being -1 where it is not kept.
+
+    Attributes:
+        labels: (N,) int64 tensor, -1 where not kept; what ``MixedSampler`` needs.
+
+    Raises:
+        ValueError: ``fraction`` is out of range; labels of another length or shape.
+
+    Example:
+        >>> samples = [("image", i % 2) for i in range(20)]
+        >>> dataset = PartiallyLabeled(samples, 0.3, labels=[label for _, label in samples])
+        >>> sorted(label for _, label in dataset)[-8:]
+        [-1, -1, 0, 0, 0, 1, 1, 1]
+    """
+
+    def __init__(
+        self, dataset: Any, fraction: float, labels: Sequence[int] | torch.Tensor | None = None, seed: int = 0
+    ):
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction must be from 0 to 1, but is {fraction}.")
+        all_labels = torch.as_tensor(dataset.labels if labels is None else labels, dtype=torch.int64)
+        if all_labels.shape != (len(dataset),):
+            raise ValueError(
+                f"labels must be ({len(dataset)},), one per sample, but have shape {tuple(all_labels.shape)}."
+            )
+        self.dataset, self.labels = dataset, torch.full_like(all_labels, UNLABELED)
+        random = np.random.RandomState(seed)
+        for label in all_labels.unique().tolist():
+            own = random.permutation((all_labels == label).nonzero().flatten().numpy())
+            kept = torch.as_tensor(own[: max(2, round(fraction * len(own))) if fraction > 0 else 0])
+            self.labels[kept] = label
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple]:
+        """Return several items at once; what a ``DataLoader`` calls for a batch."""
+        labels = self.labels[torch.as_tensor(indices)].tolist()
+        items = get_items(self.dataset, indices)
+        return [(data, label, *rest) for (data, _, *rest), label in zip(items, labels)]
+
+
+def get_items(dataset: Any, indices: Sequence[int]) -> list:
+    """Return several items of a dataset, in one go where it offers that."""
+    if len(indices) and hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(indices)
+    return [dataset[i] for i in indices]
