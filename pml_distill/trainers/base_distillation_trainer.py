@@ -7,12 +7,13 @@ import torch
 from pytorch_metric_learning.losses import CrossBatchMemory, MultipleLosses
 from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
 from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from pytorch_metric_learning.utils.loss_tracker import LossTracker
 from tqdm import tqdm
 
 from ..datasets import Views
 from ..datasets.partially_labeled import UNLABELED
+from ..miners import BaseTeacherMiner
 from ..teachers import FrozenTeacher
 from ..utils.feature_tap import FeatureTap
 from .random_state import get_random_state, set_random_state
@@ -30,7 +31,7 @@ class BaseDistillationTrainer(BaseTrainer):
 
     A batch is what the dataset yields: ``(data, labels)``, ``(data, labels, index)`` or, without labels, just
     ``data``. The teacher sees it once per step, as ``teacher(data, index)``. ``tuple_miner`` runs on the student's
-    embeddings, and what it returns goes to both losses.
+    embeddings, one of ``pml_distill.miners`` on the teacher's too, and what it returns goes to both losses.
 
     A row with the label -1 is unlabelled. Losses and miners that need labels do not see it; the losses with a teacher
     see all rows, and in a batch with such a row neither labels nor what was mined. A batch without any labelled row
@@ -171,10 +172,13 @@ class BaseDistillationTrainer(BaseTrainer):
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
         teacher_embeddings = None
-        if any(self.wants(key) for key in self.loss_keys_with_teacher):
+        if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_mines():
             teacher_embeddings = self.teacher(teacher_data, index)
         known, known_labels = only_labeled(embeddings, labels)
-        indices_tuple = self.maybe_mine_embeddings(known, known_labels) if len(known) else None
+        known_teacher = teacher_embeddings
+        if teacher_embeddings is not None and known is not embeddings:
+            known_teacher, _ = only_labeled(teacher_embeddings, labels)
+        indices_tuple = self.maybe_mine_embeddings(known, known_labels, known_teacher) if len(known) else None
         if self.wants("metric_loss") and len(known):
             self.losses["metric_loss"] = self.loss_funcs["metric_loss"](known, known_labels, indices_tuple)
         if self.wants("distillation_loss"):
@@ -195,8 +199,17 @@ class BaseDistillationTrainer(BaseTrainer):
         device = torch.device(self.data_device).type
         return torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def maybe_mine_embeddings(self, embeddings: torch.Tensor, labels: torch.Tensor | None) -> tuple | None:
-        """Run ``tuple_miner``, if there is one."""
+    def teacher_mines(self) -> bool:
+        """Whether ``tuple_miner`` asks the teacher."""
+        miner = self.mining_funcs.get("tuple_miner")
+        return isinstance(miner.miner if isinstance(miner, DistributedMinerWrapper) else miner, BaseTeacherMiner)
+
+    def maybe_mine_embeddings(
+        self, embeddings: torch.Tensor, labels: torch.Tensor | None, teacher_embeddings: torch.Tensor | None = None
+    ) -> tuple | None:
+        """Run ``tuple_miner``, if there is one; a miner of this package gets the teacher's embeddings."""
+        if self.teacher_mines():
+            return self.mining_funcs["tuple_miner"](embeddings, labels, ref_emb=teacher_embeddings)
         if "tuple_miner" in self.mining_funcs and labels is None:
             raise ValueError('mining_funcs["tuple_miner"] needs labels, but the dataset yields none.')
         return super().maybe_mine_embeddings(embeddings, labels)
@@ -345,9 +358,11 @@ class BaseDistillationTrainer(BaseTrainer):
             )
         if not self.loss_funcs:
             raise ValueError('loss_funcs is empty; give "metric_loss", "distillation_loss" or both.')
+        if self.teacher_mines() and self.teacher is None:
+            raise ValueError('mining_funcs["tuple_miner"] asks the teacher, but teacher is None.')
         if wanting and self.teacher is None:
             raise ValueError(f"loss_funcs has {wanting}, but teacher is None; pass FrozenTeacher(trunk, embedder).")
-        if self.teacher is not None and not wanting:
+        if self.teacher is not None and not wanting and not self.teacher_mines():
             raise ValueError(
                 f"teacher is given, but loss_funcs has only {sorted(self.loss_funcs)}; a teacher serves "
                 f"{list(self.loss_keys_with_teacher)}."

@@ -1,0 +1,60 @@
+import torch
+from pytorch_metric_learning.miners import BaseMiner
+
+from ..distances import EuclideanDistance
+
+
+class BaseTeacherMiner(BaseMiner):
+    """Base of the miners that ask the teacher: ``miner(embeddings, labels, ref_emb=teacher_embeddings)``.
+
+    ``ref_emb`` holds the teacher's embeddings of the same samples in the same order. What a miner returns are places
+    in the batch, which serve for both sides: pass them to any PML loss or distillation loss. The trainers hand the
+    teacher's embeddings to such a miner, also inside of ``DistributedMinerWrapper``. Subclasses implement ``mine`` and
+    never return a sample paired with itself.
+
+    Args:
+        distance: any PML distance; default ``EuclideanDistance()``, of L2-normalised embeddings.
+
+    Shapes:
+        embeddings: (B, Ds). ref_emb: (B, Dt). labels: (B,) or None, where the miner does not need them.
+
+    Raises:
+        ValueError: ``ref_emb`` is missing or has another number of rows.
+    """
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        ref_emb: torch.Tensor | None = None,
+        ref_labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return a tuple of pairs (a1, p, a2, n) or of triplets (a, p, n)."""
+        self.reset_stats()
+        name = type(self).__name__
+        if ref_emb is None:
+            raise ValueError(
+                f"{name} needs the teacher's embeddings: pass ref_emb=teacher_embeddings, a tensor with one row for "
+                f"each row of embeddings {tuple(embeddings.shape)}. MultipleLosses passes none to its miners."
+            )
+        if len(ref_emb) != len(embeddings):
+            raise ValueError(
+                f"{name} compares student and teacher row for row, but embeddings has shape "
+                f"{tuple(embeddings.shape)} and ref_emb {tuple(ref_emb.shape)}."
+            )
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
+            labels = None if labels is None else labels.to(embeddings.device)
+            teacher = ref_emb.to(device=embeddings.device, dtype=dtype)
+            output = self.mine(embeddings.to(dtype), labels, teacher, ref_labels)
+        self.output_assertion(output)
+        return output
+
+    def get_default_distance(self) -> EuclideanDistance:
+        """Return the distance to use where none is given."""
+        return EuclideanDistance()
+
+    def farness(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the (B, B) matrix of ``self.distance``, turned where it is a similarity; infinite on the diagonal."""
+        mat = self.distance(embeddings)
+        return (-mat if self.distance.is_inverted else mat).fill_diagonal_(torch.inf)

@@ -1,0 +1,49 @@
+from typing import Any
+
+import torch
+
+from .base_teacher_miner import BaseTeacherMiner
+
+
+class TeacherNeighborMiner(BaseTeacherMiner):
+    """Pairs of each sample with its nearest others in the teacher's space.
+
+    Most pairs of a batch are far apart and carry little; these are where the ranking is decided. Without labels all
+    are positive pairs. With labels a neighbour of another class makes a negative pair, one that even the teacher
+    finds hard. A distillation loss counts both kinds.
+
+    Args:
+        neighbors: how many others for each sample.
+        **kwargs: ``distance`` as in ``BaseTeacherMiner``.
+
+    Returns:
+        (a1, p, a2, n): at most B * ``neighbors`` pairs in all.
+
+    Raises:
+        ValueError: ``neighbors`` is below 1; what ``BaseTeacherMiner`` refuses.
+
+    Example:
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> anchors, positives, _, _ = TeacherNeighborMiner(neighbors=1)(torch.rand(4, 8), ref_emb=teacher)
+        >>> anchors.tolist(), positives.tolist()
+        ([0, 1, 2, 3], [1, 0, 3, 2])
+    """
+
+    def __init__(self, neighbors: int = 8, **kwargs: Any):
+        super().__init__(**kwargs)
+        if neighbors < 1:
+            raise ValueError(f"neighbors must be at least 1, but is {neighbors}.")
+        self.neighbors = neighbors
+        self.add_to_recordable_attributes(list_of_names=["neighbors"], is_stat=False)
+
+    def mine(
+        self, embeddings: torch.Tensor, labels: torch.Tensor | None, ref_emb: torch.Tensor, ref_labels: Any
+    ) -> tuple[torch.Tensor, ...]:
+        size = len(embeddings)
+        count = min(self.neighbors, size - 1)
+        others = self.farness(ref_emb).topk(count, dim=1, largest=False).indices.flatten()
+        anchors = torch.arange(size, device=others.device).repeat_interleave(count)
+        if labels is None:
+            return anchors, others, anchors[:0], others[:0]
+        same = labels[anchors] == labels[others]
+        return anchors[same], others[same], anchors[~same], others[~same]

@@ -1,0 +1,58 @@
+from typing import Any
+
+import torch
+
+from .base_teacher_miner import BaseTeacherMiner
+
+
+class TeacherRankMiner(BaseTeacherMiner):
+    """Triplets that the teacher orders one way and the student the other.
+
+    (a, p, n) where p is among the teacher's nearest of a and nearer than n, and the student has n nearer than p.
+    Labels are not used. A sample may be p in one triplet and n in another: triplet and distillation losses take that,
+    PML's losses on matrices of pairs, such as ``MultiSimilarityLoss``, refuse it.
+
+    Args:
+        neighbors: how many of the teacher's nearest are tried as p; None for all others.
+        max_triplets: at most so many are returned, drawn at random from all by torch's global generator; None for no
+            bound.
+        **kwargs: ``distance`` as in ``BaseTeacherMiner``.
+
+    Returns:
+        (a, p, n). Memory grows with B * B * ``neighbors``.
+
+    Raises:
+        ValueError: ``neighbors`` or ``max_triplets`` is below 1; what ``BaseTeacherMiner`` refuses.
+
+    Example:
+        >>> teacher = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
+        >>> from pytorch_metric_learning.distances import LpDistance
+        >>> miner = TeacherRankMiner(distance=LpDistance(normalize_embeddings=False))
+        >>> [t.tolist() for t in miner(teacher[[0, 2, 1]], ref_emb=teacher)]
+        [[0, 1, 2], [1, 0, 1], [2, 2, 0]]
+    """
+
+    def __init__(self, neighbors: int | None = 8, max_triplets: int | None = 100_000, **kwargs: Any):
+        super().__init__(**kwargs)
+        for name, value in (("neighbors", neighbors), ("max_triplets", max_triplets)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be None or at least 1, but is {value}.")
+        self.neighbors, self.max_triplets = neighbors, max_triplets
+        self.add_to_recordable_attributes(list_of_names=["max_triplets"], is_stat=False)
+
+    def mine(
+        self, embeddings: torch.Tensor, labels: torch.Tensor | None, ref_emb: torch.Tensor, ref_labels: Any
+    ) -> tuple[torch.Tensor, ...]:
+        size = len(embeddings)
+        count = min(self.neighbors or size, size - 1)
+        student, teacher = self.farness(embeddings), self.farness(ref_emb)
+        near, nearest = teacher.topk(count, dim=1, largest=False)
+        # Infinite on the diagonal: no sample is its own n.
+        student_near, student = student.gather(1, nearest), student.fill_diagonal_(-torch.inf)
+        teacher_farther = teacher.fill_diagonal_(-torch.inf)[:, None, :] > near[:, :, None]
+        student_nearer = student[:, None, :] < student_near[:, :, None]
+        anchors, places, negatives = (teacher_farther & student_nearer).nonzero(as_tuple=True)
+        if self.max_triplets is not None and len(anchors) > self.max_triplets:
+            drawn = torch.randperm(len(anchors), device=anchors.device)[: self.max_triplets]
+            anchors, places, negatives = anchors[drawn], places[drawn], negatives[drawn]
+        return anchors, nearest[anchors, places], negatives
