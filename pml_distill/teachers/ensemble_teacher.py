@@ -1,0 +1,60 @@
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional as F
+
+
+class EnsembleTeacher(torch.nn.Module):
+    r"""Several teachers as one: their normalised embeddings side by side, each times the root of its weight.
+
+    .. math:: t = \big[ \sqrt{w_1} \, t_1 / \|t_1\|, \dots, \sqrt{w_K} \, t_K / \|t_K\| \big], \quad \sum_k w_k = 1
+
+    The result has length 1. Its cosine similarities are the weighted means of the teachers' own, and its squared
+    Euclidean distances those of their squared distances, so that any loss on pairs or rankings learns from the mean.
+    Widths may differ and add up.
+
+    Args:
+        teachers: callables of (data, index), such as ``FrozenTeacher``; modules must be frozen.
+        weights: one positive number per teacher, scaled to sum to 1; None: all alike.
+
+    Raises:
+        ValueError: no teacher; another number of weights, or one that is not positive; a teacher whose parameters
+            require gradients.
+
+    Example:
+        >>> from pml_distill.teachers import FrozenTeacher
+        >>> teachers = [FrozenTeacher(torch.nn.Linear(4, width)) for width in (8, 16)]
+        >>> EnsembleTeacher(teachers, weights=[3, 1])(torch.rand(5, 4)).shape
+        torch.Size([5, 24])
+    """
+
+    def __init__(self, teachers: Sequence[Callable], weights: Sequence[float] | None = None):
+        super().__init__()
+        if not len(teachers):
+            raise ValueError("teachers is empty; give at least one.")
+        weights = [1.0] * len(teachers) if weights is None else list(weights)
+        if len(weights) != len(teachers) or not all(weight > 0 for weight in weights):
+            raise ValueError(
+                f"weights must be {len(teachers)} positive numbers, one for each of the teachers, but are {weights}."
+            )
+        for number, teacher in enumerate(teachers):
+            if isinstance(teacher, torch.nn.Module) and any(p.requires_grad for p in teacher.parameters()):
+                raise ValueError(
+                    f"teachers[{number}], a {type(teacher).__name__}, has parameters that require gradients; "
+                    "pass FrozenTeacher(trunk, embedder)."
+                )
+        self.teachers = list(teachers)
+        self.frozen = torch.nn.ModuleList(t for t in teachers if isinstance(t, torch.nn.Module))
+        self.weights = [weight / sum(weights) for weight in weights]
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, data: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the joint embeddings, (B, sum of the widths)."""
+        parts = [teacher(data, index) for teacher in self.teachers]
+        parts = [F.normalize(part.to(torch.promote_types(part.dtype, torch.float32))) for part in parts]
+        return torch.cat([weight**0.5 * part for part, weight in zip(parts, self.weights)], dim=1)
+
+    def train(self, mode: bool = True) -> "EnsembleTeacher":
+        """Stay in eval mode."""
+        return super().train(False)
