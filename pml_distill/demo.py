@@ -227,7 +227,7 @@ class Demo:
             model.load_state_dict(saved[key])
         return FrozenTeacher(models["trunk"], models["embedder"]), models["classifier"]
 
-    def training_data(self, name: str, seed: int) -> tuple[Any, torch.utils.data.Sampler]:
+    def training_data(self, name: str, seed: int) -> tuple[Any, Any]:
         """Return the dataset that a run learns from and the sampler of an epoch."""
         per_class = PER_CLASS
         while per_class * self.num_classes < BATCH_SIZE:

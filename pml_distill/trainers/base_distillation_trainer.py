@@ -427,7 +427,7 @@ class WeightedLossTracker(LossTracker):
                 self.losses[name] = self.losses[name] * self.loss_weights[name]
 
 
-def split_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def split_batch(batch: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
     """Return (data, labels, index) of a batch that may be only data, or lack the index."""
     if isinstance(batch, Views) or not isinstance(batch, (tuple, list)):
         return batch, None, None
