@@ -1,0 +1,109 @@
+"""Glyphs with few labels: does a student that is distilled on all images beat one that only learns from the labels?
+
+The teacher is trained with all labels, as in the demo. Of the students' training images a share keeps its label,
+drawn anew for each seed: "10 %" is 2 of the 16 images of each class (12.5 %, the least that makes a pair), "25 %" is
+4, "100 %" all. One student learns from these with the metric loss alone; the other from batches of labelled and
+unlabelled images, the metric loss on the labelled rows and the absolute teacher on all. Both are tested on the demo's
+test classes.
+
+    python benchmarks/semi_supervised.py --search   # on the validation classes
+    python benchmarks/semi_supervised.py
+
+write search.csv, and results.csv, table.md and map_at_r.png, into the folder. A finished run has a row and is not
+computed again; an interrupted one goes on from its last epoch. The settings below are the best of the search.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison import METRICS, by_seed, complete, options, plot, table
+
+from pml_distill.datasets import PartiallyLabeled
+from pml_distill.demo import BATCH_SIZE, PER_CLASS, Demo, DemoConfig, Distillation
+from pml_distill.losses import AbsoluteTeacherLoss
+from pml_distill.samplers import MixedSampler
+from pml_distill.utils.report import mean_and_error
+
+ALONE, DISTILLED = "metric loss on the labelled", "distilled on all"
+FRACTIONS = {"10 %": 0.1, "25 %": 0.25, "100 %": 1.0}
+#: (weight of the distillation, learning rate, share of labelled rows in a batch, length of the training in demos)
+SETTINGS = {
+    ("10 %", ALONE): (0.0, 0.02, 1.0, 1.0),
+    ("10 %", DISTILLED): (10.0, 0.02, 0.25, 1.0),
+    ("25 %", ALONE): (0.0, 0.02, 1.0, 1.0),
+    ("25 %", DISTILLED): (10.0, 0.02, 0.25, 1.0),
+    ("100 %", ALONE): (0.0, 0.02, 1.0, 1.0),
+    ("100 %", DISTILLED): (3.0, 0.02, 1.0, 1.0),
+}
+SEARCH = {
+    ALONE: [(0.0, rate, 1.0, length) for length in (0.3, 1.0) for rate in (0.01, 0.02, 0.03)],
+    DISTILLED: [
+        *((weight, 0.02, 0.25, 1.0) for weight in (3.0, 10.0, 30.0)),
+        (10.0, 0.01, 0.25, 1.0),
+        (10.0, 0.02, 0.5, 1.0),
+    ],
+}
+
+
+class FewLabels(Demo):
+    """The demo, its student's training images labelled in part."""
+
+    def __init__(self, out: Path, job: dict):
+        splits = ("train", "val") if job["split"] == "val" else ("train+val", "test")
+        super().__init__(DemoConfig("glyphs", 10, *splits), out / job["split"], torch.device("cpu"))
+        self.fraction, self.share, self.length = FRACTIONS[job["labels"]], job["share"], job["length"]
+
+    def training_data(self, name: str, seed: int) -> tuple[Any, Any]:
+        if name == "teacher" or self.fraction == 1:
+            return super().training_data(name, seed)
+        dataset = PartiallyLabeled(self.train_set, self.fraction, seed=seed)
+        most = int(dataset.labels[dataset.labels >= 0].bincount().max())
+        steps = round(self.length * len(dataset)) // BATCH_SIZE
+        return dataset, MixedSampler(dataset.labels, min(PER_CLASS, most), BATCH_SIZE, self.share, steps * BATCH_SIZE)
+
+
+def run(out: Path, job: dict) -> dict:
+    torch.set_num_threads(1)
+    demo = FewLabels(out, job)
+    weight, rate, seed = job["weight"], job["learning_rate"], job["seed"]
+    if job["method"] == "teacher":
+        return job | demo.run("teacher", seed)
+    name = f"{job['labels']}, {job['method']}, {weight:g}, {rate:g}, {job['share']:g}, {job['length']:g}"
+    distillation = Distillation(AbsoluteTeacherLoss, weight) if weight else None
+    return job | demo.run(name.replace(" ", ""), seed, distillation, rate)
+
+
+def job(split: str, labels: str, method: str, seed: int, setting: tuple[float, float, float, float]) -> dict:
+    names = ("weight", "learning_rate", "share", "length")
+    return {"split": split, "labels": labels, "method": method, "seed": seed, **dict(zip(names, setting))}
+
+
+def main() -> None:
+    given = options(__doc__, "semi_supervised")
+    split, seeds = ("val", 1) if given.search else ("test", given.seeds)
+    work = partial(run, given.out)
+    teachers = [job(split, "100 %", "teacher", seed, (0.0, 0.0, 1.0, 1.0)) for seed in range(seeds)]
+    path = given.out / ("search.csv" if given.search else "results.csv")
+    complete(path, teachers, work, given.processes)
+    if given.search:
+        complete(
+            path,
+            [job(split, p, m, 0, s) for p in ("10 %", "25 %") for m in SEARCH for s in SEARCH[m]],
+            work,
+            given.processes,
+        )
+        return
+    jobs = [job(split, *key, seed, setting) for key, setting in SETTINGS.items() for seed in range(seeds)]
+    rows = complete(path, jobs, work, given.processes)
+    text = table(rows, "labels", tuple(FRACTIONS), ALONE, DISTILLED)
+    (given.out / "table.md").write_text(text + "\n")
+    teacher = mean_and_error(list(by_seed(rows, METRICS[1], method="teacher").values()))[0]
+    levels = {"teacher, all labels": teacher}
+    plot(given.out / "map_at_r.png", rows, "labels", tuple(FRACTIONS), (ALONE, DISTILLED), levels)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
