@@ -21,28 +21,47 @@ import torch
 from comparison import METRICS, by_seed, complete, options, plot, table
 
 from pml_distill.datasets import PartiallyLabeled
-from pml_distill.demo import BATCH_SIZE, PER_CLASS, Demo, DemoConfig, Distillation
+from pml_distill.demo import BATCH_SIZE, Demo, DemoConfig, Distillation
 from pml_distill.losses import AbsoluteTeacherLoss
 from pml_distill.samplers import MixedSampler
 from pml_distill.utils.report import mean_and_error
 
 ALONE, DISTILLED = "metric loss on the labelled", "distilled on all"
-FRACTIONS = {"10 %": 0.1, "25 %": 0.25, "100 %": 1.0}
-#: (weight of the distillation, learning rate, share of labelled rows in a batch, length of the training in demos)
+FRACTIONS = {"10 %": 0.1, "10 %, three times as long": 0.1, "25 %": 0.25, "100 %": 1.0}
+#: (weight of the distillation, learning rate, share of labelled rows in a batch, m, length of the training in demos)
 SETTINGS = {
-    ("10 %", ALONE): (0.0, 0.02, 1.0, 1.0),
-    ("10 %", DISTILLED): (10.0, 0.02, 0.25, 1.0),
-    ("25 %", ALONE): (0.0, 0.02, 1.0, 1.0),
-    ("25 %", DISTILLED): (10.0, 0.02, 0.25, 1.0),
-    ("100 %", ALONE): (0.0, 0.02, 1.0, 1.0),
-    ("100 %", DISTILLED): (3.0, 0.02, 1.0, 1.0),
+    ("10 %", ALONE): (0.0, 0.03, 1.0, 4, 1.0),
+    ("10 %", DISTILLED): (10.0, 0.02, 0.5, 2, 1.0),
+    ("10 %, three times as long", ALONE): (0.0, 0.02, 1.0, 4, 3.0),
+    ("10 %, three times as long", DISTILLED): (10.0, 0.02, 0.5, 2, 3.0),
+    ("25 %", ALONE): (0.0, 0.01, 1.0, 4, 1.0),
+    ("25 %", DISTILLED): (10.0, 0.02, 0.5, 4, 1.0),
+    ("100 %", ALONE): (0.0, 0.02, 1.0, 4, 1.0),
+    ("100 %", DISTILLED): (3.0, 0.02, 1.0, 4, 1.0),
 }
+#: The settings for 100 % are the demo's.
 SEARCH = {
-    ALONE: [(0.0, rate, 1.0, length) for length in (0.3, 1.0) for rate in (0.01, 0.02, 0.03)],
-    DISTILLED: [
-        *((weight, 0.02, 0.25, 1.0) for weight in (3.0, 10.0, 30.0)),
-        (10.0, 0.01, 0.25, 1.0),
-        (10.0, 0.02, 0.5, 1.0),
+    ("10 %", ALONE): [
+        *((0.0, rate, 1.0, 2, length) for length in (0.3, 1.0, 3.0) for rate in (0.01, 0.02, 0.03)),
+        *((0.0, rate, 1.0, 4, 1.0) for rate in (0.02, 0.03, 0.05)),
+        (0.0, 0.03, 1.0, 8, 1.0),
+        *((0.0, rate, 1.0, 4, 3.0) for rate in (0.02, 0.03)),
+    ],
+    ("10 %", DISTILLED): [
+        *((weight, 0.02, 0.25, 2, 1.0) for weight in (3.0, 10.0, 30.0)),
+        (10.0, 0.01, 0.25, 2, 1.0),
+        *((weight, 0.02, 0.5, m, 1.0) for weight, m in ((10.0, 2), (30.0, 2), (10.0, 4))),
+        *((10.0, 0.02, 0.5, m, 3.0) for m in (2, 4)),
+    ],
+    ("25 %", ALONE): [
+        *((0.0, rate, 1.0, 4, length) for length in (0.3, 1.0, 3.0) for rate in (0.01, 0.02, 0.03)),
+        (0.0, 0.005, 1.0, 4, 1.0),
+        (0.0, 0.01, 1.0, 8, 1.0),
+    ],
+    ("25 %", DISTILLED): [
+        *((weight, 0.02, 0.25, 4, 1.0) for weight in (3.0, 10.0)),
+        *((weight, 0.02, 0.5, 4, 1.0) for weight in (3.0, 10.0)),
+        (10.0, 0.02, 0.5, 4, 3.0),
     ],
 }
 
@@ -53,15 +72,15 @@ class FewLabels(Demo):
     def __init__(self, out: Path, job: dict):
         splits = ("train", "val") if job["split"] == "val" else ("train+val", "test")
         super().__init__(DemoConfig("glyphs", 10, *splits), out / job["split"], torch.device("cpu"))
-        self.fraction, self.share, self.length = FRACTIONS[job["labels"]], job["share"], job["length"]
+        self.fraction = FRACTIONS[job["labels"]]
+        self.share, self.m, self.length = job["share"], job["m"], job["length"]
 
     def training_data(self, name: str, seed: int) -> tuple[Any, Any]:
+        dataset, sampler = super().training_data(name, seed)
         if name == "teacher" or self.fraction == 1:
-            return super().training_data(name, seed)
-        dataset = PartiallyLabeled(self.train_set, self.fraction, seed=seed)
-        most = int(dataset.labels[dataset.labels >= 0].bincount().max())
-        steps = round(self.length * len(dataset)) // BATCH_SIZE
-        return dataset, MixedSampler(dataset.labels, min(PER_CLASS, most), BATCH_SIZE, self.share, steps * BATCH_SIZE)
+            return dataset, sampler
+        dataset = PartiallyLabeled(dataset, self.fraction, seed=seed)
+        return dataset, MixedSampler(dataset.labels, self.m, BATCH_SIZE, self.share, round(self.length * len(sampler)))
 
 
 def run(out: Path, job: dict) -> dict:
@@ -70,13 +89,13 @@ def run(out: Path, job: dict) -> dict:
     weight, rate, seed = job["weight"], job["learning_rate"], job["seed"]
     if job["method"] == "teacher":
         return job | demo.run("teacher", seed)
-    name = f"{job['labels']}, {job['method']}, {weight:g}, {rate:g}, {job['share']:g}, {job['length']:g}"
+    name = f"{demo.fraction}, {job['method']}, {weight:g}, {rate:g}, {demo.share:g}, {demo.m}, {demo.length:g}"
     distillation = Distillation(AbsoluteTeacherLoss, weight) if weight else None
     return job | demo.run(name.replace(" ", ""), seed, distillation, rate)
 
 
-def job(split: str, labels: str, method: str, seed: int, setting: tuple[float, float, float, float]) -> dict:
-    names = ("weight", "learning_rate", "share", "length")
+def job(split: str, labels: str, method: str, seed: int, setting: tuple[float, ...]) -> dict:
+    names = ("weight", "learning_rate", "share", "m", "length")
     return {"split": split, "labels": labels, "method": method, "seed": seed, **dict(zip(names, setting))}
 
 
@@ -84,16 +103,12 @@ def main() -> None:
     given = options(__doc__, "semi_supervised")
     split, seeds = ("val", 1) if given.search else ("test", given.seeds)
     work = partial(run, given.out)
-    teachers = [job(split, "100 %", "teacher", seed, (0.0, 0.0, 1.0, 1.0)) for seed in range(seeds)]
+    teachers = [job(split, "100 %", "teacher", seed, (0.0, 0.0, 1.0, 4, 1.0)) for seed in range(seeds)]
     path = given.out / ("search.csv" if given.search else "results.csv")
     complete(path, teachers, work, given.processes)
     if given.search:
-        complete(
-            path,
-            [job(split, p, m, 0, s) for p in ("10 %", "25 %") for m in SEARCH for s in SEARCH[m]],
-            work,
-            given.processes,
-        )
+        jobs = [job(split, *key, 0, setting) for key, settings in SEARCH.items() for setting in settings]
+        complete(path, jobs, work, given.processes)
         return
     jobs = [job(split, *key, seed, setting) for key, setting in SETTINGS.items() for seed in range(seeds)]
     rows = complete(path, jobs, work, given.processes)
