@@ -9,7 +9,8 @@ clean image of the same sample, and the absolute teacher is added.
 
 write search.csv, and results.csv, table.md and map_at_r.png, into the folder. A finished run has a row and is not
 computed again; an interrupted one goes on from its last epoch. "student → teacher" is retrieval of the teacher's
-embeddings of clean images by degraded queries. The settings below are the best of the search.
+embeddings of clean images by degraded queries. The learning rate below is the demo's and the weight the one that
+semi_supervised.py --search chose; the search here has not been run yet.
 """
 
 from collections.abc import Callable
