@@ -274,6 +274,8 @@ def worker(rank, folder):
         dynamics()
         optimizer.step()
     torch.save([[r.mask for r in dynamics.resets], dynamics.weights], f"{folder}/{rank}.pth")
+    # No process leaves while another still talks to it.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

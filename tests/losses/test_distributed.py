@@ -59,6 +59,8 @@ def worker(rank, folder):
             value.backward()
             results["queue", name].append((value.detach(), model.module.weight.grad.clone()))
     torch.save(results, f"{folder}/{rank}.pth")
+    # No process leaves while another still talks to it.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

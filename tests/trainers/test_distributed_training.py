@@ -59,6 +59,8 @@ def worker(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = [train(2, folder / f"checkpoint_{rank}.pth") for _ in range(2)]
     torch.save(results, folder / f"{rank}.pth")
+    # No process leaves while another still talks to it.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
