@@ -19,7 +19,7 @@ class BaseTeacherMiner(BaseMiner):
         embeddings: (B, Ds). ref_emb: (B, Dt). labels: (B,) or None, where the miner does not need them.
 
     Raises:
-        ValueError: ``ref_emb`` is missing or has another number of rows.
+        ValueError: ``ref_emb`` is missing, or it or ``labels`` has another number of rows.
     """
 
     def forward(
@@ -41,6 +41,11 @@ class BaseTeacherMiner(BaseMiner):
             raise ValueError(
                 f"{name} compares student and teacher row for row, but embeddings has shape "
                 f"{tuple(embeddings.shape)} and ref_emb {tuple(ref_emb.shape)}."
+            )
+        if labels is not None and len(labels) != len(embeddings):
+            raise ValueError(
+                f"{name} needs one label for each row of embeddings, but embeddings has shape "
+                f"{tuple(embeddings.shape)} and labels {tuple(labels.shape)}."
             )
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):

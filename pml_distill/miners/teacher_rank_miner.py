@@ -4,6 +4,9 @@ import torch
 
 from .base_teacher_miner import BaseTeacherMiner
 
+#: How many triplets are looked at together, which bounds the memory for large batches.
+TRIPLETS_AT_ONCE = 2**23
+
 
 class TeacherRankMiner(BaseTeacherMiner):
     """Triplets that the teacher orders one way and the student the other.
@@ -19,7 +22,8 @@ class TeacherRankMiner(BaseTeacherMiner):
         **kwargs: ``distance`` as in ``BaseTeacherMiner``.
 
     Returns:
-        (a, p, n). Memory grows with B * B * ``neighbors``.
+        (a, p, n). Anchors are gone through in chunks: memory grows with B * B and the triplets returned, not with
+        B * B * ``neighbors``.
 
     Raises:
         ValueError: ``neighbors`` or ``max_triplets`` is below 1; what ``BaseTeacherMiner`` refuses.
@@ -49,10 +53,21 @@ class TeacherRankMiner(BaseTeacherMiner):
         near, nearest = teacher.topk(count, dim=1, largest=False)
         # Infinite on the diagonal: no sample is its own n.
         student_near, student = student.gather(1, nearest), student.fill_diagonal_(-torch.inf)
-        teacher_farther = teacher.fill_diagonal_(-torch.inf)[:, None, :] > near[:, :, None]
-        student_nearer = student[:, None, :] < student_near[:, :, None]
-        anchors, places, negatives = (teacher_farther & student_nearer).nonzero(as_tuple=True)
-        if self.max_triplets is not None and len(anchors) > self.max_triplets:
-            drawn = torch.randperm(len(anchors), device=anchors.device)[: self.max_triplets]
-            anchors, places, negatives = anchors[drawn], places[drawn], negatives[drawn]
+        teacher = teacher.fill_diagonal_(-torch.inf)
+        found = torch.empty(0, dtype=torch.long, device=teacher.device)
+        keys = torch.empty(0, dtype=torch.float64, device=teacher.device)
+        step = max(1, TRIPLETS_AT_ONCE // (size * max(1, count)))
+        for first in range(0, size, step):
+            rows = slice(first, first + step)
+            differ = teacher[rows, None, :] > near[rows, :, None]
+            differ &= student[rows, None, :] < student_near[rows, :, None]
+            new = differ.flatten().nonzero().flatten() + first * count * size
+            found = torch.cat([found, new])
+            if self.max_triplets is not None:
+                # The triplets with the largest of random keys are a uniform draw, whatever the chunks.
+                keys = torch.cat([keys, torch.rand(len(new), dtype=keys.dtype, device=keys.device)])
+                if len(found) > self.max_triplets:
+                    keys, drawn = keys.topk(self.max_triplets)
+                    found = found[drawn]
+        anchors, places, negatives = torch.unravel_index(found, (size, count, size))
         return anchors, nearest[anchors, places], negatives

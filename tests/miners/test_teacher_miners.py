@@ -7,7 +7,7 @@ from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
 
 from pml_distill.distances import EuclideanDistance
 from pml_distill.losses import DarkRankLoss, RelativeTeacherLoss
-from pml_distill.miners import TeacherMiner, TeacherNeighborMiner, TeacherRankMiner
+from pml_distill.miners import TeacherMiner, TeacherNeighborMiner, TeacherRankMiner, teacher_rank_miner
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
 
@@ -64,6 +64,33 @@ def test_triplets_are_bounded_and_drawn_from_all():
     again = TeacherRankMiner(max_triplets=10)(student, ref_emb=teacher)
     other = TeacherRankMiner(max_triplets=10)(student, ref_emb=teacher)
     assert len(first[0]) == 10 and pairs(*first) < every and pairs(*first) == pairs(*again) != pairs(*other)
+
+
+@pytest.mark.parametrize("at_once", [1, 2000])
+def test_chunks_of_anchors_change_nothing(at_once, monkeypatch):
+    student, _, teacher = batch(40)
+    whole = TeacherRankMiner(None, max_triplets=None)(student, ref_emb=teacher)
+    monkeypatch.setattr(teacher_rank_miner, "TRIPLETS_AT_ONCE", at_once)
+    parts = TeacherRankMiner(None, max_triplets=None)(student, ref_emb=teacher)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+    drawn = TeacherRankMiner(None, max_triplets=10)(student, ref_emb=teacher)
+    assert len(pairs(*drawn)) == 10 and pairs(*drawn) < pairs(*whole)
+
+
+def test_the_draw_over_chunks_is_uniform(monkeypatch):
+    monkeypatch.setattr(teacher_rank_miner, "TRIPLETS_AT_ONCE", 1)
+    student, _, teacher = batch(8)
+    every = sorted(pairs(*TeacherRankMiner(None)(student, ref_emb=teacher)))
+    size, draws, miner = len(every), 2000, TeacherRankMiner(None, max_triplets=len(every) // 3)
+    torch.manual_seed(0)
+    counts = dict.fromkeys(every, 0)
+    for _ in range(draws):
+        for triplet in pairs(*miner(student, ref_emb=teacher)):
+            counts[triplet] += 1
+    share = (size // 3) / size
+    # Chi-squared of each triplet's count, scaled by the variance of a draw without replacement: about one each.
+    spread = sum((count - draws * share) ** 2 for count in counts.values()) / (draws * share * (1 - share))
+    assert abs(spread / size - 1) < 5 * (2 / size) ** 0.5
 
 
 def test_a_student_that_orders_like_the_teacher_leaves_nothing_to_mine():
@@ -163,6 +190,7 @@ def test_without_labels_a_trainer_takes_a_miner_that_needs_none():
     [
         (lambda s, y, t: TeacherNeighborMiner()(s, y), r"needs the teacher's embeddings: pass ref_emb=.*\(12, 6\)"),
         (lambda s, y, t: TeacherNeighborMiner()(s, y, ref_emb=t[:5]), r"\(12, 6\) and ref_emb \(5, 9\)"),
+        (lambda s, y, t: TeacherNeighborMiner()(s, y.repeat(2), ref_emb=t), r"\(12, 6\) and labels \(24,\)"),
         (lambda s, y, t: TeacherMiner(BatchHardMiner())(s, ref_emb=t), "needs labels for its BatchHardMiner"),
         (lambda s, y, t: TeacherNeighborMiner(0), "neighbors must be at least 1, but is 0"),
         (lambda s, y, t: TeacherRankMiner(0), "neighbors must be None or at least 1, but is 0"),
