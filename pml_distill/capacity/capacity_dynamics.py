@@ -9,6 +9,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..teachers import FrozenTeacher
+from ..trainers.base_distillation_trainer import unwrapped
+from ..utils.eval_mode import eval_mode
 from ..utils.report import format_table
 from .compactor import find_compactors
 from .export import export
@@ -226,12 +228,9 @@ class CapacityDynamics:
 
     def run_teacher(self, batches: list[torch.Tensor]) -> "list[Pass]":
         """Return what the teacher makes of the student's images, in eval mode."""
-        training = [(module, module.training) for module in self.teacher.modules()]
-        self.teacher.eval()
-        for images in batches:
-            self.teacher(images)
-        for module, mode in training:
-            module.training = mode
+        with eval_mode(self.teacher):
+            for images in batches:
+                self.teacher(images)
         passes = self.seen["teacher"]
         self.forget()
         return passes
@@ -275,7 +274,7 @@ class CapacityDynamics:
 
     def rows_to_go(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which rows of all compactors have to go, shortest first, until the target is met, and all lengths."""
-        norms = torch.cat([weight.flatten(1).norm(dim=1) for weight in self.weights])
+        norms = torch.cat([compactor.row_norms() for compactor in self.compactors.values()])
         order, counts = norms.argsort(stable=True), [len(weight) for weight in self.weights]
         owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[order.cpu()]
 
@@ -416,13 +415,8 @@ class CapacityDynamics:
 
     def export(self, fold_norms: bool = False) -> nn.Module:
         """Return the small plain network, see ``export``; the student stays as it is."""
-        training = [(module, module.training) for module in self.student.modules()]
-        self.student.eval()
-        try:
+        with eval_mode(self.student):
             return export(self.student, self.threshold, fold_norms)
-        finally:
-            for module, mode in training:
-                module.training = mode
 
     def close(self) -> None:
         """Remove all hooks from both networks and the optimizer."""
@@ -450,12 +444,6 @@ class CapacityDynamics:
         self.first_longest = state["first_longest"]
         if self.met:
             self.alive = [alive.to(weight) for alive, weight in zip(state["alive"], self.weights)]
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside of a data-parallel wrapper."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return module.module if isinstance(module, wrappers) else module
 
 
 def gathered(features: torch.Tensor) -> torch.Tensor:

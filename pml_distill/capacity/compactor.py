@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..utils.eval_mode import eval_mode
+
 BASIC = (("conv1", "bn1", "relu", "conv2"),)
 BOTTLENECK = (("conv1", "bn1", "relu", "conv2"), ("conv2", "bn2", "relu", "conv3"))
 TIMM_BASIC = (("conv1", "bn1", "drop_block", "act1", "aa", "conv2"),)
@@ -238,13 +240,9 @@ def keeps_channels_apart(module: nn.Module, weight: torch.Tensor) -> bool:
     """Try whether a module in eval mode works on each channel alone and keeps zeros zero."""
     channels = len(weight)
     x = torch.linspace(-2, 2, channels * 64, device=weight.device).view(1, channels, 8, 8).to(weight.dtype)
-    training = [(m, m.training) for m in module.modules()]
-    module.eval()
     try:
-        whole, half, zero = module(x.clone()), module(x[:, ::2].clone()), module(torch.zeros_like(x))
+        with eval_mode(module):
+            whole, half, zero = module(x.clone()), module(x[:, ::2].clone()), module(torch.zeros_like(x))
     except (RuntimeError, ValueError):
         return False
-    finally:
-        for m, mode in training:
-            m.training = mode
     return torch.equal(whole[:, ::2], half) and not zero.any()

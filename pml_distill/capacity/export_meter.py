@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..utils.eval_mode import eval_mode
 from .compactor import find_chains
 from .export import kept_rows
 
@@ -58,12 +59,8 @@ class ExportMeter:
             raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it first")
         self.model = model
         parameter = next(model.parameters())
-        training = [(module, module.training) for module in model.modules()]
-        model.eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
-        for module, mode in training:
-            module.training = mode
         counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         self.total_flops = counter.get_total_flops()
         root = type(model).__name__

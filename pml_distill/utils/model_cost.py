@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .eval_mode import eval_mode
+
 
 @dataclass
 class ModelCost:
@@ -34,9 +36,7 @@ def model_cost(
         repeats: how many timed passes, after three for warm-up.
     """
     parameter = next(model.parameters())
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
         latency = {}
@@ -44,8 +44,6 @@ def model_cost(
             images = torch.zeros(size, *image_shape, device=parameter.device, dtype=parameter.dtype)
             times = [timed(model, images) for _ in range(repeats + 3)][3:]
             latency[size] = 1000 * statistics.median(times) / size
-    for module, mode in training:
-        module.training = mode
     return ModelCost(sum(p.numel() for p in model.parameters()), counter.get_total_flops(), latency)
 
 
