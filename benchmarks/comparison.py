@@ -1,10 +1,13 @@
-"""What semi_supervised.py and cross_quality.py share: jobs in several processes, a row for each, table and picture."""
+"""What accuracy.py, semi_supervised.py and cross_quality.py share: jobs in processes, a row for each, table, picture."""
 
 import argparse
 import csv
+import io
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pml_distill.utils.report import format_table, mean_and_error
 
@@ -23,24 +26,52 @@ def options(description: str | None, out: str) -> argparse.Namespace:
 def finished(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
-    with open(path) as file:
-        return list(csv.DictReader(file))
+    whole, _, _ = path.read_text().rpartition("\n")
+    return list(csv.DictReader(whole.splitlines()))
 
 
-def complete(path: Path, jobs: Sequence[dict], run: Callable[[dict], dict], processes: int) -> list[dict[str, str]]:
-    """Run the jobs that have no row in the file yet, and return the rows of all."""
+def without_row(path: Path, jobs: Sequence[dict]) -> list[dict]:
+    """Return the jobs that have no row in the file yet."""
+    done = {tuple(row[key] for key in jobs[0]) for row in finished(path)} if jobs else set()
+    return [job for job in jobs if tuple(map(str, job.values())) not in done]
+
+
+def append(path: Path, row: dict, columns: Sequence[str]) -> None:
+    """Write a row behind the others in one go; what a crash has left of another one goes."""
+    text = io.StringIO()
+    csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n").writerow(row)
+    with open(path, "rb+") as file:
+        content = file.read()
+        file.seek(content.rfind(b"\n") + 1)
+        file.truncate()
+        file.write(text.getvalue().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def complete(
+    path: Path,
+    jobs: Sequence[dict],
+    run: Callable[[dict], dict],
+    processes: int,
+    metrics: Sequence[str] = METRICS,
+    tell: Callable[[dict], Any] | None = None,
+) -> list[dict[str, str]]:
+    """Run the jobs that have no row in the file yet, tell of each, and return the rows of all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    keys = list(jobs[0])
-    done = {tuple(row[key] for key in keys) for row in finished(path)}
-    missing = [job for job in jobs if tuple(map(str, job.values())) not in done]
+    columns, missing = (*jobs[0], *metrics), without_row(path, jobs)
     if not path.exists():
-        path.write_text(",".join((*keys, *METRICS)) + "\n")
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for row in pool.imap_unordered(run, missing):
-            with open(path, "a", newline="") as file:
-                csv.DictWriter(file, (*keys, *METRICS), extrasaction="ignore").writerow(row)
-            print("\n", {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        path.write_text(",".join(columns) + "\n")
+    if missing:
+        with multiprocessing.get_context("spawn").Pool(min(processes, len(missing))) as pool:
+            for row in pool.imap_unordered(run, missing):
+                append(path, row, columns)
+                (tell or show)(row)
     return finished(path)
+
+
+def show(row: dict) -> None:
+    print("\n", {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 
 def by_seed(rows: Iterable[dict[str, str]], metric: str, **wanted: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
+from pytorch_metric_learning.utils.inference import CustomKNN, FaissKMeans
 from torch import nn
 
 from .datasets import Digits, Glyphs
@@ -62,6 +62,15 @@ class Distillation:
     weight: float
 
 
+@dataclass(frozen=True)
+class Supervision:
+    """A loss on the labels, built for a number of classes, and the miner before it, if it needs one."""
+
+    make: Callable[[int], nn.Module] = lambda num_classes: MultiSimilarityLoss()
+    miner: Callable[[], nn.Module] | None = None
+
+
+MULTI_SIMILARITY = Supervision()
 QUEUE = (1024, EMBEDDING_SIZE)
 #: Weights found by benchmarks/search_weights.py on the validation classes of Glyphs.
 LOSSES = {
@@ -131,19 +140,35 @@ class Demo:
         out: the folder; created if missing.
         device: where to train.
 
+    A subclass may set other attributes or load other data:
+
+    Attributes:
+        metrics: of PML's ``AccuracyCalculator``, the figures of a run.
+        batch_size, workers, amp_dtype, teacher_width, teacher_rate: how all networks are trained.
+
     Raises:
         ValueError: ``out`` holds the runs of another configuration.
     """
+
+    metrics: tuple[str, ...] = ("precision_at_1", "mean_average_precision_at_r")
+    batch_size = BATCH_SIZE
+    workers = 0
+    amp_dtype: torch.dtype | None = None
+    teacher_width: Any = TEACHER_WIDTH
+    teacher_rate = TEACHER_RATE
 
     def __init__(self, config: DemoConfig, out: str | os.PathLike, device: torch.device):
         self.config, self.out, self.device = config, Path(out), device
         self.out.mkdir(parents=True, exist_ok=True)
         self.claim_folder()
-        dataset = DATASETS[config.dataset]
-        self.train_set, self.test_set = dataset(config.train_split), dataset(config.test_split)
+        self.train_set, self.test_set = self.load(config.train_split, True), self.load(config.test_split, False)
         self.image_shape = tuple(self.test_set[0][0].shape)
         self.num_classes = len(set(self.train_set.labels.tolist()))
         logging.getLogger("PML").setLevel(logging.ERROR)
+
+    def load(self, split: str, training: bool) -> Any:
+        """Return a split of the dataset, to train or to test on; it has ``labels``, a tensor."""
+        return DATASETS[self.config.dataset](split)
 
     def claim_folder(self) -> None:
         """Write the configuration into the folder, or check that it is the one there."""
@@ -164,7 +189,13 @@ class Demo:
         return [json.loads(path.read_text()) for path in sorted(self.out.glob("seed*/*/result.json"))]
 
     def run(
-        self, name: str, seed: int, distillation: Distillation | None = None, learning_rate: float = STUDENT_RATE
+        self,
+        name: str,
+        seed: int,
+        distillation: Distillation | None = None,
+        learning_rate: float = STUDENT_RATE,
+        width: Any = STUDENT_WIDTH,
+        supervision: Supervision = MULTI_SIMILARITY,
     ) -> dict:
         """Train and test one network, unless that has been done, and return its figures.
 
@@ -173,14 +204,16 @@ class Demo:
             seed: of the initial weights, the order of the data and its augmentation.
             distillation: what the student learns beside the metric loss; None for the student alone.
             learning_rate: the student's.
+            width: the student's, as ``networks`` takes it.
+            supervision: what a student learns from the labels.
         """
         folder = self.out / f"seed{seed}" / name
         if (folder / "result.json").exists():
             return json.loads((folder / "result.json").read_text())
-        models = self.networks(TEACHER_WIDTH if name == "teacher" else STUDENT_WIDTH, seed)
-        trainer, tester = self.trainer_and_tester(
-            folder, models, seed, TEACHER_RATE if name == "teacher" else learning_rate, distillation
-        )
+        if name == "teacher":
+            width, learning_rate, supervision = self.teacher_width, self.teacher_rate, MULTI_SIMILARITY
+        models = self.networks(width, seed)
+        trainer, tester = self.trainer_and_tester(folder, models, seed, learning_rate, distillation, supervision)
         checkpoint = folder / "checkpoint.pth"
         start = trainer.load_checkpoint(checkpoint) if checkpoint.exists() else 1
         trainer.train(start, self.config.epochs)
@@ -192,8 +225,7 @@ class Demo:
         row = {
             "name": name,
             "seed": seed,
-            "precision_at_1": accuracies["precision_at_1_level0"],
-            "mean_average_precision_at_r": accuracies["mean_average_precision_at_r_level0"],
+            **{metric: accuracies[f"{metric}_level0"] for metric in self.metrics},
             "asymmetric_map_at_r": asymmetric_accuracy(embeddings, gallery, torch.as_tensor(self.test_set.labels))[
                 "mean_average_precision_at_r"
             ],
@@ -209,7 +241,7 @@ class Demo:
         """Return the normalised embeddings of the test set by a finished run."""
         return torch.load(self.out / f"seed{seed}" / name / "embeddings.pth", map_location=self.device)
 
-    def networks(self, width: int, seed: int) -> dict[str, nn.Module]:
+    def networks(self, width: Any, seed: int) -> dict[str, nn.Module]:
         """Build trunk, embedder and classifier, the same for a seed whatever is done with them."""
         torch.manual_seed(seed)
         trunk = SmallResNet(width, in_channels=self.image_shape[0])
@@ -219,9 +251,9 @@ class Demo:
         # A third faster on the CPU than PyTorch's default layout.
         return {key: model.to(self.device, memory_format=torch.channels_last) for key, model in models.items()}
 
-    def teacher(self, seed: int) -> tuple[FrozenTeacher, nn.Module]:
+    def teacher(self, seed: int) -> tuple[Any, nn.Module]:
         """Return the trained teacher of a seed and its classifier."""
-        models = self.networks(TEACHER_WIDTH, seed)
+        models = self.networks(self.teacher_width, seed)
         saved = torch.load(self.out / f"seed{seed}" / "teacher" / "models.pth", map_location=self.device)
         for key, model in models.items():
             model.load_state_dict(saved[key])
@@ -230,9 +262,9 @@ class Demo:
     def training_data(self, name: str, seed: int) -> tuple[Any, Any]:
         """Return the dataset that a run learns from and the sampler of an epoch."""
         per_class = PER_CLASS
-        while per_class * self.num_classes < BATCH_SIZE:
+        while per_class * self.num_classes < self.batch_size:
             per_class *= 2
-        return self.train_set, MPerClassSampler(self.train_set.labels, per_class, BATCH_SIZE, len(self.train_set))
+        return self.train_set, MPerClassSampler(self.train_set.labels, per_class, self.batch_size, len(self.train_set))
 
     def trainer_and_tester(
         self,
@@ -241,6 +273,7 @@ class Demo:
         seed: int,
         learning_rate: float,
         distillation: Distillation | None,
+        supervision: Supervision = MULTI_SIMILARITY,
     ) -> tuple[DemoTrainer, GlobalEmbeddingSpaceTester]:
         """Build what every run has in common, and add the teacher where there is a loss to distil with."""
         from pytorch_metric_learning.utils import common_functions as c_f
@@ -248,7 +281,8 @@ class Demo:
 
         record_keeper, _, _ = get_record_keeper(str(folder / "logs"), str(folder / "tensorboard"))
         hooks = HookContainer(record_keeper, log_freq=10)
-        loss_funcs: dict[str, nn.Module] = {"metric_loss": MultiSimilarityLoss()}
+        metric_loss = supervision.make(self.num_classes).to(self.device)
+        loss_funcs: dict[str, nn.Module] = {"metric_loss": metric_loss}
         loss_weights = {"metric_loss": 1.0}
         teacher = teacher_classifier = None
         if folder.name == "teacher":
@@ -262,33 +296,38 @@ class Demo:
                 key = "distillation_loss"
             loss_funcs[key], loss_weights[key] = loss, distillation.weight
         parameters = [p for model in models.values() for p in model.parameters()]
-        optimizer = torch.optim.AdamW(parameters, weight_decay=1e-2)
+        optimizers = {"trunk": torch.optim.AdamW(parameters, weight_decay=1e-2)}
+        if any(True for _ in metric_loss.parameters()):
+            optimizers["metric_loss"] = torch.optim.AdamW(metric_loss.parameters(), weight_decay=0)
         dataset, sampler = self.training_data(folder.name, seed)
         c_f.NUMPY_RANDOM.seed(seed)
         torch.manual_seed(seed)
-        total_steps = self.config.epochs * (len(sampler) // BATCH_SIZE)
+        total_steps = self.config.epochs * (len(sampler) // self.batch_size)
         trainer = DemoTrainer(
             models=models,
-            optimizers={"trunk_optimizer": optimizer},
-            batch_size=BATCH_SIZE,
+            optimizers={f"{key}_optimizer": optimizer for key, optimizer in optimizers.items()},
+            batch_size=self.batch_size,
             loss_funcs=loss_funcs,
             loss_weights=dict(loss_weights),
             dataset=dataset,
+            mining_funcs={} if supervision.miner is None else {"tuple_miner": supervision.miner()},
             dataset_labels=dataset.labels.numpy(),
             set_min_label_to_zero=True,
             sampler=sampler,
             lr_schedulers={
-                "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(
+                f"{key}_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(
                     optimizer,
                     learning_rate,
                     total_steps=total_steps,
                     pct_start=0.2,
                 )
+                for key, optimizer in optimizers.items()
             },
             teacher=teacher,
             teacher_classifier=teacher_classifier,
+            amp_dtype=self.amp_dtype,
             data_device=self.device,
-            dataloader_num_workers=0,
+            dataloader_num_workers=self.workers,
             end_of_iteration_hook=hooks.end_of_iteration_hook,
             end_of_epoch_hook=lambda trainer: trainer.save_checkpoint(folder / "checkpoint.pth"),
         )
@@ -302,12 +341,14 @@ class Demo:
         tester = GlobalEmbeddingSpaceTester(
             batch_size=512,
             data_device=self.device,
-            dataloader_num_workers=0,
+            dataloader_num_workers=self.workers,
             accuracy_calculator=AccuracyCalculator(
-                include=("precision_at_1", "mean_average_precision_at_r"),
+                include=self.metrics,
                 k="max_bin_count",
                 device=self.device,
                 knn_func=CustomKNN(LpDistance(), batch_size=1024),
+                # PML's own choice would need faiss-gpu wherever there is a GPU.
+                kmeans_func=FaissKMeans(niter=20, gpu=False),
             ),
             end_of_testing_hook=end_of_testing,
         )

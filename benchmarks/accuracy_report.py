@@ -1,0 +1,280 @@
+"""Tables and pictures of the CSV that accuracy.py writes; a CSV that is not finished will do.
+
+    python benchmarks/accuracy_report.py benchmarks/results/accuracy.csv --pictures docs/images
+
+The tables of the site come from the same functions when it is built.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from comparison import finished
+
+from pml_distill.utils.report import format_table, mean_and_error
+
+NONE, TEACHER, MAP = "none", "teacher", "mean_average_precision_at_r"
+FIGURES = {"precision_at_1": "precision@1", "r_precision": "R-precision", MAP: "MAP@R", "NMI": "NMI"}
+SETUP = ("dataset", "epochs", "batch_size", "precision")
+LEVEL = 0.05
+Rows = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A distillation loss beside a metric loss against that metric loss alone, seed by seed."""
+
+    metric_loss: str
+    distillation: str
+    gains: list[float]
+    p: float
+
+
+def where(rows: Rows, **wanted: str) -> Rows:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def values(rows: Rows, figure: str = MAP) -> dict[str, float]:
+    """Return a figure by seed."""
+    return {row["seed"]: float(row[figure]) for row in rows}
+
+
+def unique(rows: Rows, column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def paired(own: dict[str, float], other: dict[str, float]) -> tuple[list[float], float]:
+    """Return the differences in the seeds that both have, and the p-value of the paired t-test, two-sided."""
+    from scipy.stats import ttest_rel
+
+    seeds = [seed for seed in own if seed in other]
+    differences = [own[seed] - other[seed] for seed in seeds]
+    if len(seeds) < 2:
+        return differences, float("nan")
+    return differences, float(ttest_rel([own[seed] for seed in seeds], [other[seed] for seed in seeds]).pvalue)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number, by Holm's method; NaNs are none of them."""
+    corrected, least = [float("nan")] * len(p), 0.0
+    known = sorted((value, place) for place, value in enumerate(p) if value == value)
+    for rank, (value, place) in enumerate(known):
+        least = corrected[place] = max(least, min(1.0, value * (len(known) - rank)))
+    return corrected
+
+
+def comparisons(rows: Rows) -> list[Comparison]:
+    """Compare the test rows of one setup and one size; the p-values are corrected for the number of comparisons."""
+    found = []
+    for metric_loss in unique(rows, "metric_loss"):
+        own = where(rows, metric_loss=metric_loss)
+        alone = values(where(own, distillation=NONE))
+        for distillation in unique(own, "distillation"):
+            gains, p = paired(values(where(own, distillation=distillation)), alone)
+            if distillation != NONE and gains:
+                found.append((metric_loss, distillation, gains, p))
+    return [Comparison(*c[:3], p) for c, p in zip(found, holm([c[3] for c in found]))]
+
+
+def table(rows: Rows) -> str:
+    """Lay out the test rows of one setup and one size."""
+    compared = {(c.metric_loss, c.distillation): c for c in comparisons(rows)}
+    lines = []
+    for metric_loss in unique(rows, "metric_loss"):
+        for distillation in sorted(unique(rows, "distillation"), key=lambda name: name != NONE):
+            own = where(rows, metric_loss=metric_loss, distillation=distillation)
+            if not own:
+                continue
+            weight = "" if distillation == NONE else f", weight {float(own[0]['weight']):g}"
+            line = {
+                "metric loss": metric_loss,
+                "distillation": distillation,
+                "chosen": f"{own[0]['setting']}, rate {float(own[0]['learning_rate']):g}{weight}",
+                "seeds": str(len(own)),
+            }
+            line |= {name: shown(list(values(own, figure).values())) for figure, name in FIGURES.items()}
+            c = compared.get((metric_loss, distillation))
+            line["gain in MAP@R"] = shown(c.gains, "+.3f") if c else ""
+            line["p"] = f"{c.p:.2g}" if c and c.p == c.p else ""
+            lines.append(line)
+    return format_table(lines)
+
+
+def shown(numbers: Sequence[float], form: str = ".3f") -> str:
+    mean, error = mean_and_error(numbers)
+    return f"{mean:{form}}" + (f" ± {error:.3f}" if error == error else "")
+
+
+def negatives(rows: Rows) -> list[str]:
+    """Say where nothing was gained, of the test rows of one setup and one size."""
+    said = [
+        f"{c.metric_loss} alone does as well as with {c.distillation}: {shown(c.gains, '+.3f')}, p = {c.p:.2g}."
+        for c in comparisons(rows)
+        if c.p >= LEVEL or (c.p == c.p and sum(c.gains) < 0)
+    ]
+    alone = {name: values(where(rows, metric_loss=name, distillation=NONE)) for name in unique(rows, "metric_loss")}
+    alone = {name: own for name, own in alone.items() if own}
+    if not alone:
+        return said
+    best = max(alone, key=lambda name: mean_and_error(list(alone[name].values()))[0])
+    found = []
+    for metric_loss in alone:
+        for distillation in unique(rows, "distillation"):
+            own = values(where(rows, metric_loss=metric_loss, distillation=distillation))
+            gains, p = paired(own, alone[best])
+            if distillation != NONE and p == p:
+                found.append((metric_loss, distillation, gains, p))
+    for (metric_loss, distillation, gains, _), p in zip(found, holm([p for *_, p in found])):
+        if metric_loss != best and (p >= LEVEL or sum(gains) < 0):
+            said.append(
+                f"{best}, the best loss alone, does as well as {metric_loss} with {distillation}: "
+                f"{shown(gains, '+.3f')}, p = {p:.2g}."
+            )
+    return said
+
+
+def setups(rows: Rows) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(tuple(row[key] for key in SETUP) for row in rows if row["split"] == "test"))
+
+
+def sizes(rows: Rows) -> list[tuple[str, Rows]]:
+    """Return the students' test rows of one setup by size, in the order of their parameters."""
+    students = [row for row in where(rows, split="test") if row["student"] != TEACHER]
+    names = sorted(unique(students, "student"), key=lambda name: int(where(students, student=name)[0]["parameters"]))
+    return [(name, where(students, student=name)) for name in names]
+
+
+def coverage(rows: Rows, setup: tuple[str, ...]) -> str:
+    """Say how much of the preset that a setup belongs to is there."""
+    from accuracy import PRESETS, number_of_jobs
+
+    done = len(where(rows, **dict(zip(SETUP, setup))))
+    for name, preset in PRESETS.items():
+        if (str(preset.epochs), str(preset.batch_size), preset.precision) == setup[1:]:
+            return f"{done:,} of the {number_of_jobs(preset):,} runs of the preset `{name}`."
+    return f"{done:,} runs."
+
+
+def markdown(rows: Rows) -> str:
+    """Return all tables."""
+    parts = []
+    for setup in setups(rows):
+        own = where(rows, **dict(zip(SETUP, setup)))
+        dataset, epochs, batch_size, precision = setup
+        parts.append(
+            f"**{dataset}, {epochs} epochs, batches of {batch_size}, {precision}**: {coverage(rows, setup)} "
+            f"{len(where(own, split='val'))} of them are trials and a teacher on validation classes."
+        )
+        taught = values(where(own, split="test", student=TEACHER))
+        if taught:
+            parts.append(f"The teacher's MAP@R: {shown(list(taught.values()))} ({len(taught)} seeds).")
+        for size, tested in sizes(own):
+            parts.append(f"Student {size}, {int(tested[0]['parameters']):,} parameters:")
+            parts.append(table(tested))
+            said = negatives(tested)
+            if said:
+                parts.append("Where nothing is gained:\n\n" + "\n".join(f"- {sentence}" for sentence in said))
+    return "\n\n".join(parts) + "\n"
+
+
+def best_distillation(rows: Rows, metric_loss: str) -> str | None:
+    """Return the distillation loss with the best trial among those that have been tested."""
+    tested = unique(where(rows, split="test", metric_loss=metric_loss), "distillation")
+    tried = [row for row in where(rows, split="val", metric_loss=metric_loss) if row["distillation"] in tested]
+    tried = [row for row in tried if row["distillation"] != NONE]
+    return max(tried, key=lambda row: float(row[MAP]))["distillation"] if tried else None
+
+
+def pictures(rows: Rows, folder: Path) -> list[Path]:
+    """Draw, for each setup, MAP@R of each metric loss, and against the size where there are several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for setup in setups(rows):
+        own = where(rows, **dict(zip(SETUP, setup)))
+        by_size, name = sizes(own), "_".join(("accuracy", *setup[:3]))
+        best = {loss: best_distillation(own, loss) for loss in unique(where(own, split="val"), "metric_loss")}
+        best = {loss: distillation for loss, distillation in best.items() if distillation}
+        if not best or not by_size:
+            continue
+        tuned = where(own, split="val", distillation=next(iter(best.values())))[0]["student"]
+        drawn.append(draw_bars(folder / f"{name}.png", dict(by_size)[tuned], best, where(own, student=TEACHER)))
+        several = {loss: found for loss, found in best.items() if number_of_sizes(by_size, loss, found) > 1}
+        if several:
+            drawn.append(draw_sizes(folder / f"{name}_sizes.png", by_size, several))
+    return drawn
+
+
+def number_of_sizes(by_size: list[tuple[str, Rows]], metric_loss: str, distillation: str) -> int:
+    return sum(bool(where(rows, metric_loss=metric_loss, distillation=distillation)) for _, rows in by_size)
+
+
+def draw_bars(path: Path, tested: Rows, best: dict[str, str], teacher: Rows) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for shift, color, label in ((-0.2, "#bab0ac", "alone"), (0.2, "#4c78a8", "with distillation")):
+        for place, (metric_loss, distillation) in enumerate(best.items()):
+            name = NONE if label == "alone" else distillation
+            own = list(values(where(tested, metric_loss=metric_loss, distillation=name)).values())
+            if own:
+                mean, error = mean_and_error(own)
+                key = {"label": label} if place == 0 else {}
+                axes.bar(place + shift, mean, 0.38, yerr=error if error == error else 0, capsize=3, color=color, **key)
+    level = values(where(teacher, split="test"))
+    if level:
+        axes.axhline(mean_and_error(list(level.values()))[0], color="#e45756", linestyle="--", label="teacher")
+    axes.set_xticks(range(len(best)), [f"{loss}\n+ {distillation}" for loss, distillation in best.items()], fontsize=7)
+    finish(figure, axes, path)
+    return path
+
+
+def draw_sizes(path: Path, by_size: list[tuple[str, Rows]], best: dict[str, str]) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for number, (metric_loss, distillation) in enumerate(best.items()):
+        for name, style in ((NONE, "--"), (distillation, "-")):
+            points = []
+            for _, rows in by_size:
+                own = where(rows, metric_loss=metric_loss, distillation=name)
+                if own:
+                    points.append((int(own[0]["parameters"]), *mean_and_error(list(values(own).values()))))
+            x, means, errors = zip(*points)
+            label = f"{metric_loss} alone" if name == NONE else f"{metric_loss} + {name}"
+            axes.errorbar(x, means, errors, linestyle=style, marker="o", color=f"C{number}", capsize=3, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters of the student")
+    finish(figure, axes, path)
+    return path
+
+
+def finish(figure, axes, path: Path) -> None:
+    axes.set_ylabel("MAP@R on unseen classes")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def report(rows: Rows, out: Path) -> str:
+    """Write table.md and the pictures into a folder; return the tables."""
+    text = markdown(rows)
+    (out / "table.md").write_text(text)
+    pictures(rows, out)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("--pictures", type=Path, default=Path("."), help="the folder to draw into")
+    given = parser.parse_args()
+    rows = finished(given.csv)
+    print(markdown(rows))
+    print(*pictures(rows, given.pictures), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
