@@ -109,7 +109,7 @@ def shown(numbers: Sequence[float], form: str = ".3f") -> str:
 def negatives(rows: Rows) -> list[str]:
     """Say where nothing was gained, of the test rows of one setup and one size."""
     said = [
-        f"{c.metric_loss} alone does as well as with {c.distillation}: {shown(c.gains, '+.3f')}, p = {c.p:.2g}."
+        f"{c.metric_loss} alone is not beaten by itself with {c.distillation}: {shown(c.gains, '+.3f')}, p = {c.p:.2g}."
         for c in comparisons(rows)
         if c.p >= LEVEL or (c.p == c.p and sum(c.gains) < 0)
     ]
@@ -128,7 +128,7 @@ def negatives(rows: Rows) -> list[str]:
     for (metric_loss, distillation, gains, _), p in zip(found, holm([p for *_, p in found])):
         if metric_loss != best and (p >= LEVEL or sum(gains) < 0):
             said.append(
-                f"{best}, the best loss alone, does as well as {metric_loss} with {distillation}: "
+                f"{best}, the best loss alone, is not beaten by {metric_loss} with {distillation}: "
                 f"{shown(gains, '+.3f')}, p = {p:.2g}."
             )
     return said

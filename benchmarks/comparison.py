@@ -1,4 +1,4 @@
-"""What accuracy.py, semi_supervised.py and cross_quality.py share: jobs in processes, a row for each, table, picture."""
+"""What accuracy.py, semi_supervised.py and cross_quality.py share: jobs in processes, rows, table, picture."""
 
 import argparse
 import csv

@@ -348,7 +348,7 @@ class Demo:
                 device=self.device,
                 knn_func=CustomKNN(LpDistance(), batch_size=1024),
                 # PML's own choice would need faiss-gpu wherever there is a GPU.
-                kmeans_func=FaissKMeans(niter=20, gpu=False),
+                kmeans_func=FaissKMeans(niter=20, gpu=False, min_points_per_centroid=1),
             ),
             end_of_testing_hook=end_of_testing,
         )
