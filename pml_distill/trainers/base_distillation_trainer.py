@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..datasets import Views
 from ..datasets.partially_labeled import UNLABELED
 from ..miners import BaseTeacherMiner
-from ..teachers import FrozenTeacher
+from ..teachers import CachedTeacher, FrozenTeacher
 from ..utils.feature_tap import FeatureTap
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
@@ -44,15 +44,16 @@ class BaseDistillationTrainer(BaseTrainer):
 
     Args:
         *args: those of PML's trainer: models, optimizers, batch_size, loss_funcs, dataset.
-        teacher: ``FrozenTeacher``, or any frozen callable from (data, index) to embeddings. It lives outside of
-            ``models``: it stays in eval mode and out of every checkpoint.
+        teacher: ``FrozenTeacher``, ``CachedTeacher``, or any frozen callable from (data, index) to embeddings. It lives
+            outside of ``models``: it stays in eval mode and out of every checkpoint.
         amp_dtype: ``torch.float16`` (with a gradient scaler) or ``torch.bfloat16`` runs the student's networks
             under autocast; losses are computed in float32. None: no autocast.
         accumulation_steps: how many batches make one optimizer step; their gradients are summed. An epoch still
             goes through the data once.
         student_features: names of the modules of ``models["trunk"]`` whose outputs ``feature_distillation_loss``
             takes, see ``FeatureTap``.
-        teacher_features: names of as many modules of the trunk of ``teacher``, which must be a ``FrozenTeacher``.
+        teacher_features: names of as many modules of the trunk of ``teacher``, which must be a ``FrozenTeacher``, or
+            a ``CachedTeacher`` whose cache has these features.
         **kwargs: PML's further arguments.
 
     Keys:
@@ -62,10 +63,10 @@ class BaseDistillationTrainer(BaseTrainer):
         feature maps; ``optimizers["feature_distillation_loss_optimizer"]`` trains its parameters, if it has any.
 
     Raises:
-        ValueError: the teacher is missing, unused, not frozen, among the models, or shares parameters with the
-            student; a key is unknown; features are named that are not there or not used; ``amp_dtype`` or
-            ``accumulation_steps`` is out of range; ``DistributedLossWrapper(efficient=True)`` around a
-            distillation loss.
+        ValueError: the teacher is missing, unused, not frozen, among the models, shares parameters with the
+            student, or reads a cache of another dataset; a key is unknown; features are named that are not there or
+            not used; ``amp_dtype`` or ``accumulation_steps`` is out of range;
+            ``DistributedLossWrapper(efficient=True)`` around a distillation loss.
     """
 
     loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss", "feature_distillation_loss")
@@ -154,7 +155,7 @@ class BaseDistillationTrainer(BaseTrainer):
             return self.calculate_embedding_losses(curr_batch)
         with (
             FeatureTap(self.models["trunk"], self.student_features) as student_tap,
-            FeatureTap(self.teacher.trunk, self.teacher_features) as teacher_tap,
+            self.teacher.tap(self.teacher_features) as teacher_tap,
         ):
             embeddings = self.calculate_embedding_losses(curr_batch)
         self.losses["feature_distillation_loss"] = self.loss_funcs["feature_distillation_loss"](
@@ -369,6 +370,9 @@ class BaseDistillationTrainer(BaseTrainer):
             )
         if isinstance(self.teacher, torch.nn.Module):
             check_frozen(self.teacher, self.models)
+        for teacher in getattr(self.teacher, "teachers", [self.teacher]):
+            if isinstance(teacher, CachedTeacher):
+                teacher.check_dataset(self.dataset)
         for key in wanting:
             if isinstance(self.loss_funcs[key], MultipleLosses):
                 raise ValueError(
@@ -399,13 +403,13 @@ class BaseDistillationTrainer(BaseTrainer):
                 f'loss_funcs["{key}"] needs student_features and teacher_features, two lists of names of modules that '
                 f"go pair by pair, but they are {names[0]!r} and {names[1]!r}."
             )
-        if not isinstance(self.teacher, FrozenTeacher):
+        if not isinstance(self.teacher, (FrozenTeacher, CachedTeacher)):
             raise ValueError(
-                f'loss_funcs["{key}"] taps the layers of the teacher, which must be a FrozenTeacher, but is a '
-                f"{type(self.teacher).__name__}."
+                f'loss_funcs["{key}"] taps the layers of the teacher, which must be a FrozenTeacher or a '
+                f"CachedTeacher, but is a {type(self.teacher).__name__}."
             )
         FeatureTap(self.models["trunk"], names[0])
-        FeatureTap(self.teacher.trunk, names[1])
+        self.teacher.tap(names[1])
         trained = {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
         untrained = [name for name, p in self.loss_funcs[key].named_parameters() if id(p) not in trained]
         if untrained and key not in self.freeze_these:
