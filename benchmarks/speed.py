@@ -10,13 +10,12 @@ writes speed.csv, speed.md and speed.png into the folder.
 
 import argparse
 import csv
-import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from pytorch_metric_learning.losses import MultiSimilarityLoss, TripletMarginLoss
-from torch.profiler import ProfilerActivity, profile
+from timing import medians, peak_memory
 
 from pml_distill.losses import (
     AbsoluteTeacherLoss,
@@ -101,26 +100,6 @@ def step(name: str, embeddings: torch.Tensor, labels: torch.Tensor, teacher: tor
     else:
         loss = OURS[name](embeddings, labels, ref_emb=teacher)
     loss.backward()
-    if embeddings.is_cuda:
-        torch.cuda.synchronize()
-
-
-def peak_memory(*arguments) -> int:
-    """The most bytes allocated at once during a step, beyond those before it."""
-    embeddings = arguments[1]
-    if embeddings.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(*arguments)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(*arguments)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def measure(size: int, width: int, repeats: int, device: torch.device) -> list[dict]:
@@ -132,24 +111,17 @@ def measure(size: int, width: int, repeats: int, device: torch.device) -> list[d
     if size >= 1024:
         # They do not fit into memory.
         names = [name for name in names if name not in ("TripletMarginLoss", ANGLES)]
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(repeats + 2):
-        for name in names:
-            if name in SLOW and repeat > 5:
-                continue
-            start = time.perf_counter()
-            step(name, *arguments)
-            if repeat >= 2:
-                times[name].append(1000 * (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    steps = {name: partial(step, name, *arguments) for name in names}
+    slow = {name: steps.pop(name) for name in SLOW if name in steps}
+    seconds = medians(steps, repeats) | medians(slow, min(repeats, 4))
     return [
         {
             "loss": name,
             "batch": size,
             "width": width,
-            "ms": medians[name],
-            "to_multi_similarity": medians[name] / medians["MultiSimilarityLoss"],
-            "peak_mib": peak_memory(name, *arguments) / 2**20,
+            "ms": 1000 * seconds[name],
+            "to_multi_similarity": seconds[name] / seconds["MultiSimilarityLoss"],
+            "peak_mib": peak_memory(partial(step, name, *arguments), device) / 2**20,
         }
         for name in names
     ]
