@@ -34,8 +34,9 @@ class BaseDistillationTrainer(BaseTrainer):
     embeddings, one of ``pml_distill.miners`` on the teacher's too, and what it returns goes to both losses.
 
     A row with the label -1 is unlabelled. Losses and miners that need labels do not see it; the losses with a teacher
-    see all rows, and in a batch with such a row neither labels nor what was mined. A batch without any labelled row
-    has no ``metric_loss``. Under ``DistributedLossWrapper`` each process needs as many labelled rows: use
+    see all rows, and in a batch with such a row neither labels nor what was mined by them: a miner of
+    ``pml_distill.miners`` that needs no labels then mines all rows for them anew. A batch without any labelled row has
+    no ``metric_loss``. Under ``DistributedLossWrapper`` each process needs as many labelled rows: use
     ``MixedSampler``. If the data are ``Views``, student and teacher are shown their own.
 
     Differences from PML's trainers, beyond the additions: loss weights are not applied in place (that breaks the
@@ -173,7 +174,7 @@ class BaseDistillationTrainer(BaseTrainer):
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
         teacher_embeddings = None
-        if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_mines():
+        if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner() is not None:
             teacher_embeddings = self.teacher(teacher_data, index)
         known, known_labels = only_labeled(embeddings, labels)
         known_teacher = teacher_embeddings
@@ -183,11 +184,11 @@ class BaseDistillationTrainer(BaseTrainer):
         if self.wants("metric_loss") and len(known):
             self.losses["metric_loss"] = self.loss_funcs["metric_loss"](known, known_labels, indices_tuple)
         if self.wants("distillation_loss"):
-            self.losses["distillation_loss"] = self.loss_funcs["distillation_loss"](
-                projected,
+            if known is not embeddings:
                 # A -1 would be taken for a class, and pairs of labelled rows would keep the other rows from the loss.
-                *((labels, indices_tuple) if known is embeddings else (None, None)),
-                ref_emb=teacher_embeddings,
+                labels, indices_tuple = None, self.mine_without_labels(embeddings, teacher_embeddings)
+            self.losses["distillation_loss"] = self.loss_funcs["distillation_loss"](
+                projected, labels, indices_tuple, ref_emb=teacher_embeddings
             )
         return embeddings, teacher_embeddings
 
@@ -200,16 +201,26 @@ class BaseDistillationTrainer(BaseTrainer):
         device = torch.device(self.data_device).type
         return torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def teacher_mines(self) -> bool:
-        """Whether ``tuple_miner`` asks the teacher."""
+    def teacher_miner(self) -> BaseTeacherMiner | None:
+        """Return ``tuple_miner`` if it asks the teacher."""
         miner = self.mining_funcs.get("tuple_miner")
-        return isinstance(miner.miner if isinstance(miner, DistributedMinerWrapper) else miner, BaseTeacherMiner)
+        miner = miner.miner if isinstance(miner, DistributedMinerWrapper) else miner
+        return miner if isinstance(miner, BaseTeacherMiner) else None
+
+    def mine_without_labels(
+        self, embeddings: torch.Tensor, teacher_embeddings: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Run ``tuple_miner`` on all rows if it asks the teacher alone."""
+        miner = self.teacher_miner()
+        if miner is None or miner.needs_labels:
+            return None
+        return self.mining_funcs["tuple_miner"](embeddings, None, ref_emb=teacher_embeddings)
 
     def maybe_mine_embeddings(
         self, embeddings: torch.Tensor, labels: torch.Tensor | None, teacher_embeddings: torch.Tensor | None = None
     ) -> tuple | None:
         """Run ``tuple_miner``, if there is one; a miner of this package gets the teacher's embeddings."""
-        if self.teacher_mines():
+        if self.teacher_miner() is not None:
             return self.mining_funcs["tuple_miner"](embeddings, labels, ref_emb=teacher_embeddings)
         if "tuple_miner" in self.mining_funcs and labels is None:
             raise ValueError('mining_funcs["tuple_miner"] needs labels, but the dataset yields none.')
@@ -359,11 +370,11 @@ class BaseDistillationTrainer(BaseTrainer):
             )
         if not self.loss_funcs:
             raise ValueError('loss_funcs is empty; give "metric_loss", "distillation_loss" or both.')
-        if self.teacher_mines() and self.teacher is None:
+        if self.teacher_miner() is not None and self.teacher is None:
             raise ValueError('mining_funcs["tuple_miner"] asks the teacher, but teacher is None.')
         if wanting and self.teacher is None:
             raise ValueError(f"loss_funcs has {wanting}, but teacher is None; pass FrozenTeacher(trunk, embedder).")
-        if self.teacher is not None and not wanting and not self.teacher_mines():
+        if self.teacher is not None and not wanting and self.teacher_miner() is None:
             raise ValueError(
                 f"teacher is given, but loss_funcs has only {sorted(self.loss_funcs)}; a teacher serves "
                 f"{list(self.loss_keys_with_teacher)}."
