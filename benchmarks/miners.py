@@ -10,6 +10,7 @@ teacher's twin of it. A finished run has a row and is not computed again; an int
 epoch. The settings below are the best of the search.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from comparison import METRICS, by_seed, complete, options, plot, table
 from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss, TripletMarginLoss
-from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner, TripletMarginMiner
+from pytorch_metric_learning.miners import BaseMiner, MultiSimilarityMiner, TripletMarginMiner
 
 from pml_distill.demo import Demo, DemoConfig, Distillation
 from pml_distill.losses import RelativeTeacherLoss
@@ -25,14 +26,23 @@ from pml_distill.miners import BaseTeacherMiner, TeacherMiner, TeacherNeighborMi
 from pml_distill.utils.report import mean_and_error
 
 WITHOUT, WITH = "labels or all pairs", "the teacher's choice"
+MINERS: dict[str, Callable[[], BaseMiner] | None] = {
+    "all": None,
+    "multi-similarity": MultiSimilarityMiner,
+    "teacher's multi-similarity": lambda: TeacherMiner(MultiSimilarityMiner()),
+    "triplet margin": TripletMarginMiner,
+    "teacher's triplet margin": lambda: TeacherMiner(TripletMarginMiner()),
+    "teacher's order": lambda: TeacherRankMiner(8),
+    "teacher's 8 nearest": lambda: TeacherNeighborMiner(8),
+    "teacher's 32 nearest": lambda: TeacherNeighborMiner(32),
+}
 #: For each comparison the metric loss and the two miners.
-COMPARISONS: dict[str, tuple[type, Any, Any]] = {
-    "relative teacher": (MultiSimilarityLoss, None, lambda: TeacherNeighborMiner(8)),
-    "multi-similarity": (MultiSimilarityLoss, MultiSimilarityMiner, lambda: TeacherMiner(MultiSimilarityMiner())),
-    "triplet, margin": (TripletMarginLoss, TripletMarginMiner, lambda: TeacherMiner(TripletMarginMiner())),
-    "triplet, hardest": (TripletMarginLoss, BatchHardMiner, lambda: TeacherMiner(BatchHardMiner())),
-    "triplet, order": (TripletMarginLoss, TripletMarginMiner, lambda: TeacherRankMiner(8)),
-    "contrastive": (ContrastiveLoss, None, lambda: TeacherNeighborMiner(32)),
+COMPARISONS = {
+    "relative teacher": (MultiSimilarityLoss, "all", "teacher's 8 nearest"),
+    "multi-similarity": (MultiSimilarityLoss, "multi-similarity", "teacher's multi-similarity"),
+    "triplet, margin": (TripletMarginLoss, "triplet margin", "teacher's triplet margin"),
+    "triplet, order": (TripletMarginLoss, "triplet margin", "teacher's order"),
+    "contrastive": (ContrastiveLoss, "all", "teacher's 32 nearest"),
 }
 #: (weight of the relative teacher, learning rate)
 SETTINGS = {
@@ -55,15 +65,16 @@ class MiningDemo(Demo):
         splits = ("train", "val") if job["split"] == "val" else ("train+val", "test")
         super().__init__(DemoConfig("glyphs", 10, *splits), out / job["split"], torch.device("cpu"))
         if job["method"] != "teacher":
-            loss, *miners = COMPARISONS[job["comparison"]]
-            self.metric_loss, self.make_miner = loss(), miners[job["method"] == WITH]
+            self.loss, *miners = COMPARISONS[job["comparison"]]
+            self.miner = miners[job["method"] == WITH]
 
     def trainer_and_tester(self, folder: Path, models: dict, seed: int, *others: Any) -> tuple:
         trainer, tester = super().trainer_and_tester(folder, models, seed, *others)
         if folder.name != "teacher":
-            trainer.loss_funcs["metric_loss"] = self.metric_loss
-            if self.make_miner is not None:
-                trainer.mining_funcs["tuple_miner"] = miner = self.make_miner()
+            trainer.loss_funcs["metric_loss"] = self.loss()
+            make_miner = MINERS[self.miner]
+            if make_miner is not None:
+                trainer.mining_funcs["tuple_miner"] = miner = make_miner()
                 if isinstance(miner, BaseTeacherMiner):
                     trainer.teacher = self.teacher(seed)[0]
         return trainer, tester
@@ -74,7 +85,8 @@ def run(out: Path, job: dict) -> dict:
     demo, weight, rate = MiningDemo(out, job), job["weight"], job["learning_rate"]
     if job["method"] == "teacher":
         return job | demo.run("teacher", job["seed"])
-    name = f"{job['comparison']}, {job['method']}, {weight:g}, {rate:g}".replace(" ", "")
+    # Two comparisons may share a side.
+    name = f"{demo.loss.__name__}, {demo.miner}, {weight:g}, {rate:g}".replace(" ", "")
     distillation = Distillation(RelativeTeacherLoss, weight) if weight else None
     return job | demo.run(name, job["seed"], distillation, rate)
 

@@ -37,8 +37,8 @@ class TeacherCache:
         dtype: to store, ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
         batch_size: of the teacher; a cache that has been begun keeps its own.
         classifier: turns embeddings into logits, to be stored too, as ``"logits"``.
-        features: names of modules of ``teacher.trunk``, whose outputs, averaged over height and width, are stored
-            too, for ``feature_distillation_loss``; see ``FeatureTap``.
+        features: names of modules of ``teacher.trunk``, whose outputs, averaged over all but batch and channels, are
+            stored too, for ``feature_distillation_loss``; see ``FeatureTap``.
 
     Raises:
         ValueError: a teacher that is not frozen, or without a trunk where ``features`` are asked for; a dataset that
@@ -135,7 +135,7 @@ class TeacherCache:
         if others:
             raise ValueError(f"folder {self.folder} is not empty and holds no teacher cache, but {sorted(others)[:5]}.")
         num_rows, start = self.dataset.num_rows, time.perf_counter()
-        batch = default_collate(self.dataset.read(range(min(self.batch_size, num_rows))))
+        batch = default_collate(AllRows(self.dataset).__getitems__(range(min(self.batch_size, num_rows))))
         read = time.perf_counter()
         widths = {name: values.shape[1] for name, values in self.compute(batch).items()}
         size = sum(file_sizes(num_rows, self.batch_size, widths, self.dtype).values())
@@ -174,20 +174,20 @@ class TeacherCache:
 
     @torch.no_grad()
     def compute(self, batch: Any) -> dict[str, torch.Tensor]:
-        """Return what is stored of a batch of (data, label, row)."""
-        data, _, rows = batch
+        """Return what is stored of a batch of (data, row)."""
+        data, rows = batch
         data = data.teacher if isinstance(data, Views) else data
         with self.tap or nullcontext():
             arrays = [self.teacher(data, rows)]
         if self.classifier is not None:
             arrays.append(self.classifier(arrays[0]))
         if self.tap is not None:
-            arrays += [output.flatten(2).mean(2) for output in self.tap.features]
+            arrays += [output.reshape(*output.shape[:2], -1).mean(2) for output in self.tap.features]
         return dict(zip(self.names, arrays))
 
 
 class AllRows(Dataset):
-    """The views of ``SeededViews`` by their rows."""
+    """The data of all views of ``SeededViews`` and their rows, by row."""
 
     def __init__(self, dataset: SeededViews):
         self.dataset = dataset
@@ -196,8 +196,8 @@ class AllRows(Dataset):
         return self.dataset.num_rows
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple]:
-        """Return the items of a batch of rows."""
-        return self.dataset.read(rows)
+        """Return the (data, row) of a batch of rows."""
+        return [(data, row) for data, _, row in self.dataset.read(rows)]
 
 
 def refuse(folder: Path, lines: Sequence[str]) -> None:
