@@ -40,6 +40,13 @@ def types(session):
 
 
 @nox.session
+def notebooks(session):
+    """The notebooks in examples/, on small settings."""
+    session.install(".[test]")
+    session.run("python", "-m", "pytest", "-q", "tests/examples", env=CPU)
+
+
+@nox.session
 def docs(session):
     """The site, where any warning is an error, and what it shows."""
     session.install(".[test,docs]")

@@ -7,12 +7,11 @@ prints a table and writes it as CSV. Runs are interleaved in one process, and me
 
 import argparse
 import csv
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import medians
 from torch.nn import functional as F
 
 from pml_distill.capacity import CapacityDynamics, GradientReset, insert_compactors
@@ -22,19 +21,6 @@ BATCH, QUEUE = 96, 24000
 RESNET101 = (64,) * 3 + (128,) * 4 + (256,) * 23 + (512,) * 3
 #: Seconds of the authors' code for one mask of 512 channels and for all of a ResNet-101, on two CPU cores.
 AUTHORS = {"mask": 0.177, "ResNet-101": 3.8}
-
-
-def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 2):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def filled(channels: int, device: torch.device) -> GradientReset:

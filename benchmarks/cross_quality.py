@@ -9,8 +9,8 @@ clean image of the same sample, and the absolute teacher is added.
 
 write search.csv, and results.csv, table.md and map_at_r.png, into the folder. A finished run has a row and is not
 computed again; an interrupted one goes on from its last epoch. "student → teacher" is retrieval of the teacher's
-embeddings of clean images by degraded queries. The learning rate below is the demo's and the weight the one that
-semi_supervised.py --search chose; the search here has not been run yet.
+embeddings of clean images by degraded queries. The settings below are the best of the search, on images of low
+resolution.
 """
 
 from collections.abc import Callable
@@ -30,19 +30,22 @@ from pml_distill.utils.report import mean_and_error
 CLEAN, LOOKING, ALONE, TAUGHT = "teacher", "teacher on degraded images", "trained on degraded images", "cross-quality"
 DEGRADATIONS = ("low resolution", "blur", "compression")
 #: (weight of the distillation, learning rate)
-SETTINGS = {ALONE: (0.0, 0.02), TAUGHT: (10.0, 0.02)}
-SEARCH = {ALONE: [(0.0, rate) for rate in (0.01, 0.02, 0.03)], TAUGHT: [(w, 0.02) for w in (3.0, 10.0, 30.0)]}
+SETTINGS = {ALONE: (0.0, 0.01), TAUGHT: (10.0, 0.02)}
+SEARCH = {
+    ALONE: [(0.0, rate) for rate in (0.005, 0.01, 0.02, 0.03)],
+    TAUGHT: [*((weight, 0.02) for weight in (3.0, 10.0, 30.0)), (10.0, 0.01)],
+}
 
 
 def degradation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """12 of 32 pixels, a Gaussian of 2 pixels, or JPEG of quality 10."""
+    """12 of 32 pixels, a Gaussian of 2 pixels, or JPEG of quality 3: enough to hurt the teacher."""
     from torchvision.transforms import v2
 
     if name == "low resolution":
         return v2.Compose([v2.Resize(12), v2.Resize(32)])
     if name == "blur":
         return v2.GaussianBlur(9, 2.0)
-    compress = v2.Compose([v2.ToDtype(torch.uint8, scale=True), v2.JPEG(10), v2.ToDtype(torch.float32, scale=True)])
+    compress = v2.Compose([v2.ToDtype(torch.uint8, scale=True), v2.JPEG(3), v2.ToDtype(torch.float32, scale=True)])
     # The images go from -1 to 1, and beyond by their noise.
     return lambda image: 2 * compress(((image + 1) / 2).clamp(0, 1)) - 1
 

@@ -27,7 +27,13 @@ from pml_distill.samplers import MixedSampler
 from pml_distill.utils.report import mean_and_error
 
 ALONE, DISTILLED = "metric loss on the labelled", "distilled on all"
-FRACTIONS = {"10 %": 0.1, "10 %, three times as long": 0.1, "25 %": 0.25, "100 %": 1.0}
+FRACTIONS = {
+    "10 %": 0.1,
+    "10 %, three times as long": 0.1,
+    "25 %": 0.25,
+    "25 %, three times as long": 0.25,
+    "100 %": 1.0,
+}
 #: (weight of the distillation, learning rate, share of labelled rows in a batch, m, length of the training in demos)
 SETTINGS = {
     ("10 %", ALONE): (0.0, 0.03, 1.0, 4, 1.0),
@@ -35,7 +41,9 @@ SETTINGS = {
     ("10 %, three times as long", ALONE): (0.0, 0.02, 1.0, 4, 3.0),
     ("10 %, three times as long", DISTILLED): (10.0, 0.02, 0.5, 2, 3.0),
     ("25 %", ALONE): (0.0, 0.01, 1.0, 4, 1.0),
-    ("25 %", DISTILLED): (10.0, 0.02, 0.25, 4, 1.0),
+    ("25 %", DISTILLED): (10.0, 0.02, 0.5, 4, 1.0),
+    ("25 %, three times as long", ALONE): (0.0, 0.01, 1.0, 4, 3.0),
+    ("25 %, three times as long", DISTILLED): (3.0, 0.01, 0.5, 4, 3.0),
     ("100 %", ALONE): (0.0, 0.02, 1.0, 4, 1.0),
     ("100 %", DISTILLED): (3.0, 0.02, 1.0, 4, 1.0),
 }
@@ -61,7 +69,8 @@ SEARCH = {
     ("25 %", DISTILLED): [
         *((weight, 0.02, 0.25, 4, 1.0) for weight in (3.0, 10.0)),
         *((weight, 0.02, 0.5, 4, 1.0) for weight in (3.0, 10.0)),
-        (10.0, 0.02, 0.5, 4, 3.0),
+        *((weight, 0.02, 0.5, 4, 3.0) for weight in (1.0, 3.0, 10.0)),
+        (3.0, 0.01, 0.5, 4, 3.0),
     ],
 }
 

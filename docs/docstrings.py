@@ -16,9 +16,11 @@ def to_markdown(text: str) -> str:
 
 
 def block(match: re.Match) -> str:
-    """Return one formula on lines of its own."""
+    """Return one formula on lines of its own, its columns aligned as Sphinx aligns them."""
     first, _, rest = match[2].partition("\n")
     formula = "\n".join(part for part in (first.strip(), textwrap.dedent(rest).strip()) if part)
+    if "&" in formula:
+        formula = f"\\begin{{aligned}}\n{formula}\n\\end{{aligned}}"
     return textwrap.indent(f"\n$$\n{formula}\n$$\n", match[1])
 
 

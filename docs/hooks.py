@@ -5,8 +5,8 @@ A page holds one line per thing to be written:
 - ``<!-- api: pml_distill.losses -->``: one ``:::`` block for each name that the package exports;
 - ``<!-- catalogue -->``: the table of all losses;
 - ``<!-- table: demo.csv | name | precision_at_1 flops -->``: figures of ``benchmarks/results/demo.csv``, one row for
-  each value of the columns between the bars, mean ± standard error over its lines, and a link to the file. Without
-  columns the file is shown as it is;
+  each value of the columns between the bars, mean ± standard error over its lines, and a link to the file. With
+  ``batch=512`` among those columns only the lines with that value count. Without columns the file is shown as it is;
 - ``<!-- results -->``: a link to each file in ``benchmarks/results``.
 
 A subpackage without a page in ``docs`` gets one: its docstring and what it exports.
@@ -59,8 +59,10 @@ def catalogue_table() -> str:
 
 def csv_table(name: str, keys: list[str], columns: list[str]) -> str:
     """Return the figures of a recorded result: mean ± standard error of ``columns`` for each value of ``keys``."""
+    wanted = [key.split("=") for key in keys if "=" in key]
+    keys = [key for key in keys if "=" not in key]
     with open(RESULTS / name, newline="") as file:
-        lines = list(csv.DictReader(file))
+        lines = [line for line in csv.DictReader(file) if all(line[key] == value for key, value in wanted)]
     if not keys:
         header, rows = list(lines[0]), [[shown(value) for value in line.values()] for line in lines]
     else:

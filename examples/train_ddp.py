@@ -7,6 +7,9 @@ on the joint batch. The update is that of one process with the joint batch, exce
 samples: each process normalises its own part. `--batch-norm sync` normalises the joint batch (GPUs only);
 `--batch-norm frozen` uses the running statistics, and then any number of processes ends with the same weights.
 
+With `--cache FOLDER` the teacher runs once, before the training, each process on its share of the images; a next run
+finds its embeddings there.
+
 The losses shown are of the joint batch times the number of processes, by which DDP's mean divides the gradients.
 """
 
@@ -18,11 +21,11 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch.nn.parallel import DistributedDataParallel
 
-from pml_distill.datasets import Glyphs
+from pml_distill.datasets import Glyphs, SeededViews
 from pml_distill.losses import RelativeTeacherLoss
 from pml_distill.models import SmallResNet
 from pml_distill.samplers import DistributedMPerClassSampler
-from pml_distill.teachers import FrozenTeacher
+from pml_distill.teachers import CachedTeacher, FrozenTeacher, TeacherCache
 from pml_distill.trainers import DistillationTrainer
 
 
@@ -35,6 +38,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="per epoch")
     parser.add_argument("--batch-norm", choices=("own", "sync", "frozen"), default="own")
     parser.add_argument("--plain-images", action="store_true", help="no random jitter")
+    parser.add_argument("--cache", help="folder for the teacher's embeddings, written first, a share by each process")
+    parser.add_argument("--views", type=int, default=8, help="augmented views of each image in the cache")
     parser.add_argument("--out", default="student.pth", help="where the student's weights go")
     return parser.parse_args()
 
@@ -56,6 +61,11 @@ def main() -> None:
     if options.batch_norm == "sync":
         student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
     trunk = DistributedDataParallel(student.to(device), device_ids=[device] if gpus else None)
+    frozen = FrozenTeacher(teacher.to(device))
+    if options.cache:
+        dataset = SeededViews(dataset, views=options.views)
+        TeacherCache(options.cache, frozen, dataset, batch_size=256).write()
+        frozen = CachedTeacher(options.cache, dataset)
 
     torch.manual_seed(rank)  # other jitter on each process
     batch_size = options.batch_size // num_processes
@@ -68,7 +78,7 @@ def main() -> None:
             "distillation_loss": DistributedLossWrapper(RelativeTeacherLoss()),
         },
         dataset=dataset,
-        teacher=FrozenTeacher(teacher.to(device)),
+        teacher=frozen,
         sampler=DistributedMPerClassSampler(dataset.labels, m=4, batch_size=batch_size),
         iterations_per_epoch=options.steps,
         freeze_trunk_batchnorm=options.batch_norm == "frozen",
@@ -78,6 +88,8 @@ def main() -> None:
     trainer.train(num_epochs=options.epochs)
     if rank == 0:
         torch.save(student.state_dict(), options.out)
+    # No process leaves while another still talks to it.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

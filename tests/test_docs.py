@@ -53,6 +53,7 @@ def test_tables_hold_the_recorded_figures(tmp_path, monkeypatch):
     assert rows[0] == "| name | lines | map | flops |"
     assert rows[2:4] == ["| x | 2 | 0.2\u00a0±\u00a00.1 | 1,000 |", "| y | 1 | 0.5 | 20 |"]
     assert "(results/a.csv)" in rows[-1]
+    assert hooks.expand("<!-- table: a.csv | seed=0 name | map -->").splitlines()[2] == "| x | 1 | 0.1 |"
     assert hooks.expand("<!-- table: a.csv -->").splitlines()[2] == "| x | 0 | 0.1 | 1,000 |"
 
 
@@ -63,6 +64,7 @@ def test_tables_hold_the_recorded_figures(tmp_path, monkeypatch):
         (".. math:: a\n\nText", "\n$$\na\n$$\n\n\nText"),
         (".. math:: a +\n    b\n\nText", "\n$$\na +\nb\n$$\n\n\nText"),
         (".. math::\n\n    a\n    b\n\nText", "\n$$\na\nb\n$$\n\n\nText"),
+        (".. math:: a &= b\n\nText", "\n$$\n\\begin{aligned}\na &= b\n\\end{aligned}\n$$\n\n\nText"),
         ("    .. math:: a\n    Text", "\n    $$\n    a\n    $$\n\n    Text"),
         ("Example:\n    >>> 1", "Examples:\n    >>> 1"),
     ],

@@ -7,9 +7,10 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:DistributedLossWrapper is being used in a non-distributed setting")
-def test_every_example_runs_as_it_stands():
+def test_every_example_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         assert len(block.strip().splitlines()) <= 16
     names = {}
@@ -23,7 +24,9 @@ def test_every_example_runs_as_it_stands():
 def test_the_map_names_what_there_is():
     import importlib
 
-    packages = "losses miners distances regularizers samplers teachers trainers datasets models capacity utils".split()
+    packages = (
+        "losses miners distances regularizers samplers teachers testers trainers datasets models capacity utils".split()
+    )
     for package in packages:
         for name in importlib.import_module(f"pml_distill.{package}").__all__:
             assert f"`{name}`" in README or name in ("BaseDistillationTrainer", "ModelCost"), name

@@ -2,9 +2,11 @@ import math
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+from pytorch_metric_learning.utils import common_functions as c_f
 from torch import nn
 from tqdm import tqdm
 
@@ -84,7 +86,8 @@ class CapacityDynamics:
         budget_steps: after how many steps the target is met; needed with a target.
 
     Attributes:
-        history: one entry per epoch: epoch, lasso weight, parameters, flops, and the width behind each compactor.
+        history: one entry per epoch: epoch, lasso weight, parameters, flops, and of each block by name its parameters,
+            flops and the widths behind its compactors; all as if the network were exported then.
 
     Raises:
         ValueError: the student has no compactors, or one that the optimizer does not train; the teacher lacks a
@@ -310,23 +313,15 @@ class CapacityDynamics:
 
     def end_epoch(self) -> None:
         """Enter the sizes into the history and go on to the next epoch."""
-        cost = self.measure()
-        widths = {name: width for block in cost.blocks.values() for name, width in block.widths.items()}
-        self.history.append(
-            {
-                "epoch": self.epoch,
-                "lasso_weight": self.lasso_weight,
-                "parameters": cost.parameters,
-                "flops": cost.flops,
-                "widths": widths,
-            }
-        )
+        # As plain values, for a checkpoint to hold.
+        cost = asdict(self.measure())
+        self.history.append({"epoch": self.epoch, "lasso_weight": self.lasso_weight, **cost})
         self.epoch += 1
 
     def end_of_epoch_hook(
         self, then: Callable[[Any], Any] | None = None, export_after: int | None = None
     ) -> Callable[[Any], Any]:
-        """Return the hook for a PML trainer, which logs a line of the history.
+        """Return the hook for a PML trainer, which writes a line of the history, and the blocks into PML's log.
 
         Args:
             then: another hook to run after it, such as a HookContainer's.
@@ -337,6 +332,7 @@ class CapacityDynamics:
             if self.handles:
                 self.end_epoch()
                 tqdm.write(self.table().splitlines()[-1] if self.epoch > 2 else self.table())
+                c_f.LOGGER.info("Blocks after epoch %d:\n%s", self.epoch - 1, self.block_table())
                 if self.epoch - 1 == export_after:
                     self.replace_student(trainer)
             return None if then is None else then(trainer)
@@ -387,10 +383,26 @@ class CapacityDynamics:
                     "epoch": str(row["epoch"]),
                     "parameters": f"{row['parameters']:,}",
                     "MFLOPs": f"{row['flops'] / 1e6:.1f}",
-                    "channels": f"{sum(row['widths'].values())} of {sum(len(w) for w in self.weights)}",
+                    "channels": f"{sum(widths_in(row).values())} of {sum(len(w) for w in self.weights)}",
                     "lasso weight": f"{row['lasso_weight']:.3g}",
                 }
                 for row in self.history
+            ]
+        )
+
+    def block_table(self) -> str:
+        """Return the blocks at the end of the last epoch as a Markdown table."""
+        whole = self.meter.measure(0.0).blocks
+        return format_table(
+            [
+                {
+                    "block": name,
+                    "channels": ", ".join(f"{own} of {all_}" for own, all_ in zip(widths, whole[name].widths.values())),
+                    "parameters": f"{block['parameters']:,}",
+                    "MFLOPs": f"{block['flops'] / 1e6:.2f}",
+                }
+                for name, block in self.history[-1]["blocks"].items()
+                for widths in [block["widths"].values()]
             ]
         )
 
@@ -407,7 +419,8 @@ class CapacityDynamics:
         sizes.set(xlabel="epoch", ylabel="% of the whole network", ylim=(0, 105))
         sizes.legend(frameon=False)
         names = list(self.compactors)
-        shares = [[row["widths"][n] / len(w) for row in self.history] for n, w in zip(names, self.weights)]
+        history = [widths_in(row) for row in self.history]
+        shares = [[row[n] / len(w) for row in history] for n, w in zip(names, self.weights)]
         picture = widths.imshow(shares, aspect="auto", vmin=0, vmax=1, extent=(0.5, len(epochs) + 0.5, len(names), 0))
         widths.set(xlabel="epoch", yticks=[i + 0.5 for i in range(len(names))], yticklabels=names)
         figure.colorbar(picture, ax=widths, label="share of channels left")
@@ -444,6 +457,11 @@ class CapacityDynamics:
         self.first_longest = state["first_longest"]
         if self.met:
             self.alive = [alive.to(weight) for alive, weight in zip(state["alive"], self.weights)]
+
+
+def widths_in(row: dict[str, Any]) -> dict[str, int]:
+    """Return the width behind each compactor in an entry of the history."""
+    return {name: width for block in row["blocks"].values() for name, width in block["widths"].items()}
 
 
 def gathered(features: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from .glyphs import Glyphs
 from .hashing_protocols import HashingSplit, MultiLabelList, cifar10_hashing, glyph_hashing, hashing_splits
 from .labeled_and_unlabeled import LabeledAndUnlabeled
 from .partially_labeled import PartiallyLabeled
+from .seeded_views import SeededViews
 
 FROM_PML = ("CUB", "Cars196", "StanfordOnlineProducts")
 
@@ -21,6 +22,7 @@ __all__ = [
     "LabeledAndUnlabeled",
     "MultiLabelList",
     "PartiallyLabeled",
+    "SeededViews",
     "StanfordOnlineProducts",
     "Views",
     "cifar10_hashing",

@@ -22,6 +22,9 @@ class BaseTeacherMiner(BaseMiner):
         ValueError: ``ref_emb`` is missing, or it or ``labels`` has another number of rows.
     """
 
+    #: Whether there is nothing to mine without labels.
+    needs_labels = False
+
     def forward(
         self,
         embeddings: torch.Tensor,

@@ -28,6 +28,8 @@ class TeacherMiner(BaseTeacherMiner):
         [[0, 1, 2, 3], [1, 0, 3, 2]]
     """
 
+    needs_labels = True
+
     def __init__(self, miner: BaseMiner):
         super().__init__()
         if not isinstance(miner, BaseMiner) or isinstance(miner, BaseTeacherMiner):

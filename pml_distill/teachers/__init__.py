@@ -1,6 +1,8 @@
 """Where the teacher's embeddings come from."""
 
+from .cached_teacher import CachedTeacher
 from .ensemble_teacher import EnsembleTeacher
 from .frozen_teacher import FrozenTeacher
+from .teacher_cache import TeacherCache
 
-__all__ = ["EnsembleTeacher", "FrozenTeacher"]
+__all__ = ["CachedTeacher", "EnsembleTeacher", "FrozenTeacher", "TeacherCache"]

@@ -55,6 +55,10 @@ class EnsembleTeacher(torch.nn.Module):
         parts = [F.normalize(part.to(torch.promote_types(part.dtype, torch.float32))) for part in parts]
         return torch.cat([weight**0.5 * part for part, weight in zip(parts, self.weights)], dim=1)
 
+    def extra_repr(self) -> str:
+        """Name the weights."""
+        return f"weights={self.weights}"
+
     def train(self, mode: bool = True) -> "EnsembleTeacher":
         """Stay in eval mode."""
         return super().train(False)

@@ -1,6 +1,11 @@
 import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from ..utils.feature_tap import FeatureTap
 
 
 class FrozenTeacher(torch.nn.Module):
@@ -48,6 +53,13 @@ class FrozenTeacher(torch.nn.Module):
             data = data.to(device=weight.device, dtype=weight.dtype if data.is_floating_point() else None)
         with torch.autocast(data.device.type, enabled=False):
             return self.embedder(self.trunk(data))
+
+    def tap(self, names: Sequence[str]) -> "FeatureTap":
+        """Return what takes the outputs of modules of the trunk while the teacher runs."""
+        # The package of the accuracy calculators costs more than all that teachers need.
+        from ..utils.feature_tap import FeatureTap
+
+        return FeatureTap(self.trunk, names)
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         """Stay in eval mode."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..datasets import Views
 from ..datasets.partially_labeled import UNLABELED
 from ..miners import BaseTeacherMiner
-from ..teachers import FrozenTeacher
+from ..teachers import CachedTeacher, FrozenTeacher
 from ..utils.feature_tap import FeatureTap
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
@@ -34,8 +34,9 @@ class BaseDistillationTrainer(BaseTrainer):
     embeddings, one of ``pml_distill.miners`` on the teacher's too, and what it returns goes to both losses.
 
     A row with the label -1 is unlabelled. Losses and miners that need labels do not see it; the losses with a teacher
-    see all rows, and in a batch with such a row neither labels nor what was mined. A batch without any labelled row
-    has no ``metric_loss``. Under ``DistributedLossWrapper`` each process needs as many labelled rows: use
+    see all rows, and in a batch with such a row neither labels nor what was mined by them: a miner of
+    ``pml_distill.miners`` that needs no labels then mines all rows for them anew. A batch without any labelled row has
+    no ``metric_loss``. Under ``DistributedLossWrapper`` each process needs as many labelled rows: use
     ``MixedSampler``. If the data are ``Views``, student and teacher are shown their own.
 
     Differences from PML's trainers, beyond the additions: loss weights are not applied in place (that breaks the
@@ -44,15 +45,16 @@ class BaseDistillationTrainer(BaseTrainer):
 
     Args:
         *args: those of PML's trainer: models, optimizers, batch_size, loss_funcs, dataset.
-        teacher: ``FrozenTeacher``, or any frozen callable from (data, index) to embeddings. It lives outside of
-            ``models``: it stays in eval mode and out of every checkpoint.
+        teacher: ``FrozenTeacher``, ``CachedTeacher``, or any frozen callable from (data, index) to embeddings. It lives
+            outside of ``models``: it stays in eval mode and out of every checkpoint.
         amp_dtype: ``torch.float16`` (with a gradient scaler) or ``torch.bfloat16`` runs the student's networks
             under autocast; losses are computed in float32. None: no autocast.
         accumulation_steps: how many batches make one optimizer step; their gradients are summed. An epoch still
             goes through the data once.
         student_features: names of the modules of ``models["trunk"]`` whose outputs ``feature_distillation_loss``
             takes, see ``FeatureTap``.
-        teacher_features: names of as many modules of the trunk of ``teacher``, which must be a ``FrozenTeacher``.
+        teacher_features: names of as many modules of the trunk of ``teacher``, which must be a ``FrozenTeacher``, or
+            a ``CachedTeacher`` whose cache has these features.
         **kwargs: PML's further arguments.
 
     Keys:
@@ -62,10 +64,10 @@ class BaseDistillationTrainer(BaseTrainer):
         feature maps; ``optimizers["feature_distillation_loss_optimizer"]`` trains its parameters, if it has any.
 
     Raises:
-        ValueError: the teacher is missing, unused, not frozen, among the models, or shares parameters with the
-            student; a key is unknown; features are named that are not there or not used; ``amp_dtype`` or
-            ``accumulation_steps`` is out of range; ``DistributedLossWrapper(efficient=True)`` around a
-            distillation loss.
+        ValueError: the teacher is missing, unused, not frozen, among the models, shares parameters with the
+            student, or reads a cache of another dataset; a key is unknown; features are named that are not there or
+            not used; ``amp_dtype`` or ``accumulation_steps`` is out of range;
+            ``DistributedLossWrapper(efficient=True)`` around a distillation loss.
     """
 
     loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss", "feature_distillation_loss")
@@ -154,7 +156,7 @@ class BaseDistillationTrainer(BaseTrainer):
             return self.calculate_embedding_losses(curr_batch)
         with (
             FeatureTap(self.models["trunk"], self.student_features) as student_tap,
-            FeatureTap(self.teacher.trunk, self.teacher_features) as teacher_tap,
+            self.teacher.tap(self.teacher_features) as teacher_tap,
         ):
             embeddings = self.calculate_embedding_losses(curr_batch)
         self.losses["feature_distillation_loss"] = self.loss_funcs["feature_distillation_loss"](
@@ -172,7 +174,7 @@ class BaseDistillationTrainer(BaseTrainer):
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
         teacher_embeddings = None
-        if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_mines():
+        if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner() is not None:
             teacher_embeddings = self.teacher(teacher_data, index)
         known, known_labels = only_labeled(embeddings, labels)
         known_teacher = teacher_embeddings
@@ -182,11 +184,11 @@ class BaseDistillationTrainer(BaseTrainer):
         if self.wants("metric_loss") and len(known):
             self.losses["metric_loss"] = self.loss_funcs["metric_loss"](known, known_labels, indices_tuple)
         if self.wants("distillation_loss"):
-            self.losses["distillation_loss"] = self.loss_funcs["distillation_loss"](
-                projected,
+            if known is not embeddings:
                 # A -1 would be taken for a class, and pairs of labelled rows would keep the other rows from the loss.
-                *((labels, indices_tuple) if known is embeddings else (None, None)),
-                ref_emb=teacher_embeddings,
+                labels, indices_tuple = None, self.mine_without_labels(embeddings, teacher_embeddings)
+            self.losses["distillation_loss"] = self.loss_funcs["distillation_loss"](
+                projected, labels, indices_tuple, ref_emb=teacher_embeddings
             )
         return embeddings, teacher_embeddings
 
@@ -199,16 +201,26 @@ class BaseDistillationTrainer(BaseTrainer):
         device = torch.device(self.data_device).type
         return torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def teacher_mines(self) -> bool:
-        """Whether ``tuple_miner`` asks the teacher."""
+    def teacher_miner(self) -> BaseTeacherMiner | None:
+        """Return ``tuple_miner`` if it asks the teacher."""
         miner = self.mining_funcs.get("tuple_miner")
-        return isinstance(miner.miner if isinstance(miner, DistributedMinerWrapper) else miner, BaseTeacherMiner)
+        miner = miner.miner if isinstance(miner, DistributedMinerWrapper) else miner
+        return miner if isinstance(miner, BaseTeacherMiner) else None
+
+    def mine_without_labels(
+        self, embeddings: torch.Tensor, teacher_embeddings: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Run ``tuple_miner`` on all rows if it asks the teacher alone."""
+        miner = self.teacher_miner()
+        if miner is None or miner.needs_labels:
+            return None
+        return self.mining_funcs["tuple_miner"](embeddings, None, ref_emb=teacher_embeddings)
 
     def maybe_mine_embeddings(
         self, embeddings: torch.Tensor, labels: torch.Tensor | None, teacher_embeddings: torch.Tensor | None = None
     ) -> tuple | None:
         """Run ``tuple_miner``, if there is one; a miner of this package gets the teacher's embeddings."""
-        if self.teacher_mines():
+        if self.teacher_miner() is not None:
             return self.mining_funcs["tuple_miner"](embeddings, labels, ref_emb=teacher_embeddings)
         if "tuple_miner" in self.mining_funcs and labels is None:
             raise ValueError('mining_funcs["tuple_miner"] needs labels, but the dataset yields none.')
@@ -358,17 +370,20 @@ class BaseDistillationTrainer(BaseTrainer):
             )
         if not self.loss_funcs:
             raise ValueError('loss_funcs is empty; give "metric_loss", "distillation_loss" or both.')
-        if self.teacher_mines() and self.teacher is None:
+        if self.teacher_miner() is not None and self.teacher is None:
             raise ValueError('mining_funcs["tuple_miner"] asks the teacher, but teacher is None.')
         if wanting and self.teacher is None:
             raise ValueError(f"loss_funcs has {wanting}, but teacher is None; pass FrozenTeacher(trunk, embedder).")
-        if self.teacher is not None and not wanting and not self.teacher_mines():
+        if self.teacher is not None and not wanting and self.teacher_miner() is None:
             raise ValueError(
                 f"teacher is given, but loss_funcs has only {sorted(self.loss_funcs)}; a teacher serves "
                 f"{list(self.loss_keys_with_teacher)}."
             )
         if isinstance(self.teacher, torch.nn.Module):
             check_frozen(self.teacher, self.models)
+        for teacher in getattr(self.teacher, "teachers", [self.teacher]):
+            if isinstance(teacher, CachedTeacher):
+                teacher.check_dataset(self.dataset)
         for key in wanting:
             if isinstance(self.loss_funcs[key], MultipleLosses):
                 raise ValueError(
@@ -399,13 +414,13 @@ class BaseDistillationTrainer(BaseTrainer):
                 f'loss_funcs["{key}"] needs student_features and teacher_features, two lists of names of modules that '
                 f"go pair by pair, but they are {names[0]!r} and {names[1]!r}."
             )
-        if not isinstance(self.teacher, FrozenTeacher):
+        if not isinstance(self.teacher, (FrozenTeacher, CachedTeacher)):
             raise ValueError(
-                f'loss_funcs["{key}"] taps the layers of the teacher, which must be a FrozenTeacher, but is a '
-                f"{type(self.teacher).__name__}."
+                f'loss_funcs["{key}"] taps the layers of the teacher, which must be a FrozenTeacher or a '
+                f"CachedTeacher, but is a {type(self.teacher).__name__}."
             )
         FeatureTap(self.models["trunk"], names[0])
-        FeatureTap(self.teacher.trunk, names[1])
+        self.teacher.tap(names[1])
         trained = {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
         untrained = [name for name, p in self.loss_funcs[key].named_parameters() if id(p) not in trained]
         if untrained and key not in self.freeze_these:

@@ -8,7 +8,9 @@ import textwrap
 
 import pytest
 import torch
+import torchvision
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch.utils.flop_counter import FlopCounterMode
 
 from pml_distill.capacity import CapacityDynamics, insert_compactors
 from pml_distill.losses import AbsoluteTeacherLoss
@@ -180,18 +182,68 @@ def test_the_budget_is_met_within_two_percent_and_kept(budget):
     assert dynamics.measure() == settled and not torch.equal(first, student.conv1.weight)
 
 
+@pytest.mark.parametrize(
+    ("positions", "budget"),
+    [
+        ("inner", {"target_params": 0.3287}),
+        ("inner", {"target_flops": 0.3433}),
+        ("all", {"target_params": 0.2}),
+        ("all", {"target_flops": 0.2}),
+    ],
+)
+def test_a_resnet_meets_the_budget_within_two_percent(positions, budget):
+    torch.manual_seed(0)
+    student = torchvision.models.resnet18(num_classes=8)
+    insert_compactors(student, positions)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
+    dynamics = CapacityDynamics(student, None, optimizer, (3, 32, 32), budget_steps=20, **budget)
+    for step in range(20):
+        optimizer.zero_grad()
+        batch = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        student(batch).square().mean().backward()
+        dynamics()
+        optimizer.step()
+    ((name, share),) = budget.items()
+    plain = torchvision.models.resnet18(num_classes=8)
+    exported, whole = (model_cost(model, (3, 32, 32), (1,), 1) for model in (dynamics.export(), plain))
+    key = "parameters" if name == "target_params" else "flops"
+    assert 0.98 * share <= getattr(exported, key) / getattr(whole, key) <= share
+
+
 def test_history_table_and_plot(tmp_path):
     student, _, optimizer, dynamics = setting(False, lasso_weight=2.0)
     for _ in range(3):
         steps(student, dynamics, optimizer, 4)
         dynamics.end_epoch()
     assert [row["epoch"] for row in dynamics.history] == [1, 2, 3] and dynamics.epoch == 4
-    assert set(dynamics.history[0]["widths"]) == set(dynamics.compactors)
     sizes = [row["parameters"] for row in dynamics.history]
     assert sizes == sorted(sizes, reverse=True)
     assert "| 3 " in dynamics.table() and f"{sizes[-1]:,}" in dynamics.table()
     dynamics.plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_history_holds_what_torch_counts_in_the_blocks_of_the_exported_network(caplog):
+    student, _, optimizer, dynamics = setting(False, lasso_weight=1.0)
+    with torch.no_grad():
+        for weight in dynamics.weights:
+            weight[::3] *= 0.3
+    steps(student, dynamics, optimizer, 4)
+    with caplog.at_level("INFO", logger="PML"):
+        dynamics.end_of_epoch_hook()(None)
+    small = dynamics.export()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        small(images(1))
+    counted, blocks = counter.get_flop_counts(), dynamics.history[-1]["blocks"]
+    assert list(blocks) == [f"layer{stage}.{number}" for stage in (1, 2, 3) for number in (0, 1)]
+    for name, block in blocks.items():
+        module = small.get_submodule(name)
+        assert block["parameters"] == sum(p.numel() for p in module.parameters())
+        assert block["flops"] == sum(counted[f"{type(small).__name__}.{name}"].values())
+        assert block["widths"] == {f"{name}.bn1": module.conv1.out_channels}
+        assert f"| {name} " in caplog.text and f"{block['parameters']:,}" in caplog.text
+    whole = dynamics.meter.measure(0.0).blocks
+    assert all(blocks[name]["flops"] < whole[name].flops for name in blocks)
 
 
 def test_closed_it_leaves_no_hooks():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from networks import NETWORKS, network, pruned
+from torch.utils.flop_counter import FlopCounterMode
 
 from pml_distill.capacity import ExportMeter, export, find_compactors, insert_compactors
 from pml_distill.utils import model_cost
@@ -14,8 +15,11 @@ def test_counts_are_those_of_the_exported_network(name, positions):
     small = export(model)
     measured = model_cost(small, (3, 64, 64), (1,), 1)
     assert cost.parameters == measured.parameters and cost.flops == measured.flops
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        small(torch.zeros(1, 3, 64, 64))
     widths = {}
     for name, block in cost.blocks.items():
+        assert block.flops == sum(counter.get_flop_counts()[f"{type(small).__name__}.{name}"].values())
         assert block.parameters == sum(p.numel() for p in small.get_submodule(name).parameters())
         widths |= block.widths
     assert widths == {key: int((c.row_norms() > 0).sum()) for key, c in find_compactors(model).items()}

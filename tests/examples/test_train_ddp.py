@@ -30,12 +30,14 @@ def single(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_ten_steps_equal_those_of_one_process(tmp_path, single, processes):
+@pytest.mark.parametrize("cached", [False, True])
+def test_ten_steps_equal_those_of_one_process(tmp_path, single, processes, cached):
     path = tmp_path / "student.pth"
+    cache = ["--views", "1", "--cache", str(tmp_path / "cache")] if cached else []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        ["env", *(f"{k}={v}" for k, v in environment.items()), *command, str(SCRIPT), *OPTIONS, str(path)],
+        ["env", *(f"{k}={v}" for k, v in environment.items()), *command, str(SCRIPT), *cache, *OPTIONS, str(path)],
         capture_output=True,
         text=True,
         timeout=240,

@@ -220,7 +220,7 @@ def test_a_compiled_student(make, glyphs):
         assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
-class Cached(torch.nn.Module):
+class Unknown(torch.nn.Module):
     def forward(self, data, index=None):
         return data.flatten(1)
 
@@ -232,7 +232,7 @@ class Cached(torch.nn.Module):
         ({"teacher_features": ["layer1"]}, r"go pair by pair.*\['layer1', 'layer3'\] and \['layer1'\]"),
         ({"student_features": "layer1", "teacher_features": "layer1"}, "two lists of names.*'layer1' and 'layer1'"),
         ({"student_features": ["layer1", "layer9"]}, r"no modules of these names: 'layer9' \(near: layer"),
-        ({"teacher": Cached()}, "must be a FrozenTeacher, but is a Cached"),
+        ({"teacher": Unknown()}, "must be a FrozenTeacher or a CachedTeacher, but is a Unknown"),
         ({"teacher": None}, r"feature_distillation_loss.*teacher is None"),
         (
             {"loss_funcs": {"distillation_loss": RelativeTeacherLoss()}},

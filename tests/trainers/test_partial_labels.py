@@ -13,6 +13,7 @@ from pml_distill.losses import (
     LogitDistillationLoss,
     RelativeTeacherLoss,
 )
+from pml_distill.miners import TeacherMiner, TeacherNeighborMiner, TeacherRankMiner
 from pml_distill.models import SmallResNet
 from pml_distill.samplers import MixedSampler
 from pml_distill.teachers import FrozenTeacher
@@ -51,6 +52,30 @@ def test_the_metric_loss_and_its_miner_see_the_labelled_rows_and_the_distillatio
     assert torch.equal(miner.calls[0][0][0], embeddings) and all(i.max() < 6 for i in mined)
     assert given == [None, None] and len(all_rows) == len(reference["ref_emb"]) == 8
     assert losses["metric_loss"] > 0 and losses["distillation_loss"] > 0
+
+
+@pytest.mark.parametrize("miner", [TeacherNeighborMiner(2), TeacherRankMiner(2)])
+def test_a_miner_that_needs_no_labels_mines_all_rows_for_the_distillation_loss(make_trainer, miner):
+    metric, distillation = Recorder(TripletMarginLoss()), Recorder(DarkRankLoss())
+    trainer = make_trainer(
+        loss_funcs={"metric_loss": metric, "distillation_loss": distillation}, mining_funcs={"tuple_miner": miner}
+    )
+    trainer.training_step(batch_of(LABELS))
+    ((embeddings, _, own), _), ((all_rows, labels, mined), given) = metric.calls[0], distillation.calls[0]
+    assert labels is None and len(all_rows) == 8 and len(embeddings) == 6
+    for found, expected in zip(mined, miner(all_rows, None, ref_emb=given["ref_emb"])):
+        assert torch.equal(found, expected)
+    assert {1, 4} & set(torch.cat(mined).tolist()) and all(i.max() < 6 for i in own if len(i))
+
+
+def test_a_miner_that_needs_labels_leaves_the_distillation_loss_alone(make_trainer):
+    distillation = Recorder(DarkRankLoss())
+    trainer = make_trainer(
+        loss_funcs={"metric_loss": TripletMarginLoss(), "distillation_loss": distillation},
+        mining_funcs={"tuple_miner": TeacherMiner(MultiSimilarityMiner())},
+    )
+    trainer.training_step(batch_of(LABELS))
+    assert distillation.calls[0][0][1:] == (None, None)
 
 
 def test_the_gradient_is_that_of_the_two_losses_on_their_rows(make_trainer):

@@ -1,0 +1,118 @@
+"""Glyphs with miners: do pairs and triplets chosen by the teacher teach more than those chosen by labels, or all?
+
+    python benchmarks/miners.py --search   # on the validation classes
+    python benchmarks/miners.py
+
+write search.csv, and results.csv, table.md and map_at_r.png, into the folder. The setting is the demo's. Each line of
+the table compares two ways to choose pairs for the same losses: the relative teacher beside the demo's metric loss on
+all pairs or on those near each other in the teacher's space; and a metric loss alone, with a miner of PML or with the
+teacher's twin of it. A finished run has a row and is not computed again; an interrupted one goes on from its last
+epoch. The settings below are the best of the search.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison import METRICS, by_seed, complete, options, plot, table
+from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import BaseMiner, MultiSimilarityMiner, TripletMarginMiner
+
+from pml_distill.demo import Demo, DemoConfig, Distillation
+from pml_distill.losses import RelativeTeacherLoss
+from pml_distill.miners import BaseTeacherMiner, TeacherMiner, TeacherNeighborMiner, TeacherRankMiner
+from pml_distill.utils.report import mean_and_error
+
+WITHOUT, WITH = "labels or all pairs", "the teacher's choice"
+MINERS: dict[str, Callable[[], BaseMiner] | None] = {
+    "all": None,
+    "multi-similarity": MultiSimilarityMiner,
+    "teacher's multi-similarity": lambda: TeacherMiner(MultiSimilarityMiner()),
+    "triplet margin": TripletMarginMiner,
+    "teacher's triplet margin": lambda: TeacherMiner(TripletMarginMiner()),
+    "teacher's order": lambda: TeacherRankMiner(8),
+    "teacher's 8 nearest": lambda: TeacherNeighborMiner(8),
+    "teacher's 32 nearest": lambda: TeacherNeighborMiner(32),
+}
+#: For each comparison the metric loss and the two miners.
+COMPARISONS = {
+    "relative teacher": (MultiSimilarityLoss, "all", "teacher's 8 nearest"),
+    "multi-similarity": (MultiSimilarityLoss, "multi-similarity", "teacher's multi-similarity"),
+    "triplet, margin": (TripletMarginLoss, "triplet margin", "teacher's triplet margin"),
+    "triplet, order": (TripletMarginLoss, "triplet margin", "teacher's order"),
+    "contrastive": (ContrastiveLoss, "all", "teacher's 32 nearest"),
+}
+#: (weight of the relative teacher, learning rate)
+SETTINGS = {
+    ("relative teacher", WITHOUT): (1.0, 0.02),
+    ("relative teacher", WITH): (1.0, 0.02),
+    **{(name, method): (0.0, 0.02) for name in list(COMPARISONS)[1:] for method in (WITHOUT, WITH)},
+}
+SEARCH = {
+    key: [(weight, 0.02) for weight in (0.3, 1.0, 3.0, 10.0)]
+    if weight
+    else [(0.0, rate) for rate in (0.005, 0.01, 0.02)]
+    for key, (weight, _) in SETTINGS.items()
+}
+
+
+class MiningDemo(Demo):
+    """The demo, with another metric loss and a miner for the students."""
+
+    def __init__(self, out: Path, job: dict):
+        splits = ("train", "val") if job["split"] == "val" else ("train+val", "test")
+        super().__init__(DemoConfig("glyphs", 10, *splits), out / job["split"], torch.device("cpu"))
+        if job["method"] != "teacher":
+            self.loss, *miners = COMPARISONS[job["comparison"]]
+            self.miner = miners[job["method"] == WITH]
+
+    def trainer_and_tester(self, folder: Path, models: dict, seed: int, *others: Any) -> tuple:
+        trainer, tester = super().trainer_and_tester(folder, models, seed, *others)
+        if folder.name != "teacher":
+            trainer.loss_funcs["metric_loss"] = self.loss()
+            make_miner = MINERS[self.miner]
+            if make_miner is not None:
+                trainer.mining_funcs["tuple_miner"] = miner = make_miner()
+                if isinstance(miner, BaseTeacherMiner):
+                    trainer.teacher = self.teacher(seed)[0]
+        return trainer, tester
+
+
+def run(out: Path, job: dict) -> dict:
+    torch.set_num_threads(1)
+    demo, weight, rate = MiningDemo(out, job), job["weight"], job["learning_rate"]
+    if job["method"] == "teacher":
+        return job | demo.run("teacher", job["seed"])
+    # Two comparisons may share a side.
+    name = f"{demo.loss.__name__}, {demo.miner}, {weight:g}, {rate:g}".replace(" ", "")
+    distillation = Distillation(RelativeTeacherLoss, weight) if weight else None
+    return job | demo.run(name, job["seed"], distillation, rate)
+
+
+def job(split: str, comparison: str, method: str, seed: int, weight: float = 0.0, rate: float = 0.0) -> dict:
+    key = {"split": split, "comparison": comparison, "method": method, "seed": seed}
+    return key | {"weight": weight, "learning_rate": rate}
+
+
+def main() -> None:
+    given = options(__doc__, "miners")
+    split, seeds = ("val", 1) if given.search else ("test", given.seeds)
+    path = given.out / ("search.csv" if given.search else "results.csv")
+    work, processes = partial(run, given.out), given.processes
+    complete(path, [job(split, "-", "teacher", seed) for seed in range(seeds)], work, processes)
+    if given.search:
+        complete(path, [job(split, *key, 0, *setting) for key in SEARCH for setting in SEARCH[key]], work, processes)
+        return
+    jobs = [job(split, *key, seed, *setting) for key, setting in SETTINGS.items() for seed in range(seeds)]
+    rows = complete(path, jobs, work, processes)
+    text = table(rows, "comparison", tuple(COMPARISONS), WITHOUT, WITH)
+    (given.out / "table.md").write_text(text + "\n")
+    levels = {"teacher": mean_and_error(list(by_seed(rows, METRICS[1], method="teacher").values()))[0]}
+    plot(given.out / "map_at_r.png", rows, "comparison", tuple(COMPARISONS), (WITHOUT, WITH), levels)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

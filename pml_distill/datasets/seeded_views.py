@@ -1,0 +1,125 @@
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from .partially_labeled import UNLABELED
+
+
+class SeededViews(torch.utils.data.Dataset):
+    """Each sample in a fixed number of augmented views, a pure function of (seed, sample, view).
+
+    What a random augmentation makes of a sample then no longer depends on the order of the reads, on the process, or
+    on the number of workers: a teacher may see an image today, see ``TeacherCache``, and a student the same image bit
+    for bit tomorrow. Before a sample is read, the generators of Python's ``random``, of NumPy's ``np.random`` and of
+    torch on the CPU are set to a seed derived from the three; afterwards they are put back. This covers torchvision's
+    transforms, v1 and v2, and any callable that draws from these. It must wrap all that is random in an item, so it is
+    the outermost dataset but for those that only change labels.
+
+    Reading a sample returns one of its views, drawn with torch's generator: training sees all of them by and by, and
+    a seeded run the same ones again.
+
+    Args:
+        dataset: any dataset with a length, of (data, label), (data, label, index) or data alone.
+        seed: of the views, any whole number.
+        views: how many of each sample, at least 1. One makes the augmentation fixed.
+        reseed: a function, or several, called with a seed before each sample is read, for transforms that have a
+            generator of their own, such as ``Compose.set_random_seed`` of albumentations.
+
+    Items:
+        (data, label, row), with label -1 where ``dataset`` has none. The row is that of the sample's view in a
+        ``TeacherCache``: ``view * len(dataset) + sample``.
+
+    Attributes:
+        labels: those of ``dataset``.
+
+    Raises:
+        ValueError: ``views`` is below 1, or ``dataset`` has no length or no samples.
+
+    Example:
+        >>> dataset = SeededViews([("a", 0), ("b", 1)], views=3)
+        >>> dataset.read([0, 3])
+        [('a', 0, 0), ('b', 1, 3)]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int = 0,
+        views: int = 1,
+        reseed: Callable[[int], Any] | Sequence[Callable[[int], Any]] = (),
+    ):
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(f"dataset must have a length, but {type(dataset).__name__} has none.")
+        if len(dataset) == 0:
+            raise ValueError("dataset is empty.")
+        if views < 1:
+            raise ValueError(f"views must be at least 1, but is {views}.")
+        self.dataset, self.seed, self.views = dataset, seed, views
+        self.reseed = (reseed,) if callable(reseed) else tuple(reseed)
+
+    @property
+    def labels(self) -> Any:
+        """The labels of the dataset."""
+        return self.dataset.labels
+
+    @property
+    def num_rows(self) -> int:
+        """How many views there are of all samples."""
+        return self.views * len(self)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple]:
+        """Return several items at once; what a ``DataLoader`` calls for a batch."""
+        samples = range(len(self))
+        views = torch.randint(self.views, (len(indices),)).tolist()
+        return self.read([view * len(self) + samples[index] for view, index in zip(views, indices)])
+
+    def read(self, rows: Sequence[int]) -> list[tuple]:
+        """Return the items of given rows, 0 to ``views * len(dataset) - 1``.
+
+        Raises:
+            IndexError: a row is out of range.
+        """
+        for row in rows:
+            if not 0 <= row < self.num_rows:
+                raise IndexError(f"rows are 0 to {self.num_rows - 1}, but {row} is asked for.")
+        with unchanged_generators():
+            return [self.read_one(row) for row in rows]
+
+    def read_one(self, row: int) -> tuple:
+        """Return the item of a row, and leave the generators where it leaves them."""
+        view, sample = divmod(row, len(self))
+        key = hashlib.blake2b(f"{self.seed} {sample} {view}".encode(), digest_size=4).digest()
+        # 32 bits are what NumPy takes.
+        seed = int.from_bytes(key, "little")
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.random.default_generator.manual_seed(seed)
+        for reseed in self.reseed:
+            reseed(seed)
+        item = self.dataset[sample]
+        # Data may itself be a named tuple of two views.
+        data, label = item[:2] if type(item) in (tuple, list) else (item, UNLABELED)
+        return data, label, row
+
+
+@contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Put the global generators of the CPU back where they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

@@ -1,0 +1,121 @@
+"""What tells whether a cache belongs to a teacher and a dataset."""
+
+import hashlib
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..datasets import SeededViews
+
+#: What decides which pixels a seed gives.
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "albumentations")
+NUM_SAMPLES, NUM_VALUES = 8, 16
+
+
+def module_fingerprint(module: torch.nn.Module) -> str:
+    """Return a hash of the architecture and the weights of a module."""
+    digest = hashlib.sha256(without_addresses(repr(module)).encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
+    """Return the length, views and transforms of a dataset, what a few samples look like, and the versions.
+
+    Raises:
+        ValueError: a sample is not the same when read twice.
+    """
+    return {
+        "length": len(dataset),
+        "seed": dataset.seed,
+        "views": dataset.views,
+        "dataset": [type(part).__name__ for part in chain(dataset)],
+        "transform": [
+            f"{name}: {without_addresses(repr(value))}"
+            for part in chain(dataset)
+            for name, value in getattr(part, "__dict__", {}).items()
+            if "transform" in name and value is not None
+        ],
+        **{f"version of {name}": version(name) for name in LIBRARIES},
+        "samples": {str(row): signature(dataset, row) for row in checked_rows(dataset)},
+    }
+
+
+def differences(ours: dict[str, Any], cached: dict[str, Any]) -> list[str]:
+    """Return a line for each part of our fingerprint that differs from the cache's."""
+    lines = []
+    for name, value in ours.items():
+        if name == "samples":
+            others = [row for row, values in value.items() if not alike(values, cached[name].get(row))]
+            if others:
+                lines.append(f"samples: what the dataset yields for the rows {', '.join(others)}")
+        elif value != cached.get(name):
+            lines.append(f"{name}: {shown(cached.get(name))} in the cache, {shown(value)} now")
+    return lines
+
+
+def checked_rows(dataset: SeededViews) -> list[int]:
+    """Return a few rows over all samples and views."""
+    return sorted({round(place) for place in np.linspace(0, dataset.num_rows - 1, NUM_SAMPLES)})
+
+
+def signature(dataset: SeededViews, row: int) -> list[float]:
+    """Return the mean of a sample's data and a few of its values, after reading it twice."""
+    first, second = (flat(dataset.read([row])[0][0]) for _ in range(2))
+    if not np.array_equal(first, second, equal_nan=True):
+        raise ValueError(
+            f"dataset yields other data each time sample {row % len(dataset)} is read, though SeededViews has seeded "
+            "random, np.random and torch: something in it has a random generator of its own. Give SeededViews "
+            "reseed=, a function that seeds it, such as albumentations' Compose.set_random_seed."
+        )
+    places = np.linspace(0, len(first) - 1, NUM_VALUES).round().astype(int)
+    return [float(first.mean()), *first[places].tolist()]
+
+
+def alike(values: list[float], others: list[float] | None) -> bool:
+    """Whether two signatures agree, up to what another processor may round otherwise."""
+    scale = max(map(abs, values), default=0.0)
+    return others is not None and bool(np.allclose(values, others, rtol=0.01, atol=0.01 * scale, equal_nan=True))
+
+
+def flat(data: Any) -> np.ndarray:
+    """Return all numbers of a sample, be it a tensor, an array, an image, a text, or several of these."""
+    if isinstance(data, str):
+        data = np.frombuffer(data.encode(), dtype=np.uint8)
+    if isinstance(data, dict):
+        data = list(data.values())
+    if isinstance(data, (tuple, list)):
+        return np.concatenate([flat(part) for part in data])
+    return np.asarray(data, dtype=np.float64).reshape(-1)
+
+
+def chain(dataset: Any) -> Iterator[Any]:
+    """Yield a dataset, the one it wraps, and so on."""
+    while dataset is not None:
+        yield dataset
+        dataset = getattr(dataset, "dataset", None)
+
+
+def version(name: str) -> str | None:
+    """Return the version of an installed library without its build, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def without_addresses(text: str) -> str:
+    """Drop the addresses of objects, which change from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, cut to a readable length."""
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

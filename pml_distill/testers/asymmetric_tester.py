@@ -1,0 +1,101 @@
+from typing import Any
+
+import torch
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+
+from ..datasets import Views
+
+Embeddings = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class AsymmetricTester(GlobalEmbeddingSpaceTester):
+    """PML's ``GlobalEmbeddingSpaceTester``, and beside it retrieval with the teacher.
+
+    Large networks index a gallery once; small ones embed the queries. For each split ``all_accuracies`` has, for each
+    metric of the accuracy calculator, three figures:
+
+    - ``precision_at_1_level0``: the student's queries in the student's gallery, as in PML's tester;
+    - ``teacher_precision_at_1_level0``: the teacher's in the teacher's;
+    - ``asymmetric_precision_at_1_level0``: the student's queries in the teacher's gallery; metrics of clusters have no
+      such figure. A query's own row of the gallery is left out by its place.
+
+    Losses on relations alone do not bring the two spaces together, and the last figure is near zero;
+    ``losses.catalogue()`` tells which do. ``HookContainer`` logs all three. The trainers' ``models["projection"]`` maps
+    the student to the teacher's width: append it to the embedder that is tested.
+
+    A dataset of ``Views`` shows each network its own.
+
+    Args:
+        *args: those of PML's tester.
+        teacher: ``FrozenTeacher``, or any callable from data to embeddings of the student's width.
+        **kwargs: those of PML's tester.
+
+    Raises:
+        ValueError: student and teacher have embeddings of different widths.
+
+    Example:
+        >>> from pml_distill.datasets import Digits
+        >>> from pml_distill.models import SmallResNet
+        >>> from pml_distill.teachers import FrozenTeacher
+        >>> tester = AsymmetricTester(teacher=FrozenTeacher(SmallResNet(4)), dataloader_num_workers=0)
+        >>> split = torch.utils.data.Subset(Digits("test"), range(40))
+        >>> accuracies = tester.test({"test": split}, epoch=1, trunk_model=SmallResNet(4))["test"]
+        >>> sorted(name for name in accuracies if "mean_average_precision_at_r" in name)[:2]
+        ['asymmetric_mean_average_precision_at_r_level0', 'mean_average_precision_at_r_level0']
+    """
+
+    def __init__(self, *args: Any, teacher: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.teacher, self.teacher_looks = teacher, False
+
+    def get_all_embeddings_for_all_splits(
+        self, dataset_dict: dict, trunk_model: Any, embedder_model: Any, splits: list[str], collate_fn: Any
+    ) -> Embeddings:
+        """Embed the splits with both networks, and return what the student makes of them."""
+        student = super().get_all_embeddings_for_all_splits(
+            dataset_dict, trunk_model, embedder_model, splits, collate_fn
+        )
+        self.teacher_looks = True
+        self.teacher_embeddings_and_labels = super().get_all_embeddings_for_all_splits(
+            dataset_dict, self.teacher, None, splits, collate_fn
+        )
+        self.teacher_looks = False
+        for split in splits:
+            widths = student[split][0].shape[1], self.teacher_embeddings_and_labels[split][0].shape[1]
+            if widths[0] != widths[1]:
+                raise ValueError(
+                    f"The student's embeddings are {widths[0]} wide and the teacher's {widths[1]}, so that neither can "
+                    "search the other's gallery; append a projection to the student's embedder."
+                )
+        return student
+
+    def get_embeddings_for_eval(self, trunk_model: Any, embedder_model: Any, input_imgs: Any) -> torch.Tensor:
+        """Embed a batch, or the view of it that is meant for this network."""
+        if isinstance(input_imgs, Views):
+            input_imgs = input_imgs.teacher if self.teacher_looks else input_imgs.student
+        return super().get_embeddings_for_eval(trunk_model, embedder_model, input_imgs)
+
+    def do_knn_and_accuracies(
+        self, accuracies: dict, embeddings_and_labels: Embeddings, query_split_name: str, references: list[str]
+    ) -> None:
+        """Add the figures of the student, the teacher, and the student in the teacher's gallery."""
+        splits = query_split_name, references
+        super().do_knn_and_accuracies(accuracies, embeddings_and_labels, *splits)
+        calculator, queries = self.accuracy_calculator, embeddings_and_labels[query_split_name][0]
+        own_knn = calculator.knn_func
+
+        # The calculator wants the gallery to begin with the queries, and is told that they are the teacher's.
+        def student_asks(_: torch.Tensor, k: int, reference: torch.Tensor, ref_includes_query: bool) -> Any:
+            return own_knn(queries.to(reference), k, reference, ref_includes_query)
+
+        for name, knn_func in (("teacher", own_knn), ("asymmetric", student_asks)):
+            found: dict[str, float] = {}
+            calculator.knn_func = knn_func
+            try:
+                super().do_knn_and_accuracies(found, self.teacher_embeddings_and_labels, *splits)
+            finally:
+                calculator.knn_func = own_knn
+            clusters = calculator.requires_clustering() if name == "asymmetric" else ()
+            accuracies.update(
+                {f"{name}_{key}": value for key, value in found.items() if not any(c in key for c in clusters)}
+            )

@@ -1,0 +1,137 @@
+"""A cache in training: the same losses as with the network, in trainers and ensembles; wrong data are refused."""
+
+import pytest
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from pytorch_metric_learning.samplers import MPerClassSampler
+from pytorch_metric_learning.utils import common_functions as c_f
+from torch import nn
+
+from pml_distill.datasets import CrossQuality, Glyphs, PartiallyLabeled, SeededViews
+from pml_distill.losses import DarkRankLoss, LogitDistillationLoss, PooledFeatureLoss
+from pml_distill.models import SmallResNet
+from pml_distill.samplers import MixedSampler
+from pml_distill.teachers import CachedTeacher, EnsembleTeacher, FrozenTeacher, TeacherCache
+from pml_distill.trainers import DistillationWithClassifier
+
+VIEWS = 2
+
+
+def network(width, seed):
+    torch.manual_seed(seed)
+    return SmallResNet(width)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return SeededViews(Glyphs("val", size=16, augment=True), seed=3, views=VIEWS)
+
+
+@pytest.fixture(scope="module")
+def live():
+    return FrozenTeacher(network(8, seed=1))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(2)
+    return nn.Linear(32, 100)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory, dataset, live):
+    folder = tmp_path_factory.mktemp("cache")
+    TeacherCache(folder, live, dataset, batch_size=256, features=["layer2"]).write()
+    return CachedTeacher(folder, dataset, live)
+
+
+def train(dataset, teacher, classifier=None, num_workers=0, sampler=None, **changes):
+    """Return the losses of 20 steps."""
+    models = {"trunk": network(8, seed=0), "classifier": nn.Linear(32, 100)}
+    losses = []
+    torch.manual_seed(5)
+    c_f.NUMPY_RANDOM.seed(5)
+    parts = {
+        "loss_funcs": {
+            "metric_loss": MultiSimilarityLoss(),
+            "distillation_loss": DarkRankLoss(list_length=4),
+            "logit_distillation_loss": LogitDistillationLoss(temperature=4),
+            "feature_distillation_loss": PooledFeatureLoss(),
+        },
+        "student_features": ["layer2"],
+        "teacher_features": ["layer2"],
+        "teacher_classifier": classifier,
+    }
+    trainer = DistillationWithClassifier(
+        models=models,
+        optimizers={"trunk_optimizer": torch.optim.Adam(models["trunk"].parameters(), lr=0.003)},
+        batch_size=32,
+        dataset=dataset,
+        teacher=teacher,
+        sampler=sampler or MPerClassSampler(dataset.labels, 4, 32, 640),
+        iterations_per_epoch=20,
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=num_workers,
+        end_of_iteration_hook=lambda t: losses.append({k: float(v) for k, v in t.losses.items()}),
+        **parts | changes,
+    )
+    trainer.train(1, 1)
+    return losses
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_losses_are_those_with_the_network(dataset, live, cached, classifier, num_workers):
+    runs = [train(dataset, teacher, classifier, num_workers) for teacher in (live, cached)]
+    assert len(runs[0]) == 20 and len(runs[0][0]) == 5
+    for ours, theirs in zip(*runs):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    assert runs[0][-1]["total_loss"] < runs[0][0]["total_loss"]
+
+
+def test_partly_labelled_data_of_two_qualities(dataset, live, cached):
+    few = PartiallyLabeled(CrossQuality(dataset, lambda image: image / 2), 0.5, labels=dataset.labels)
+    changes = {
+        "loss_funcs": {"metric_loss": MultiSimilarityLoss(), "distillation_loss": DarkRankLoss()},
+        "student_features": [],
+        "teacher_features": [],
+    }
+    sampler = MixedSampler(few.labels, 2, 32, 0.5, 640)
+    runs = [train(few, teacher, sampler=sampler, **changes) for teacher in (live, cached)]
+    for ours, theirs in zip(*runs):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_in_an_ensemble(dataset, live, cached):
+    data, _, rows = next(iter(torch.utils.data.DataLoader(dataset, 8)))
+    joint = EnsembleTeacher([cached, live], weights=[2, 1])
+    assert torch.allclose(joint(data, rows), EnsembleTeacher([live, live], [2, 1])(data, rows), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: EnsembleTeacher([t])])
+def test_a_trainer_refuses_data_that_are_not_the_caches(dataset, cached, wrap):
+    changes = {"loss_funcs": {"distillation_loss": DarkRankLoss()}, "student_features": [], "teacher_features": []}
+    for other in (
+        dataset.dataset,
+        Glyphs("val", size=16, return_index=True),
+        SeededViews(dataset.dataset, seed=3, views=VIEWS + 1),
+        SeededViews(dataset.dataset, seed=4, views=VIEWS),
+    ):
+        with pytest.raises(ValueError, match="cache of SeededViews with {'length': .*its rows mean nothing for"):
+            train(other, wrap(cached), **changes)
+
+
+def test_features_that_are_not_cached_are_refused(dataset, cached, classifier):
+    with pytest.raises(ValueError, match=r"no features of \['layer3'\], but of \['layer2'\]"):
+        train(dataset, cached, classifier, student_features=["layer3"], teacher_features=["layer3"])
+    with pytest.raises(ValueError, match="has no logits; write one with a classifier"):
+        cached.logits(torch.tensor([0]))
+
+
+def test_wrong_indices_are_refused(dataset, cached):
+    with pytest.raises(ValueError, match=r"needs the index of each sample: a batch must be \(data, labels, index\)"):
+        cached(torch.zeros(2))
+    for index in ([0, -1], [dataset.num_rows, 3]):
+        with pytest.raises(IndexError, match=f"index must be from 0 to {dataset.num_rows - 1}.*{min(index)} to"):
+            cached(torch.zeros(2), torch.tensor(index))
+    with pytest.raises(ValueError, match="dataset must be the SeededViews .* but is a Glyphs"):
+        CachedTeacher(cached.file.folder, dataset.dataset)

@@ -1,0 +1,396 @@
+"""Writing a cache: what is stored, kills, damage, several writers, full disks."""
+
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pml_distill.datasets import CrossQuality, SeededViews
+from pml_distill.teachers import CachedTeacher, EnsembleTeacher, FrozenTeacher, TeacherCache, block_file
+from pml_distill.teachers.block_file import BlockFile
+
+
+class Noisy(torch.utils.data.Dataset):
+    """A number and noise that is drawn anew at each read."""
+
+    def __init__(self, size=50, seconds=0.0):
+        self.size, self.seconds = size, seconds
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.size:
+            raise IndexError(i)
+        time.sleep(self.seconds)
+        return float(i) + torch.randn(1, 4, 4), i % 5
+
+
+class LoggingTeacher(FrozenTeacher):
+    """Notes each of its batches in a file, from whatever process."""
+
+    log: Path | None = None
+
+    def forward(self, data, index=None):
+        if self.log is not None:
+            with open(self.log, "a") as file:
+                file.write(f"{int(index[0])}\n")
+        return super().forward(data, index)
+
+
+def make_teacher(width=6, seed=0):
+    torch.manual_seed(seed)
+    trunk = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, width))
+    return LoggingTeacher(trunk)
+
+
+def make_dataset(size=50, views=2, seconds=0.0, seed=0):
+    return SeededViews(Noisy(size, seconds), seed, views)
+
+
+def expected(teacher, dataset):
+    data = torch.stack([data for data, _, _ in dataset.read(range(dataset.num_rows))])
+    return teacher(data)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_is_read_is_what_the_teacher_returned(tmp_path, dtype, num_workers):
+    teacher, dataset = make_teacher(), make_dataset()
+    TeacherCache(tmp_path, teacher, dataset, dtype, batch_size=8).write(num_workers)
+    cached, rows = CachedTeacher(tmp_path, dataset, teacher), torch.randperm(100)
+    embeddings = cached(torch.zeros(100, 1), rows)
+    assert embeddings.dtype == dtype and embeddings.shape == (100, 6)
+    atol = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 3e-1}[dtype]
+    assert torch.allclose(embeddings.float(), expected(teacher, dataset)[rows], atol=atol, rtol=0)
+    repeated = torch.tensor([3, 99, 3])
+    assert torch.equal(cached(torch.zeros(3, 1), repeated), embeddings[rows.argsort()][repeated])
+
+
+def test_logits_and_pooled_features_are_stored_on_request(tmp_path):
+    teacher, dataset, classifier = make_teacher(), make_dataset(), nn.Linear(6, 9)
+    TeacherCache(tmp_path, teacher, dataset, classifier=classifier, features=["0", "2"]).write()
+    cached, rows = CachedTeacher(tmp_path, dataset), torch.tensor([70, 2, 33])
+    data = torch.stack([data for data, _, _ in dataset.read(rows.tolist())])
+    assert torch.allclose(cached.logits(rows), classifier(teacher(data)), atol=1e-5)
+    with teacher.tap(["2", "0"]) as live, cached.tap(["2", "0"]) as tap:
+        teacher(data), cached(data, rows)
+    for ours, theirs in zip(tap.features, live.features):
+        assert ours.shape == (3, 3, 1, 1) and torch.allclose(ours, theirs.mean((2, 3), keepdim=True), atol=1e-5)
+
+
+def test_the_teacher_sees_its_own_view(tmp_path):
+    teacher = make_teacher()
+    dataset = SeededViews(CrossQuality(Noisy(), torch.zeros_like))
+    TeacherCache(tmp_path, teacher, dataset).write()
+    clean = torch.stack([views.teacher for views, _, _ in dataset.read(range(50))])
+    embeddings = CachedTeacher(tmp_path, dataset)(clean, torch.arange(50))
+    assert torch.allclose(embeddings, teacher(clean), atol=1e-5)
+
+
+def test_size_and_time_are_told_before_it_begins(tmp_path, capsys):
+    TeacherCache(tmp_path, make_teacher(), make_dataset(), batch_size=8).write()
+    told = capsys.readouterr().err
+    assert "100 rows, 0.0 MiB; about 0 s of reading" in told and "100/100" in told
+
+
+def test_nothing_is_computed_twice(tmp_path):
+    teacher, dataset = make_teacher(), make_dataset()
+    cache = TeacherCache(tmp_path / "cache", teacher, dataset, batch_size=8)
+    cache.write()
+    before = contents(tmp_path / "cache")
+    teacher.log = tmp_path / "log"
+    cache.write()
+    assert contents(tmp_path / "cache") == before and not teacher.log.exists()
+
+
+def write_slowly(folder, num_workers, log):
+    torch.set_num_threads(1)
+    # Workers of a fork server would not notice that their parent is gone.
+    multiprocessing.set_start_method("fork", force=True)
+    teacher = make_teacher()
+    teacher.log = log
+    TeacherCache(folder, teacher, make_dataset(100, 3, seconds=2e-3), batch_size=5).write(num_workers)
+
+
+def num_written(folder):
+    path = folder / "checksums.bin"
+    return np.count_nonzero(np.fromfile(path, "<u8")) if path.exists() else 0
+
+
+def test_twenty_kills_cost_a_batch_each_and_leave_no_trace(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pml_distill.teachers"])
+    folder, undisturbed, log, kills = tmp_path / "killed", tmp_path / "whole", tmp_path / "log", 0
+    draw = random.Random(0)
+    while kills < 20:
+        process = context.Process(target=write_slowly, args=(folder, 2 if kills % 5 == 4 else 0, log))
+        process.start()
+        goal = num_written(folder) + draw.randrange(3)
+        while num_written(folder) < goal and process.is_alive():
+            time.sleep(1e-4)
+        time.sleep(draw.random() * 0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert num_written(folder) < 60, "it was done before it was killed"
+        kills += 1
+    write_slowly(folder, 0, log)
+    write_slowly(undisturbed, 0, None)
+    assert contents(folder) == contents(undisturbed)
+    # The first batch once more in each run that began a cache.
+    assert len(log.read_text().split()) <= 60 + 2 * kills
+
+
+def write_as_rank(rank, folder, processes):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    teacher = make_teacher()
+    teacher.log = folder / f"log{rank}"
+    TeacherCache(folder / "cache", teacher, make_dataset(), batch_size=8).write()
+    assert BlockFile(folder / "cache").num_written == 13
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_share_the_work(tmp_path):
+    (tmp_path / "several").mkdir()
+    torch.multiprocessing.spawn(write_as_rank, args=(tmp_path / "several", 2), nprocs=2)
+    TeacherCache(tmp_path / "single", make_teacher(), make_dataset(), batch_size=8).write()
+    assert contents(tmp_path / "several" / "cache") == contents(tmp_path / "single")
+    batches = [(tmp_path / "several" / f"log{rank}").read_text().split() for rank in range(2)]
+    # Rank 0 has also tried a batch.
+    assert [len(b) for b in batches] == [7 + 1, 6] and not set(batches[0]) & set(batches[1])
+
+
+def hold(folder, ready, done):
+    with block_file.locked(folder):
+        ready.set()
+        done.wait()
+
+
+def test_two_writers_are_refused(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    ready.wait()
+    with pytest.raises(RuntimeError, match=f"Another process is writing the teacher cache in {tmp_path}"):
+        TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
+    done.set()
+    other.join()
+    TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
+
+
+CHANGES = {
+    "teacher": ({"teacher": make_teacher(seed=1)}, "teacher: "),
+    "ensemble": ({"teacher": EnsembleTeacher([make_teacher()])}, "teacher: "),
+    "shorter": ({"dataset": make_dataset(49)}, "length: 50 in the cache, 49 now"),
+    "longer": ({"dataset": make_dataset(51)}, "length: 50 in the cache, 51 now"),
+    "views": ({"dataset": make_dataset(views=3)}, "views: 2 in the cache, 3 now"),
+    "seed": ({"dataset": make_dataset(seed=7)}, "seed: 0 in the cache, 7 now"),
+    "precision": ({"dtype": torch.float16}, "dtype: torch.float32 in the cache, torch.float16 now"),
+    "arrays": ({"features": ["0"]}, r"arrays: \['embeddings'\] in the cache, \['embeddings', 'features.0'\] now"),
+    "classifier": ({"classifier": nn.Linear(6, 2)}, "classifier: None in the cache"),
+    "pixels": (
+        {"dataset": SeededViews(torch.utils.data.TensorDataset(torch.zeros(50, 1, 4, 4), torch.zeros(50)), 0, 2)},
+        "samples: what the dataset yields for the rows 0, 14, 28",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_teacher_or_dataset_is_refused_with_what_differs(tmp_path, name):
+    TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
+    before = contents(tmp_path)
+    changes, message = CHANGES[name]
+    given = {"teacher": make_teacher(), "dataset": make_dataset()} | changes
+    with pytest.raises(ValueError, match=f"belongs to something else:(.|\n)*{message}"):
+        TeacherCache(tmp_path, **given).write()
+    if name in ("shorter", "longer", "views", "seed", "pixels"):
+        with pytest.raises(ValueError, match=message):
+            CachedTeacher(tmp_path, given["dataset"])
+    if name in ("teacher", "ensemble"):
+        with pytest.raises(ValueError, match=message):
+            CachedTeacher(tmp_path, given["dataset"], given["teacher"])
+    assert contents(tmp_path) == before
+
+
+def test_other_versions_and_transforms_are_refused(tmp_path, monkeypatch):
+    TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
+    dataset = make_dataset()
+    dataset.dataset.transform = nn.Identity()
+    with pytest.raises(ValueError, match=r"transform: \[\] in the cache, \['transform: Identity\(\)'\] now"):
+        CachedTeacher(tmp_path, dataset)
+    monkeypatch.setattr("pml_distill.teachers.fingerprint.version", lambda name: "0.1")
+    with pytest.raises(ValueError, match="version of torch: .* in the cache, 0.1 now"):
+        CachedTeacher(tmp_path, make_dataset())
+
+
+class Restless(torch.utils.data.Dataset):
+    generator = np.random.default_rng()
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return self.generator.normal(size=2).astype("float32"), 0
+
+
+def test_data_that_ignore_the_seed_are_found_out(tmp_path):
+    teacher = FrozenTeacher(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="other data each time sample 0 is read.*reseed="):
+        TeacherCache(tmp_path, teacher, SeededViews(Restless()))
+
+    def reseed(seed):
+        Restless.generator = np.random.default_rng(seed)
+
+    dataset = SeededViews(Restless(), reseed=reseed)
+    TeacherCache(tmp_path, teacher, dataset).write()
+    assert CachedTeacher(tmp_path, dataset)(torch.zeros(1), torch.tensor([1])).shape == (1, 2)
+
+
+def flip_a_bit(path):
+    with open(path, "r+b") as file:
+        file.seek(8 * 24 * 3 + 5)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_a_flipped_bit_is_found_and_mended(tmp_path):
+    teacher, dataset = make_teacher(), make_dataset()
+    cache = TeacherCache(tmp_path / "cache", teacher, dataset, batch_size=8)
+    cache.write()
+    before = contents(tmp_path / "cache")
+    flip_a_bit(tmp_path / "cache" / "embeddings.bin")
+    cached = CachedTeacher(tmp_path / "cache", dataset)
+    assert torch.isfinite(cached(torch.zeros(8), torch.arange(8))).all()
+    with pytest.raises(ValueError, match=r"Block 3 .*rows 24 to 31.*does not have its checksum.*write\(\)"):
+        cached(torch.zeros(2), torch.tensor([8, 30]))
+    teacher.log = tmp_path / "log"
+    cache.write()
+    assert contents(tmp_path / "cache") == before and teacher.log.read_text() == "24\n"
+
+
+def test_truncated_foreign_and_unfinished_files_are_refused(tmp_path):
+    dataset = make_dataset()
+    cache = TeacherCache(tmp_path / "cache", make_teacher(), dataset, batch_size=8)
+    with pytest.raises(ValueError, match="holds no teacher cache: cache.json is missing"):
+        CachedTeacher(tmp_path / "cache", dataset)
+    cache.write()
+    os.truncate(tmp_path / "cache" / "embeddings.bin", 2000)
+    with pytest.raises(ValueError, match=r"embeddings.bin has 2,000 bytes, but the cache needs 2,400"):
+        CachedTeacher(tmp_path / "cache", dataset)
+    (tmp_path / "cache" / "cache.json").write_text('{"format": ')
+    with pytest.raises(ValueError, match="cache.json is damaged"):
+        CachedTeacher(tmp_path / "cache", dataset)
+    (tmp_path / "cache" / "cache.json").write_text('{"format": "another"}')
+    with pytest.raises(ValueError, match="has the format 'another', but this version reads"):
+        cache.write()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.pdf").touch()
+    with pytest.raises(ValueError, match=r"not empty and holds no teacher cache, but \['thesis.pdf'\]"):
+        TeacherCache(tmp_path / "other", make_teacher(), dataset).write()
+
+
+def test_a_disk_that_is_too_small_is_noticed_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_file.shutil, "disk_usage", lambda _: FakeUsage())
+    with pytest.raises(OSError, match="needs 0.00 GiB, free are 0.00") as caught:
+        TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
+    assert caught.value.errno == errno.ENOSPC
+
+
+class FakeUsage:
+    free = 10
+
+
+def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, monkeypatch):
+    teacher, dataset = make_teacher(), make_dataset()
+    cache, write, calls = TeacherCache(tmp_path / "cache", teacher, dataset, batch_size=8), os.pwrite, []
+
+    def full(descriptor, content, offset):
+        calls.append(offset)
+        if len(calls) == 8:
+            # A full disk takes what still fits.
+            return write(descriptor, content[:10], offset)
+        if len(calls) > 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="The disk is full: 4 of 13 batches are written and kept"):
+        cache.write()
+    with pytest.raises(ValueError, match="incomplete: 4 of 13 batches"):
+        CachedTeacher(tmp_path / "cache", dataset)
+    monkeypatch.setattr(os, "pwrite", write)
+    teacher.log = tmp_path / "log"
+    cache.write()
+    TeacherCache(tmp_path / "whole", make_teacher(), dataset, batch_size=8).write()
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    assert len(teacher.log.read_text().split()) == 9
+
+
+def test_what_the_precision_cannot_hold_is_refused(tmp_path):
+    teacher = make_teacher()
+    teacher.trunk[4].bias.data[2] = 1e5
+    cache = TeacherCache(tmp_path, teacher, make_dataset(), torch.float16)
+    with pytest.raises(ValueError, match="embeddings of the rows 0 to 63 are not finite in torch.float16"):
+        cache.write()
+    (tmp_path / "bfloat16").mkdir()
+    TeacherCache(tmp_path / "bfloat16", teacher, make_dataset(), torch.bfloat16).write()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": Noisy()}, r"dataset must be SeededViews\(dataset, ...\).* but is a Noisy"),
+        ({"teacher": nn.Linear(2, 2)}, "teacher, a Linear, must be a module without parameters that require"),
+        ({"teacher": lambda data, index: data}, "teacher, a function, must be a module"),
+        ({"dtype": torch.int8}, "dtype must be one of torch.float32.*but is torch.int8"),
+        ({"batch_size": 0}, "batch_size must be at least 1, but is 0"),
+        ({"features": ["layer9"]}, "no modules of these names: 'layer9'"),
+        ({"teacher": EnsembleTeacher([make_teacher()]), "features": ["0"]}, "features names modules of teacher.trunk"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        TeacherCache(tmp_path, **{"teacher": make_teacher(), "dataset": make_dataset()} | changes)
+
+
+def test_ten_million_rows_need_no_memory(tmp_path, monkeypatch):
+    """10,000,000 x 512 in float16, 9.5 GiB, nearly all of it holes: reading takes a few pages."""
+    monkeypatch.setattr(block_file, "check_room", lambda folder, needed: None)
+    file = BlockFile.create(tmp_path, 10_000_000, 64, {"embeddings": 512}, torch.float16, {})
+    zeros = block_file.checksum([np.zeros(64 * 1024, dtype=np.uint8)])
+    np.full(file.num_blocks, zeros, dtype="<u8").tofile(tmp_path / "checksums.bin")
+    written = torch.randn(64, 512).half()
+    for block in (0, 77_777, file.num_blocks - 1):
+        file.write(block, {"embeddings": written})
+    file, draw = BlockFile(tmp_path), np.random.default_rng(0)
+    before = private_memory()
+    for _ in range(20):
+        rows = draw.integers(0, 10_000_000, 128)
+        rows[:3] = 9_999_999, 5, 64 * 77_777 + 1
+        values = file.read("embeddings", rows)
+        assert torch.equal(values[:3], written[[63, 5, 1]]) and values[3:].abs().max() <= written.abs().max()
+    assert private_memory() - before < 64 * 2**20
+    assert (tmp_path / "embeddings.bin").stat().st_size == 10_240_000_000
+    assert (tmp_path / "embeddings.bin").stat().st_blocks * 512 < 2**20
+
+
+def private_memory():
+    """Bytes of memory that are not a file's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])

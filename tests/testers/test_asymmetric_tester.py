@@ -1,0 +1,103 @@
+import pytest
+import torch
+from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
+from torch import nn
+
+from pml_distill.datasets import CrossQuality, Glyphs
+from pml_distill.models import SmallResNet
+from pml_distill.teachers import FrozenTeacher
+from pml_distill.testers import AsymmetricTester
+from pml_distill.utils import asymmetric_accuracy
+
+SPLIT = "val"
+
+
+@pytest.fixture(scope="module")
+def glyphs():
+    return Glyphs(SPLIT, size=16, augment=False)
+
+
+def network(width, seed):
+    torch.manual_seed(seed)
+    return SmallResNet(width).eval()
+
+
+def calculator(*names):
+    return AccuracyCalculator(include=names, k="max_bin_count", device=torch.device("cpu"))
+
+
+def make_tester(cls=AsymmetricTester, names=("precision_at_1", "mean_average_precision_at_r"), **changes):
+    settings = {"batch_size": 256, "data_device": torch.device("cpu"), "dataloader_num_workers": 0}
+    return cls(**settings | {"accuracy_calculator": calculator(*names)} | changes)
+
+
+def embeddings(model, dataset):
+    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    return nn.functional.normalize(model(images).detach())
+
+
+def test_the_three_figures_are_those_of_each_pair_of_spaces(glyphs):
+    student, teacher = network(8, 0), network(8, 0)
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 0.05 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) if p.ndim > 1 else 0
+    found = make_tester(teacher=FrozenTeacher(teacher)).test({SPLIT: glyphs}, 3, student)[SPLIT]
+    own = make_tester(GlobalEmbeddingSpaceTester).test({SPLIT: glyphs}, 3, student)[SPLIT]
+    teachers = make_tester(GlobalEmbeddingSpaceTester).test({SPLIT: glyphs}, 3, teacher)[SPLIT]
+    expected = asymmetric_accuracy(embeddings(student, glyphs), embeddings(teacher, glyphs), glyphs.labels)
+    for name in ("precision_at_1", "mean_average_precision_at_r"):
+        assert found[f"{name}_level0"] == own[f"{name}_level0"]
+        assert found[f"teacher_{name}_level0"] == teachers[f"{name}_level0"]
+        assert found[f"asymmetric_{name}_level0"] == pytest.approx(expected[name], abs=1e-6)
+        assert 0.005 < found[f"asymmetric_{name}_level0"] != own[f"{name}_level0"]
+    assert found["epoch"] == 3
+
+
+def test_queries_in_a_gallery_of_other_images(glyphs):
+    student, teacher = network(8, 0), network(8, 1)
+    even, odd = (torch.utils.data.Subset(glyphs, range(start, len(glyphs), 2)) for start in (0, 1))
+    found = make_tester(teacher=FrozenTeacher(teacher)).test(
+        {"query": even, "gallery": odd}, 1, student, splits_to_eval=[("query", ["gallery"])]
+    )["query"]
+    expected = calculator("precision_at_1").get_accuracy(
+        embeddings(student, even), glyphs.labels[::2], embeddings(teacher, odd), glyphs.labels[1::2]
+    )
+    assert found["asymmetric_precision_at_1_level0"] == pytest.approx(expected["precision_at_1"])
+
+
+def test_each_network_sees_its_view(glyphs):
+    student = network(8, 0)
+    found = make_tester(teacher=FrozenTeacher(student)).test(
+        {SPLIT: CrossQuality(glyphs, torch.zeros_like)}, 1, student
+    )
+    assert found[SPLIT]["precision_at_1_level0"] < 0.02 < found[SPLIT]["teacher_precision_at_1_level0"]
+
+
+def test_clusters_have_no_asymmetric_figure(glyphs):
+    few = torch.utils.data.Subset(glyphs, range(160))
+    found = make_tester(names=("NMI", "precision_at_1"), teacher=FrozenTeacher(network(4, 1))).test(
+        {SPLIT: few}, 1, network(4, 0)
+    )[SPLIT]
+    assert {"NMI_level0", "teacher_NMI_level0", "asymmetric_precision_at_1_level0"} <= set(found)
+    assert "asymmetric_NMI_level0" not in found
+
+
+def test_hooks_log_all_three(glyphs, tmp_path):
+    keeper, _, _ = get_record_keeper(str(tmp_path / "logs"), str(tmp_path / "tensorboard"))
+    hooks = HookContainer(keeper, primary_metric="precision_at_1", validation_split_name=SPLIT)
+    own = make_tester(teacher=FrozenTeacher(network(4, 1)), end_of_testing_hook=hooks.end_of_testing_hook)
+    own.test({SPLIT: glyphs}, 1, network(4, 0))
+    keeper.save_records()
+    (row,) = keeper.query(f"SELECT * FROM {hooks.record_group_name(own, SPLIT)}")
+    for prefix in ("", "teacher_", "asymmetric_"):
+        assert row[f"{prefix}precision_at_1_level0"] == own.all_accuracies[SPLIT][f"{prefix}precision_at_1_level0"]
+
+
+def test_other_widths_are_refused_and_a_projection_helps(glyphs):
+    student, teacher = network(8, 0), FrozenTeacher(network(4, 1))
+    with pytest.raises(ValueError, match="student's embeddings are 32 wide and the teacher's 16.*append a projection"):
+        make_tester(teacher=teacher).test({SPLIT: glyphs}, 1, student)
+    found = make_tester(teacher=teacher).test({SPLIT: glyphs}, 1, student, nn.Linear(32, 16))
+    assert "asymmetric_precision_at_1_level0" in found[SPLIT]
