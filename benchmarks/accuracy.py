@@ -6,7 +6,7 @@ on the weight of the distillation. The best by MAP@R is trained with every seed 
 tested on the test classes. All students have the same epochs, batches and schedule.
 
     python benchmarks/accuracy.py --preset quick   # ten minutes on two cores
-    python benchmarks/accuracy.py --preset full    # ten hours on two cores
+    python benchmarks/accuracy.py --preset full    # seven hours on two cores
     python benchmarks/accuracy.py --preset gpu --dataset CUB --data-folder cub_data
 
 write accuracy.csv, table.md and two pictures into the folder. A finished run has a row in the CSV and is never computed
@@ -71,9 +71,9 @@ METRIC_LOSSES = {
         {"base 0.5": lambda n: MultiSimilarityLoss(), "base 0.7": lambda n: MultiSimilarityLoss(base=0.7)}, 1
     ),
     "triplet_margin": MetricLoss(
-        {"margin 0.2": lambda n: TripletMarginLoss(0.2), "margin 0.1": lambda n: TripletMarginLoss(0.1)},
-        2,
-        lambda: TripletMarginMiner(0.2, type_of_triplets="semihard"),
+        {"margin 0.05": lambda n: TripletMarginLoss(0.05), "margin 0.1": lambda n: TripletMarginLoss(0.1)},
+        2.5,
+        TripletMarginMiner,
     ),
     "proxy_anchor": MetricLoss(
         {"alpha 32": with_proxies(ProxyAnchorLoss), "alpha 16": with_proxies(ProxyAnchorLoss, alpha=16)}, 25
@@ -254,6 +254,14 @@ def run(out: Path, device: str, data_folder: str, job: dict) -> dict:
     return job | row | {"parameters": sum(p.numel() for p in deployed.parameters())}
 
 
+def with_teachers(out: Path, device: str, data_folder: str, jobs: Sequence[dict]) -> None:
+    """Claim the folders, and train the teachers that are missing in them, before several processes use both."""
+    for job in {(job["split"], job["seed"]): job for job in jobs}.values():
+        demo = experiment(job, out, device, data_folder)
+        if job["distillation"] != NONE:
+            demo.run(TEACHER, job["seed"])
+
+
 def student_width(job: dict) -> int | str:
     return int(job["student"]) if job["student"].isdigit() else job["student"]
 
@@ -357,11 +365,16 @@ def work(preset: Preset, dataset: str, path: Path, do: Callable[[Sequence[dict]]
     """Do all jobs of a preset in their order."""
     do(teacher_jobs(preset, dataset))
     first, *others = students(preset, dataset)
-    for distillations in groups(preset):
+    settings: dict[tuple[str, str], tuple[str, float, float]] = {}
+    with_one, *rest = groups(preset)
+    for distillations in (with_one, *rest):
         searched = trial_jobs(preset, dataset, distillations)
-        settings = chosen(searched, do(searched))
-        for sizes in filter(None, ([first], others)):
-            do(list(test_jobs(preset, dataset, sizes, distillations, settings)))
+        settings |= chosen(searched, do(searched))
+        do(list(test_jobs(preset, dataset, [first], distillations, settings)))
+        if distillations is with_one:
+            do(list(test_jobs(preset, dataset, others, distillations, settings)))
+    for distillations in rest:
+        do(list(test_jobs(preset, dataset, others, distillations, settings)))
 
 
 def number_of_jobs(preset: Preset) -> int:
@@ -397,8 +410,8 @@ def main() -> None:
             missing = without_row(path, jobs)
             bar.initial += len(jobs) - len(missing)  # not counted in the rate
             bar.update(len(jobs) - len(missing))
-            for job in {job["split"]: job for job in missing}.values():
-                experiment(job, given.out, device, given.data_folder)  # claims the folder before several do
+            if missing:
+                with_teachers(given.out, device, given.data_folder, jobs)
             task = partial(run, given.out, device, given.data_folder)
             return complete(path, jobs, task, processes, COLUMNS, lambda row: bar.update())
 

@@ -173,6 +173,13 @@ def test_proxies_have_an_optimizer_of_their_own(tmp_path):
     assert (trainer.loss_funcs["metric_loss"].proxies - before).abs().min() > 0
 
 
+def test_the_teacher_is_trained_anew_when_only_the_csv_was_kept(tmp_path):
+    accuracy.with_teachers(tmp_path, "cpu", "", [job(), job(distillation="mutual_distance", weight=1.5)])
+    assert len(list(tmp_path.glob("runs/*/seed0/teacher/models.pth"))) == 1
+    accuracy.with_teachers(tmp_path / "alone", "cpu", "", [job()])
+    assert not list((tmp_path / "alone").glob("runs/*/seed0"))
+
+
 @pytest.fixture
 def cub(tmp_path):
     """Two images of each of ten training and six test classes, in the layout of CUB."""
