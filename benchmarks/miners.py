@@ -38,17 +38,26 @@ MINERS: dict[str, Callable[[], BaseMiner] | None] = {
 }
 #: For each comparison the metric loss and the two miners.
 COMPARISONS = {
-    "relative teacher": (MultiSimilarityLoss, "all", "teacher's 8 nearest"),
+    **{f"relative teacher, {n} nearest": (MultiSimilarityLoss, "all", f"teacher's {n} nearest") for n in (8, 32)},
     "multi-similarity": (MultiSimilarityLoss, "multi-similarity", "teacher's multi-similarity"),
     "triplet, margin": (TripletMarginLoss, "triplet margin", "teacher's triplet margin"),
     "triplet, order": (TripletMarginLoss, "triplet margin", "teacher's order"),
     "contrastive": (ContrastiveLoss, "all", "teacher's 32 nearest"),
 }
-#: (weight of the relative teacher, learning rate)
+#: (weight of the relative teacher, learning rate), found by --search on the validation classes
 SETTINGS = {
-    ("relative teacher", WITHOUT): (1.0, 0.02),
-    ("relative teacher", WITH): (1.0, 0.02),
-    **{(name, method): (0.0, 0.02) for name in list(COMPARISONS)[1:] for method in (WITHOUT, WITH)},
+    ("relative teacher, 8 nearest", WITHOUT): (1.0, 0.02),
+    ("relative teacher, 8 nearest", WITH): (1.0, 0.02),
+    ("relative teacher, 32 nearest", WITHOUT): (1.0, 0.02),
+    ("relative teacher, 32 nearest", WITH): (1.0, 0.02),
+    ("multi-similarity", WITHOUT): (0.0, 0.01),
+    ("multi-similarity", WITH): (0.0, 0.02),
+    ("triplet, margin", WITHOUT): (0.0, 0.02),
+    ("triplet, margin", WITH): (0.0, 0.02),
+    ("triplet, order", WITHOUT): (0.0, 0.02),
+    ("triplet, order", WITH): (0.0, 0.02),
+    ("contrastive", WITHOUT): (0.0, 0.005),
+    ("contrastive", WITH): (0.0, 0.01),
 }
 SEARCH = {
     key: [(weight, 0.02) for weight in (0.3, 1.0, 3.0, 10.0)]
@@ -74,7 +83,9 @@ class MiningDemo(Demo):
             trainer.loss_funcs["metric_loss"] = self.loss()
             make_miner = MINERS[self.miner]
             if make_miner is not None:
-                trainer.mining_funcs["tuple_miner"] = miner = make_miner()
+                # With the relative teacher the metric loss has all pairs on both sides of the comparison.
+                key = "distillation_miner" if "distillation_loss" in trainer.loss_funcs else "tuple_miner"
+                trainer.mining_funcs[key] = miner = make_miner()
                 if isinstance(miner, BaseTeacherMiner):
                     trainer.teacher = self.teacher(seed)[0]
         return trainer, tester

@@ -9,10 +9,11 @@ machine. The columns beside time and peak memory (what a call allocates beyond i
 - to_roofline: against the Gram product of the batch, forward and backward, and one pass that reads and writes the
   B x B matrix; pointwise losses need neither;
 - to_multi_similarity: against PML's `MultiSimilarityLoss`;
-- share_of_step: of a training step on 32 x 32 images: the small network of `teacher_cache.py`, its backward, AdamW, and
-  this loss, the teacher's embeddings being there. The network's part is measured on 128 images and grows with the batch;
-- compiled_to_eager: time after `torch.compile` against before, for the sizes of --compiled-batches and the first width,
-  where a call is quick: the chunks of the angle loss, unrolled, take minutes to compile.
+- share_of_step: of a training step on 32 x 32 images: the small network of `teacher_cache.py`, its backward, AdamW,
+  and this loss, the teacher's embeddings being there. The network's part is measured on 128 images and grows with
+  the batch;
+- compiled_to_eager: time after `torch.compile` against before, for the sizes of --compiled-batches and the first
+  width, where a call is quick.
 
 Where the sizes before foretell more than --seconds or --gibibytes for a call, it is not made, and "skipped" says why.
 """

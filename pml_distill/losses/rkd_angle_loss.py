@@ -57,7 +57,7 @@ class RKDAngleLoss(BaseDistillationLoss):
             mask = self.pair_mask(indices_tuple, embeddings)
             ends = mask.sum(dim=1).clamp(min=1)
         gram, inverse = arms(ref_emb, mask)
-        losses = VertexLosses.apply(embeddings, gram, inverse, mask) / ends.square()
+        losses = vertex_losses(embeddings, gram, inverse, mask) / ends.square()
         return self.query_losses(losses, indices_tuple, embeddings)
 
 
@@ -88,48 +88,63 @@ def cosines(
     return (scales * gram[left, right]).baddbmm_(*shifts, alpha=-1), scales
 
 
-class VertexLosses(torch.autograd.Function):
-    """The sum of smooth L1 over all pairs of arms at each vertex, recomputed in the backward instead of stored."""
+# Operators, so that torch.compile takes each as one and does not unroll the blocks, which at 512 rows takes minutes.
+@torch.library.custom_op(
+    "pml_distill::vertex_losses",
+    mutates_args=(),
+    schema="(Tensor embeddings, Tensor teacher_gram, Tensor teacher_inverse, Tensor? mask) -> Tensor",
+)
+def vertex_losses(embeddings, teacher_gram, teacher_inverse, mask):
+    """Return the sum of smooth L1 over all pairs of arms at each vertex; the cosines are recomputed in the backward."""
+    gram, inverse = arms(embeddings, mask)
+    losses = torch.zeros_like(gram[0])
+    for rows, left, right in blocks(len(gram)):
+        student, _ = cosines(gram, inverse, rows, left, right)
+        teacher, _ = cosines(teacher_gram, teacher_inverse, rows, left, right)
+        part = torch.nn.functional.smooth_l1_loss(student, teacher, reduction="none").sum(dim=(1, 2))
+        losses[rows] += part if left == right else 2 * part
+    return losses
 
-    @staticmethod
-    def forward(ctx, embeddings, teacher_gram, teacher_inverse, mask):
-        ctx.save_for_backward(embeddings, teacher_gram, teacher_inverse, mask)
-        gram, inverse = arms(embeddings, mask)
-        losses = torch.zeros_like(gram[0])
-        for rows, left, right in blocks(len(gram)):
-            student, _ = cosines(gram, inverse, rows, left, right)
-            teacher, _ = cosines(teacher_gram, teacher_inverse, rows, left, right)
-            part = torch.nn.functional.smooth_l1_loss(student, teacher, reduction="none").sum(dim=(1, 2))
-            losses[rows] += part if left == right else 2 * part
-        return losses
 
-    @staticmethod
-    def backward(ctx, weights):
-        embeddings, teacher_gram, teacher_inverse, mask = ctx.saved_tensors
-        gram, inverse = arms(embeddings, mask)
-        # The derivatives with respect to the inner products of arms, summed over the vertices, and over the
-        # second arm; of an arm's product with itself.
-        by_pair, along, lengths = torch.zeros_like(gram), torch.zeros_like(gram), torch.zeros_like(gram)
-        for rows, left, right in blocks(len(gram)):
-            teacher, _ = cosines(teacher_gram, teacher_inverse, rows, left, right)
-            student, scales = cosines(gram, inverse, rows, left, right)
-            slopes, scale = teacher.neg_().add_(student).clamp_(-1, 1), inverse[rows]
-            student.mul_(slopes)
-            along[rows, left] += torch.bmm(slopes, scale[:, right, None])[:, :, 0]
-            lengths[rows, left] += student.sum(dim=2)
-            if left != right:
-                along[rows, right] += torch.bmm(scale[:, None, left], slopes)[:, 0]
-                lengths[rows, right] += student.sum(dim=1)
-            part = (weights[None, rows] @ scales.mul_(slopes).flatten(1)).view(scales.shape[1:])
-            by_pair[left, right] += part
-            if left != right:
-                by_pair[right, left] += part.t()
-        lengths = weights[:, None] * inverse.square() * lengths
-        by_arm = weights[:, None] * inverse * along - lengths
-        by_pair.diagonal().sub_(lengths.sum(dim=0))
-        # Each arm is (f_i - f_j), and both arms of a pair receive the same.
-        gradient = by_pair @ embeddings - by_arm.t() @ embeddings - by_arm @ embeddings
-        return 2 * (gradient + by_arm.sum(dim=1, keepdim=True) * embeddings), None, None, None
+@torch.library.custom_op(
+    "pml_distill::vertex_losses_backward",
+    mutates_args=(),
+    schema="(Tensor weights, Tensor embeddings, Tensor teacher_gram, Tensor teacher_inverse, Tensor? mask) -> Tensor",
+)
+def vertex_losses_backward(weights, embeddings, teacher_gram, teacher_inverse, mask):
+    """Return the gradient of the vertices' losses, times their ``weights``, with respect to the embeddings."""
+    gram, inverse = arms(embeddings, mask)
+    # The derivatives with respect to the inner products of arms, summed over the vertices, and over the
+    # second arm; of an arm's product with itself.
+    by_pair, along, lengths = torch.zeros_like(gram), torch.zeros_like(gram), torch.zeros_like(gram)
+    for rows, left, right in blocks(len(gram)):
+        teacher, _ = cosines(teacher_gram, teacher_inverse, rows, left, right)
+        student, scales = cosines(gram, inverse, rows, left, right)
+        slopes, scale = teacher.neg_().add_(student).clamp_(-1, 1), inverse[rows]
+        student.mul_(slopes)
+        along[rows, left] += torch.bmm(slopes, scale[:, right, None])[:, :, 0]
+        lengths[rows, left] += student.sum(dim=2)
+        if left != right:
+            along[rows, right] += torch.bmm(scale[:, None, left], slopes)[:, 0]
+            lengths[rows, right] += student.sum(dim=1)
+        part = (weights[None, rows] @ scales.mul_(slopes).flatten(1)).view(scales.shape[1:])
+        by_pair[left, right] += part
+        if left != right:
+            by_pair[right, left] += part.t()
+    lengths = weights[:, None] * inverse.square() * lengths
+    by_arm = weights[:, None] * inverse * along - lengths
+    by_pair.diagonal().sub_(lengths.sum(dim=0))
+    # Each arm is (f_i - f_j), and both arms of a pair receive the same.
+    gradient = by_pair @ embeddings - by_arm.t() @ embeddings - by_arm @ embeddings
+    return 2 * (gradient + by_arm.sum(dim=1, keepdim=True) * embeddings)
+
+
+vertex_losses.register_fake(lambda embeddings, *others: embeddings.new_empty(len(embeddings)))
+vertex_losses_backward.register_fake(lambda weights, embeddings, *others: torch.empty_like(embeddings))
+vertex_losses.register_autograd(
+    lambda ctx, weights: (vertex_losses_backward(weights, *ctx.saved_tensors), None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def blocks(size: int) -> Iterator[tuple[slice, slice, slice]]:

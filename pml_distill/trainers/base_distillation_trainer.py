@@ -31,7 +31,8 @@ class BaseDistillationTrainer(BaseTrainer):
 
     A batch is what the dataset yields: ``(data, labels)``, ``(data, labels, index)`` or, without labels, just
     ``data``. The teacher sees it once per step, as ``teacher(data, index)``. ``tuple_miner`` runs on the student's
-    embeddings, one of ``pml_distill.miners`` on the teacher's too, and what it returns goes to both losses.
+    embeddings, one of ``pml_distill.miners`` on the teacher's too, and what it returns goes to both losses, unless
+    ``distillation_miner`` finds other pairs for the distillation loss.
 
     A row with the label -1 is unlabelled. Losses and miners that need labels do not see it; the losses with a teacher
     see all rows, and in a batch with such a row neither labels nor what was mined by them: a miner of
@@ -58,6 +59,8 @@ class BaseDistillationTrainer(BaseTrainer):
         **kwargs: PML's further arguments.
 
     Keys:
+        ``mining_funcs["distillation_miner"]``, optional, is a miner of ``pml_distill.miners`` for ``distillation_loss``
+        alone.
         ``models["projection"]``, optional, maps the student's embeddings to the teacher's width for
         ``distillation_loss`` alone. It is trained and saved beside the student and is no part of it.
         ``loss_funcs["feature_distillation_loss"]``, optional, is a ``HintLoss`` or another loss of two lists of
@@ -174,7 +177,7 @@ class BaseDistillationTrainer(BaseTrainer):
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
         teacher_embeddings = None
-        if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner() is not None:
+        if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner("tuple_miner"):
             teacher_embeddings = self.teacher(teacher_data, index)
         known, known_labels = only_labeled(embeddings, labels)
         known_teacher = teacher_embeddings
@@ -186,7 +189,9 @@ class BaseDistillationTrainer(BaseTrainer):
         if self.wants("distillation_loss"):
             if known is not embeddings:
                 # A -1 would be taken for a class, and pairs of labelled rows would keep the other rows from the loss.
-                labels, indices_tuple = None, self.mine_without_labels(embeddings, teacher_embeddings)
+                labels = None
+            if known is not embeddings or "distillation_miner" in self.mining_funcs:
+                indices_tuple = self.mine_for_distillation(embeddings, labels, teacher_embeddings)
             self.losses["distillation_loss"] = self.loss_funcs["distillation_loss"](
                 projected, labels, indices_tuple, ref_emb=teacher_embeddings
             )
@@ -201,26 +206,27 @@ class BaseDistillationTrainer(BaseTrainer):
         device = torch.device(self.data_device).type
         return torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def teacher_miner(self) -> BaseTeacherMiner | None:
-        """Return ``tuple_miner`` if it asks the teacher."""
-        miner = self.mining_funcs.get("tuple_miner")
+    def teacher_miner(self, key: str) -> BaseTeacherMiner | None:
+        """Return the miner of this key if it asks the teacher."""
+        miner = self.mining_funcs.get(key)
         miner = miner.miner if isinstance(miner, DistributedMinerWrapper) else miner
         return miner if isinstance(miner, BaseTeacherMiner) else None
 
-    def mine_without_labels(
-        self, embeddings: torch.Tensor, teacher_embeddings: torch.Tensor | None
+    def mine_for_distillation(
+        self, embeddings: torch.Tensor, labels: torch.Tensor | None, teacher_embeddings: torch.Tensor
     ) -> tuple[torch.Tensor, ...] | None:
-        """Run ``tuple_miner`` on all rows if it asks the teacher alone."""
-        miner = self.teacher_miner()
-        if miner is None or miner.needs_labels:
+        """Run ``distillation_miner``, or else ``tuple_miner``, on all rows if it can do without what is missing."""
+        key = "distillation_miner" if "distillation_miner" in self.mining_funcs else "tuple_miner"
+        miner = self.teacher_miner(key)
+        if miner is None or (miner.needs_labels and labels is None):
             return None
-        return self.mining_funcs["tuple_miner"](embeddings, None, ref_emb=teacher_embeddings)
+        return self.mining_funcs[key](embeddings, labels, ref_emb=teacher_embeddings)
 
     def maybe_mine_embeddings(
         self, embeddings: torch.Tensor, labels: torch.Tensor | None, teacher_embeddings: torch.Tensor | None = None
     ) -> tuple | None:
         """Run ``tuple_miner``, if there is one; a miner of this package gets the teacher's embeddings."""
-        if self.teacher_miner() is not None:
+        if self.teacher_miner("tuple_miner") is not None:
             return self.mining_funcs["tuple_miner"](embeddings, labels, ref_emb=teacher_embeddings)
         if "tuple_miner" in self.mining_funcs and labels is None:
             raise ValueError('mining_funcs["tuple_miner"] needs labels, but the dataset yields none.')
@@ -370,11 +376,22 @@ class BaseDistillationTrainer(BaseTrainer):
             )
         if not self.loss_funcs:
             raise ValueError('loss_funcs is empty; give "metric_loss", "distillation_loss" or both.')
-        if self.teacher_miner() is not None and self.teacher is None:
+        if self.teacher_miner("tuple_miner") is not None and self.teacher is None:
             raise ValueError('mining_funcs["tuple_miner"] asks the teacher, but teacher is None.')
+        if "distillation_miner" in self.mining_funcs:
+            if self.teacher_miner("distillation_miner") is None:
+                kind = type(self.mining_funcs["distillation_miner"]).__name__
+                raise ValueError(
+                    'mining_funcs["distillation_miner"] must be a miner of pml_distill.miners, such as '
+                    f"TeacherMiner(miner), but is a {kind}."
+                )
+            if "distillation_loss" not in self.loss_funcs:
+                raise ValueError(
+                    'mining_funcs["distillation_miner"] serves loss_funcs["distillation_loss"], which is not there.'
+                )
         if wanting and self.teacher is None:
             raise ValueError(f"loss_funcs has {wanting}, but teacher is None; pass FrozenTeacher(trunk, embedder).")
-        if self.teacher is not None and not wanting and self.teacher_miner() is None:
+        if self.teacher is not None and not wanting and self.teacher_miner("tuple_miner") is None:
             raise ValueError(
                 f"teacher is given, but loss_funcs has only {sorted(self.loss_funcs)}; a teacher serves "
                 f"{list(self.loss_keys_with_teacher)}."
@@ -445,6 +462,7 @@ class BaseDistillationTrainer(BaseTrainer):
         self.schema["models"].important = ["embedder"]
         self.schema["loss_funcs"].keys += ["distillation_loss", "feature_distillation_loss"]
         self.schema["loss_funcs"].important = []
+        self.schema["mining_funcs"].keys += ["distillation_miner"]
 
 
 class WeightedLossTracker(LossTracker):

@@ -20,9 +20,9 @@ class HashAccuracyCalculator(AccuracyCalculator):
     The signs of the embeddings are the codes (0 counts as -1). Items of the same class, or that share a label of
     multi-hot labels, are relevant. Metrics, means over the queries:
 
-    - ``mean_average_precision`` of the first k items, :math:`\sum_{j \le k} \mathrm{rel}_j \frac{R_j}{j} / R_k` with R_j
-      relevant items among the first j. **The divisor is R_k, the number of relevant items found within the first k**,
-      as in the hashing literature (PML's own divides by all relevant items); 0 where there are none.
+    - ``mean_average_precision`` of the first k items, :math:`\sum_{j \le k} \mathrm{rel}_j \frac{R_j}{j} / R_k` with
+      R_j relevant items among the first j. **The divisor is R_k, the number of relevant items found within the
+      first k**, as in the hashing literature (PML's own divides by all relevant items); 0 where there are none.
     - ``precision_within_radius``: the share of relevant items among all within Hamming distance ``radius``; 0 where
       there are none.
     - ``precision_at_k``, ``recall_at_k``: the share of relevant items among the first k; the share of all relevant

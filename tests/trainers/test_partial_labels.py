@@ -78,6 +78,46 @@ def test_a_miner_that_needs_labels_leaves_the_distillation_loss_alone(make_train
     assert distillation.calls[0][0][1:] == (None, None)
 
 
+@pytest.mark.parametrize("labels", [LABELS, LABELS.abs()], ids=["partly", "all"])
+def test_a_distillation_miner_mines_for_the_distillation_loss_alone(make_trainer, labels):
+    metric, distillation, miner = Recorder(TripletMarginLoss()), Recorder(DarkRankLoss()), TeacherNeighborMiner(2)
+    trainer = make_trainer(
+        loss_funcs={"metric_loss": metric, "distillation_loss": distillation},
+        mining_funcs={"distillation_miner": miner, "tuple_miner": MultiSimilarityMiner()},
+    )
+    trainer.training_step(batch_of(labels))
+    ((embeddings, known, own), _), ((all_rows, given_labels, mined), given) = metric.calls[0], distillation.calls[0]
+    assert (given_labels is None) == bool((labels < 0).any())
+    for found, expected in zip(mined, miner(all_rows, given_labels, ref_emb=given["ref_emb"])):
+        assert torch.equal(found, expected)
+    for found, expected in zip(own, MultiSimilarityMiner()(embeddings, known)):
+        assert torch.equal(found, expected)
+
+
+def test_a_distillation_miner_that_needs_labels_leaves_partly_labelled_batches_whole(make_trainer):
+    distillation = Recorder(DarkRankLoss())
+    trainer = make_trainer(
+        loss_funcs={"distillation_loss": distillation},
+        mining_funcs={"distillation_miner": TeacherMiner(MultiSimilarityMiner())},
+    )
+    trainer.training_step(batch_of(LABELS))
+    trainer.training_step(batch_of(LABELS.abs()))
+    assert distillation.calls[0][0][2] is None and distillation.calls[1][0][2] is not None
+
+
+@pytest.mark.parametrize(
+    ("miner", "loss", "message"),
+    [
+        (MultiSimilarityMiner(), "distillation_loss", "must be a miner of pml_distill.miners.*MultiSimilarityMiner"),
+        (TeacherNeighborMiner(2), "metric_loss", 'serves loss_funcs\\["distillation_loss"\\], which is not there'),
+    ],
+)
+def test_a_distillation_miner_asks_the_teacher_for_a_loss_that_is_there(make_trainer, miner, loss, message):
+    losses = {"metric_loss": ContrastiveLoss(), "distillation_loss": RelativeTeacherLoss()}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(loss_funcs={loss: losses[loss]}, mining_funcs={"distillation_miner": miner})
+
+
 def test_the_gradient_is_that_of_the_two_losses_on_their_rows(make_trainer):
     data, labels = batch_of(LABELS)
     trainer, by_hand = make_trainer(), make_trainer()
