@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from comparison import finished
 
@@ -101,6 +102,32 @@ def table(rows: Rows) -> str:
     return format_table(lines)
 
 
+def gains_table(rows: Rows) -> str:
+    """Lay out the gains in MAP@R by distillation and metric loss, of the test rows of one setup and one size.
+
+    The distillation loss that gains most comes first. A star stands behind a gain, or a loss, with p < ``LEVEL``.
+    """
+    metric_losses = unique(rows, "metric_loss")
+    alone = {name: list(values(where(rows, metric_loss=name, distillation=NONE)).values()) for name in metric_losses}
+    by_distillation: dict[str, dict[str, Comparison]] = {}
+    for c in comparisons(rows):
+        by_distillation.setdefault(c.distillation, {})[c.metric_loss] = c
+    lines = [
+        {"gain with": distillation} | {name: starred(compared.get(name)) for name in metric_losses}
+        for distillation, compared in sorted(
+            by_distillation.items(), key=lambda item: -fmean(fmean(c.gains) for c in item[1].values())
+        )
+    ]
+    first = {"gain with": "(MAP@R alone)"} | {name: shown(own) if own else "" for name, own in alone.items()}
+    return format_table([first, *lines])
+
+
+def starred(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    return shown(comparison.gains, "+.3f") + (" *" if comparison.p < LEVEL else "")
+
+
 def shown(numbers: Sequence[float], form: str = ".3f") -> str:
     mean, error = mean_and_error(numbers)
     return f"{mean:{form}}" + (f" ± {error:.3f}" if error == error else "")
@@ -157,24 +184,25 @@ def coverage(rows: Rows, setup: tuple[str, ...]) -> str:
 
 
 def markdown(rows: Rows) -> str:
-    """Return all tables."""
+    """Return for each setup the gains, where nothing is gained, and all figures."""
     parts = []
     for setup in setups(rows):
         own = where(rows, **dict(zip(SETUP, setup)))
         dataset, epochs, batch_size, precision = setup
-        parts.append(
-            f"**{dataset}, {epochs} epochs, batches of {batch_size}, {precision}**: {coverage(rows, setup)} "
-            f"{len(where(own, split='val'))} of them are trials and a teacher on validation classes."
-        )
+        parts.append(f"## {dataset}, {epochs} epochs, batches of {batch_size}, {precision}")
+        parts.append(f"{coverage(rows, setup)} {len(where(own, split='val'))} of them are on validation classes.")
         taught = values(where(own, split="test", student=TEACHER))
         if taught:
             parts.append(f"The teacher's MAP@R: {shown(list(taught.values()))} ({len(taught)} seeds).")
         for size, tested in sizes(own):
-            parts.append(f"Student {size}, {int(tested[0]['parameters']):,} parameters:")
-            parts.append(table(tested))
+            parts.append(f"### Student {size}, {int(tested[0]['parameters']):,} parameters")
+            parts.append(gains_table(tested))
             said = negatives(tested)
             if said:
                 parts.append("Where nothing is gained:\n\n" + "\n".join(f"- {sentence}" for sentence in said))
+        for size, tested in sizes(own):
+            parts.append(f"### All figures of student {size}")
+            parts.append(table(tested))
     return "\n\n".join(parts) + "\n"
 
 

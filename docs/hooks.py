@@ -7,6 +7,7 @@ A page holds one line per thing to be written:
 - ``<!-- table: demo.csv | name | precision_at_1 flops -->``: figures of ``benchmarks/results/demo.csv``, one row for
   each value of the columns between the bars, mean ± standard error over its lines, and a link to the file. With
   ``batch=512`` among those columns only the lines with that value count. Without columns the file is shown as it is;
+- ``<!-- accuracy -->``: the tables of ``benchmarks/accuracy_report.py``;
 - ``<!-- results -->``: a link to each file in ``benchmarks/results``.
 
 A subpackage without a page in ``docs`` gets one: its docstring and what it exports.
@@ -17,10 +18,12 @@ import importlib
 import pkgutil
 import re
 import statistics
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 
 
 def api_blocks(package: str) -> str:
@@ -103,6 +106,16 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def accuracy_tables() -> str:
+    """Return what the benchmark of PML's losses says of its recorded runs."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    from accuracy_report import finished, markdown
+
+    name = "accuracy.csv"
+    return markdown(finished(RESULTS / name)) + f"\nFrom [`benchmarks/results/{name}`](results/{name})."
+
+
 def result_links() -> str:
     """Return a list of links to all recorded results."""
     return "\n".join(f"- [`benchmarks/results/{path.name}`](results/{path.name})" for path in result_files())
@@ -117,6 +130,7 @@ def expand(markdown: str) -> str:
     """Return a page with what its lines ask for."""
     markdown = re.sub(r"<!-- api: (\S+) -->", lambda m: api_blocks(m[1]), markdown)
     markdown = re.sub(r"<!-- catalogue -->", lambda m: catalogue_table(), markdown)
+    markdown = re.sub(r"<!-- accuracy -->", lambda m: accuracy_tables(), markdown)
     markdown = re.sub(r"<!-- results -->", lambda m: result_links(), markdown)
     return re.sub(
         r"<!-- table: (\S+)(?: \| ([^|\n]*) \| ([^|\n]*))? -->",
