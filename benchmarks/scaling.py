@@ -22,7 +22,7 @@ import argparse
 import csv
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
 from teacher_cache import WIDTH, network
 from timing import medians, peak_memory
+from tqdm import tqdm
 
 from pml_distill import losses
 from pml_distill.miners import TeacherMiner, TeacherNeighborMiner, TeacherRankMiner
@@ -163,11 +164,13 @@ def compiled_to_eager(subject: Subject, repeats: int) -> float:
     return seconds["compiled"] / seconds["eager"]
 
 
-def measure(width: int, options: argparse.Namespace, compiled: Sequence[int], image_seconds: float) -> list[dict]:
+def measure(
+    width: int, options: argparse.Namespace, compiled: Sequence[int], image_seconds: float
+) -> Iterator[list[dict]]:
+    """Yield the rows of each batch size, the smallest first."""
     device = torch.device(options.device)
     seconds_of: dict[str, list[tuple[int, float]]] = {}
     bytes_of: dict[str, list[tuple[int, float]]] = {}
-    rows = []
     for size in sorted(options.batches):
         found, skipped, first = subjects(size, width, device), {}, {}
         for name, subject in found.items():
@@ -191,6 +194,7 @@ def measure(width: int, options: argparse.Namespace, compiled: Sequence[int], im
         for name in first:
             seconds_of[name].append((size, median[name]))
         roofline, step = median[GRAM] + median[PASS], size * image_seconds
+        rows = []
         for name, subject in found.items():
             row = {"family": subject.family, "name": name, "batch": size, "width": width}
             row |= dict.fromkeys(FIGURES, "") | {"skipped": skipped.get(name, "")}
@@ -198,12 +202,13 @@ def measure(width: int, options: argparse.Namespace, compiled: Sequence[int], im
                 row["ms"] = 1000 * median[name]
                 row["peak_mib"] = bytes_of[name][-1][1] / 2**20
                 row["to_roofline"] = median[name] / roofline
-                row["to_multi_similarity"] = median[name] / median[REFERENCE]
+                if REFERENCE in median:
+                    row["to_multi_similarity"] = median[name] / median[REFERENCE]
                 row["share_of_step"] = median[name] / (median[name] + step)
                 if size in compiled and subject.leaves and name in quick:
                     row["compiled_to_eager"] = compiled_to_eager(subject, options.repeats)
             rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-    return rows
+        yield rows
 
 
 def draw(rows: list[dict], path: Path, width: int) -> None:
@@ -255,15 +260,23 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("scaling"))
     options = parser.parse_args()
+    if (options.out / "scaling.csv").exists():
+        parser.error(f"--out {options.out} holds a scaling.csv already; choose another folder.")
     options.out.mkdir(parents=True, exist_ok=True)
     image_seconds, rows = network_seconds(torch.device(options.device)), []
-    for width in options.widths:
-        compiled = options.compiled_batches if width == options.widths[0] else ()
-        rows += measure(width, options, compiled, image_seconds)
-    with open(options.out / "scaling.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+    with (
+        open(options.out / "scaling.csv", "w", newline="") as file,
+        tqdm(total=len(options.widths) * len(options.batches), unit="size") as bar,
+    ):
+        writer = csv.DictWriter(file, ("family", "name", "batch", "width", *FIGURES, "skipped"))
         writer.writeheader()
-        writer.writerows(rows)
+        for width in options.widths:
+            compiled = options.compiled_batches if width == options.widths[0] else ()
+            for found in measure(width, options, compiled, image_seconds):
+                writer.writerows(found)
+                file.flush()
+                rows += found
+                bar.update()
     shown = [{key: f"{v:.3g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in rows]
     table = format_table([{"name": row["name"]} | row for row in shown])
     print(table)
