@@ -10,6 +10,8 @@ Six networks for each seed, tested on classes that none has seen, all trained fo
     python benchmarks/capacity.py --out capacity                      # a ResNet-18 of a quarter of its width, CPU
     python benchmarks/capacity.py --out capacity50 --network resnet50 --positions all --target-flops 0.22
     python benchmarks/capacity.py --out capacity101 --gpu             # ResNet-101 at full width
+    python benchmarks/capacity.py --out marks --compare marks         # how long the marks of gradient resetting stay
+    python benchmarks/capacity.py --out lasso --compare lasso         # both forms of the lasso under SGD and AdamW
 
 writes capacity.csv row by row (a run that was stopped goes on where it was), capacity.md, curves.csv and
 capacity.png, MAP@R of the validation classes against parameters over training, into the folder. Parameters, FLOPs,
@@ -33,7 +35,14 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import nn
 
-from pml_distill.capacity import CapacityDynamics, find_compactors, insert_compactors, load_compact, save_compact
+from pml_distill.capacity import (
+    CapacityDynamics,
+    export,
+    find_compactors,
+    insert_compactors,
+    load_compact,
+    save_compact,
+)
 from pml_distill.datasets import Glyphs
 from pml_distill.distances import EuclideanDistance
 from pml_distill.losses import AbsoluteTeacherLoss
@@ -49,11 +58,22 @@ LAYERS = {
 }
 TEACHER, HEAVY, SCRATCH, DISTILLED = "teacher", "heavy student alone", "small student alone", "small student distilled"
 DYNAMIC, LASSO = "capacity dynamics", "capacity dynamics without resetting"
-METHODS = (TEACHER, HEAVY, DYNAMIC, LASSO, SCRATCH, DISTILLED)
+ALONE, REFRESHED = "marks of each step alone", "marks taken back every epoch"
+COMPARISONS = {
+    "size": (TEACHER, HEAVY, DYNAMIC, LASSO, SCRATCH, DISTILLED),
+    "marks": (TEACHER, DYNAMIC, REFRESHED, ALONE, LASSO),
+    "lasso": (
+        TEACHER,
+        *(f"{form}, {optimizer}" for optimizer in ("SGD", "AdamW") for form in ("proximal", "gradient")),
+    ),
+}
+#: By --compare lasso, without a budget: how far a row would shrink if nothing else pulled at it; rows begin at 1.
+SHRINKING = 1.8
+ADAMW_RATE = 5e-3
 SIZE, EMBEDDING, BATCH = 64, 128, 128
 FIELDS = (
     *("seed", "positions", "method", "map_at_r", "precision_at_1", "parameters", "flops", "latency_ms"),
-    *("images_per_second", "training_seconds"),
+    *("images_per_second", "training_seconds", "parameters_at_0.01", "map_at_r_at_0.01"),
 )
 CURVE_FIELDS = ("seed", "positions", "method", "epoch", "parameters", "map_at_r")
 
@@ -179,18 +199,18 @@ class Run:
 
     def run(self, method: str) -> tuple[dict, list[dict]]:
         """Train, test and measure; return a row of figures and the curve of a student that shrinks."""
-        small, shrinking = method in (SCRATCH, DISTILLED), method in (DYNAMIC, LASSO)
+        small = method in (SCRATCH, DISTILLED)
         width = width_for(self.options.network, self.exported_size()) if small else self.options.width
         model = self.network(width, offset=0 if method == TEACHER else 1000)
         start = time.perf_counter()
-        model, curve = self.fit(model, method, shrinking)
+        model, curve, loose = self.fit(model, method)
         seconds = time.perf_counter() - start
         figures, cost = accuracy(model, self.test_set, self.device), model_cost(model, (3, SIZE, SIZE))
         if method == TEACHER:
             torch.save(model.state_dict(), self.options.out / f"{TEACHER} {self.seed}.pth")
         row = {
             "seed": self.seed,
-            "positions": self.options.positions if shrinking else "-",
+            "positions": self.options.positions if curve else "-",
             "method": method,
             "map_at_r": figures["mean_average_precision_at_r"],
             "precision_at_1": figures["precision_at_1"],
@@ -199,38 +219,57 @@ class Run:
             "latency_ms": cost.latency[1],
             "images_per_second": 1000 / cost.latency[64],
             "training_seconds": seconds,
+            **loose,
         }
         return row, curve
 
-    def fit(self, model: nn.Module, method: str, shrinking: bool) -> tuple[nn.Module, list[dict]]:
-        """Train, and export a student that shrinks."""
-        size, epochs = len(self.train_set), self.options.epochs
-        steps = epochs * (size // BATCH)
-        if shrinking:
-            insert_compactors(model, self.options.positions)
+    def optimizer(self, model: nn.Module, method: str) -> torch.optim.Optimizer:
         # Weight decay would shrink the compactors as a whole.
         compactors = [c.weight for c in find_compactors(model).values()]
         known = {id(weight) for weight in compactors}
         groups = [{"params": [p for p in model.parameters() if id(p) not in known]}]
         groups += [{"params": compactors, "weight_decay": 0.0}] if compactors else []
-        optimizer = torch.optim.SGD(groups, lr=self.options.learning_rate, momentum=0.9, weight_decay=5e-4)
+        if method.endswith("AdamW"):
+            return torch.optim.AdamW(groups, lr=ADAMW_RATE, weight_decay=1e-2)
+        return torch.optim.SGD(groups, lr=self.options.learning_rate, momentum=0.9, weight_decay=5e-4)
+
+    def dynamics(
+        self, model: nn.Module, method: str, teacher: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+    ) -> CapacityDynamics:
+        """Build the hook: with a budget, or with the same pull on all rows to compare the forms of the lasso."""
+        size, shape = len(self.train_set), (3, SIZE, SIZE)
+        if method in COMPARISONS["lasso"]:
+            # OneCycleLR's mean is about half of its largest rate.
+            weight = SHRINKING / (optimizer.defaults["lr"] / 2 * steps)
+            return CapacityDynamics(model, None, optimizer, shape, weight, proximal=method.startswith("proximal"))
+        return CapacityDynamics(
+            model,
+            None if method == LASSO else teacher,
+            optimizer,
+            shape,
+            lasso_weight=0.01,
+            reset_epoch=1,
+            queue_size=size,
+            accumulate=method != ALONE,
+            refresh_interval=size // BATCH if method == REFRESHED else None,
+            target_flops=self.options.target_flops,
+            budget_steps=int(self.options.budget_share * steps),
+        )
+
+    def fit(self, model: nn.Module, method: str) -> tuple[nn.Module, list[dict], dict]:
+        """Train, and export a student that shrinks; return its curve, and what a larger threshold would leave."""
+        size, epochs = len(self.train_set), self.options.epochs
+        steps = epochs * (size // BATCH)
+        shrinking = method not in (TEACHER, HEAVY, SCRATCH, DISTILLED)
+        if shrinking:
+            insert_compactors(model, self.options.positions)
+        optimizer = self.optimizer(model, method)
         teacher = None if method in (TEACHER, HEAVY, SCRATCH) else self.teacher()
         loss_funcs, loss_weights = {"metric_loss": MultiSimilarityLoss()}, {"metric_loss": 1.0}
         if teacher is not None:
             loss_funcs["distillation_loss"], loss_weights["distillation_loss"] = AbsoluteTeacherLoss(), 3.0
-        dynamics, curve = None, []
-        if shrinking:
-            dynamics = CapacityDynamics(
-                model,
-                teacher if method == DYNAMIC else None,
-                optimizer,
-                (3, SIZE, SIZE),
-                lasso_weight=0.01,
-                reset_epoch=1,
-                queue_size=size,
-                target_flops=self.options.target_flops,
-                budget_steps=int(self.options.budget_share * steps),
-            )
+        dynamics = self.dynamics(model, method, teacher, optimizer, steps) if shrinking else None
+        curve = []
 
         def end_of_epoch(trainer: DistillationTrainer) -> None:
             figures = accuracy(model, self.val_set, self.device)
@@ -258,7 +297,7 @@ class Run:
             sampler=MPerClassSampler(self.train_set.labels, 4, BATCH, size),
             lr_schedulers={
                 "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(
-                    optimizer, self.options.learning_rate, total_steps=steps, pct_start=0.2
+                    optimizer, optimizer.defaults["lr"], total_steps=steps, pct_start=0.2
                 )
             },
             gradient_clippers={} if dynamics is None else {"trunk_grad_clipper": dynamics},
@@ -267,11 +306,16 @@ class Run:
             dataloader_num_workers=0,
         ).train(1, epochs)
         if dynamics is None:
-            return model, curve
+            return model, curve, {}
         exported = dynamics.export()
         if method == DYNAMIC:
             save_compact(exported, self.options.out / f"{DYNAMIC} {self.seed}.safetensors")
-        return exported, curve
+        loose = {}
+        if method in COMPARISONS["lasso"]:
+            looser = export(model.eval(), threshold=0.01)
+            figures = accuracy(looser, self.test_set, self.device)
+            loose = {"parameters_at_0.01": size_of(looser), "map_at_r_at_0.01": figures["mean_average_precision_at_r"]}
+        return exported, curve, loose
 
 
 def append(path: Path, fields: tuple[str, ...], rows: list[dict]) -> None:
@@ -297,7 +341,7 @@ def run_seed(job: tuple[argparse.Namespace, int]) -> None:
     if not options.gpu:
         torch.set_num_threads(1)
     done = {(row["seed"], row["method"]) for row in read(options.out / "capacity.csv")}
-    for method in METHODS:
+    for method in COMPARISONS[options.compare]:
         if (str(seed), method) not in done:
             row, curve = Run(options, seed).run(method)
             append(options.out / "curves.csv", CURVE_FIELDS, curve)
@@ -307,6 +351,7 @@ def run_seed(job: tuple[argparse.Namespace, int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("capacity"))
+    parser.add_argument("--compare", choices=COMPARISONS, default="size")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--network", choices=LAYERS, default=None, help="default: resnet18, with --gpu resnet101")
     parser.add_argument("--width", type=int, default=None, help="first stage; default: 16, with --gpu 64")
