@@ -60,7 +60,7 @@ SETTINGS = {
     ("contrastive", WITH): (0.0, 0.01),
 }
 SEARCH = {
-    key: [(weight, 0.02) for weight in (0.3, 1.0, 3.0, 10.0)]
+    key: [(weight, 0.02) for weight in (0.1, 0.3, 1.0, 3.0, 10.0)]
     if weight
     else [(0.0, rate) for rate in (0.005, 0.01, 0.02)]
     for key, (weight, _) in SETTINGS.items()

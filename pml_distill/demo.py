@@ -221,21 +221,25 @@ class Demo:
         accuracies = tester.all_accuracies["test"]
         embeddings = tester.embeddings
         torch.save(embeddings, folder / "embeddings.pth")
-        gallery = self.embeddings("teacher", seed)
         row = {
             "name": name,
             "seed": seed,
             **{metric: accuracies[f"{metric}_level0"] for metric in self.metrics},
-            "asymmetric_map_at_r": asymmetric_accuracy(embeddings, gallery, torch.as_tensor(self.test_set.labels))[
-                "mean_average_precision_at_r"
-            ],
-            "neighbor_agreement": neighbor_agreement(embeddings, gallery),
+            **self.beside_teacher(embeddings, self.embeddings("teacher", seed)),
         }
         torch.save({key: model.state_dict() for key, model in models.items()}, folder / "models.pth")
         unfinished = folder / "result.json.tmp"
         unfinished.write_text(json.dumps(row))
         os.replace(unfinished, folder / "result.json")
         return row
+
+    def beside_teacher(self, embeddings: torch.Tensor, gallery: torch.Tensor) -> dict[str, float]:
+        """Measure embeddings of the test set against the teacher's."""
+        asymmetric = asymmetric_accuracy(embeddings, gallery, torch.as_tensor(self.test_set.labels))
+        return {
+            "asymmetric_map_at_r": asymmetric["mean_average_precision_at_r"],
+            "neighbor_agreement": neighbor_agreement(embeddings, gallery),
+        }
 
     def embeddings(self, name: str, seed: int) -> torch.Tensor:
         """Return the normalised embeddings of the test set by a finished run."""
