@@ -7,7 +7,8 @@ A page holds one line per thing to be written:
 - ``<!-- table: demo.csv | name | precision_at_1 flops -->``: figures of ``benchmarks/results/demo.csv``, one row for
   each value of the columns between the bars, mean ± standard error over its lines, and a link to the file. With
   ``batch=512`` among those columns only the lines with that value count. Without columns the file is shown as it is;
-- ``<!-- accuracy -->``: the tables of ``benchmarks/accuracy_report.py``;
+- ``<!-- made: accuracy_report.markdown | accuracy.csv -->``: what a function of a script in ``benchmarks`` makes of a
+  recorded result;
 - ``<!-- results -->``: a link to each file in ``benchmarks/results``.
 
 A subpackage without a page in ``docs`` gets one: its docstring and what it exports.
@@ -77,8 +78,7 @@ def csv_table(name: str, keys: list[str], columns: list[str]) -> str:
             [*map(shown, group), str(len(members)), *(mean_and_error([m[c] for m in members]) for c in columns)]
             for group, members in groups.items()
         ]
-    source = f"From [`benchmarks/results/{name}`](results/{name})."
-    return markdown_table([title.replace("_", " ") for title in header], rows) + f"\n\n{source}"
+    return markdown_table([title.replace("_", " ") for title in header], rows) + f"\n\n{source(name)}"
 
 
 def mean_and_error(values: list[str]) -> str:
@@ -106,14 +106,19 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def accuracy_tables() -> str:
-    """Return what the benchmark of PML's losses says of its recorded runs."""
+def made_by(function: str, name: str) -> str:
+    """Return what ``module.function`` of the benchmarks makes of the rows of a recorded result."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))
-    from accuracy_report import finished, markdown
+    from comparison import finished
 
-    name = "accuracy.csv"
-    return markdown(finished(RESULTS / name)) + f"\nFrom [`benchmarks/results/{name}`](results/{name})."
+    module, _, attribute = function.partition(".")
+    return f"{getattr(importlib.import_module(module), attribute)(finished(RESULTS / name))}\n\n{source(name)}"
+
+
+def source(name: str) -> str:
+    """Return a sentence that links a recorded result."""
+    return f"From [`benchmarks/results/{name}`](results/{name})."
 
 
 def result_links() -> str:
@@ -130,7 +135,7 @@ def expand(markdown: str) -> str:
     """Return a page with what its lines ask for."""
     markdown = re.sub(r"<!-- api: (\S+) -->", lambda m: api_blocks(m[1]), markdown)
     markdown = re.sub(r"<!-- catalogue -->", lambda m: catalogue_table(), markdown)
-    markdown = re.sub(r"<!-- accuracy -->", lambda m: accuracy_tables(), markdown)
+    markdown = re.sub(r"<!-- made: (\S+) \| (\S+) -->", lambda m: made_by(m[1], m[2]), markdown)
     markdown = re.sub(r"<!-- results -->", lambda m: result_links(), markdown)
     return re.sub(
         r"<!-- table: (\S+)(?: \| ([^|\n]*) \| ([^|\n]*))? -->",

@@ -57,6 +57,15 @@ def test_tables_hold_the_recorded_figures(tmp_path, monkeypatch):
     assert hooks.expand("<!-- table: a.csv -->").splitlines()[2] == "| x | 0 | 0.1 | 1,000 |"
 
 
+def test_scripts_make_tables_of_the_recorded_figures(tmp_path, monkeypatch):
+    columns = "condition,method,seed,mean_average_precision_at_r"
+    rows = ("batch 32,alone,0,0.3", "batch 32,alone,1,0.4", "batch 32,rkd_angle,0,0.35", "batch 32,rkd_angle,1,0.47")
+    (tmp_path / "a.csv").write_text("\n".join((columns, *rows, "")))
+    monkeypatch.setattr(hooks, "RESULTS", tmp_path)
+    page = hooks.expand("<!-- made: conditions.table | a.csv -->")
+    assert "0.410 ± 0.060 (+0.060 ± 0.010)" in page and "(results/a.csv)" in page
+
+
 @pytest.mark.parametrize(
     "docstring, markdown",
     [
@@ -86,4 +95,4 @@ def test_search_finds_every_exported_name():
 @pytest.mark.skipif(not (ROOT / "site").exists(), reason="the site is built by `nox -s docs`")
 def test_no_directive_is_left_on_the_site():
     for page in (ROOT / "site").rglob("*.html"):
-        assert not re.search(r"\.\. math|:math:|<!-- (api|table|catalogue|results)", page.read_text()), page
+        assert not re.search(r"\.\. math|:math:|<!-- (api|table|catalogue|results|made)", page.read_text()), page
