@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from comparison import METRICS, by_seed, complete, options, plot, table
 from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss, TripletMarginLoss
-from pytorch_metric_learning.miners import BaseMiner, MultiSimilarityMiner, TripletMarginMiner
+from pytorch_metric_learning.miners import BaseMiner, BatchHardMiner, MultiSimilarityMiner, TripletMarginMiner
 
 from pml_distill.demo import Demo, DemoConfig, Distillation
 from pml_distill.losses import RelativeTeacherLoss
@@ -32,6 +32,8 @@ MINERS: dict[str, Callable[[], BaseMiner] | None] = {
     "teacher's multi-similarity": lambda: TeacherMiner(MultiSimilarityMiner()),
     "triplet margin": TripletMarginMiner,
     "teacher's triplet margin": lambda: TeacherMiner(TripletMarginMiner()),
+    "batch hard": BatchHardMiner,
+    "teacher's batch hard": lambda: TeacherMiner(BatchHardMiner()),
     "teacher's order": lambda: TeacherRankMiner(8),
     "teacher's 8 nearest": lambda: TeacherNeighborMiner(8),
     "teacher's 32 nearest": lambda: TeacherNeighborMiner(32),
@@ -41,6 +43,7 @@ COMPARISONS = {
     **{f"relative teacher, {n} nearest": (MultiSimilarityLoss, "all", f"teacher's {n} nearest") for n in (8, 32)},
     "multi-similarity": (MultiSimilarityLoss, "multi-similarity", "teacher's multi-similarity"),
     "triplet, margin": (TripletMarginLoss, "triplet margin", "teacher's triplet margin"),
+    "triplet, batch hard": (TripletMarginLoss, "batch hard", "teacher's batch hard"),
     "triplet, order": (TripletMarginLoss, "triplet margin", "teacher's order"),
     "contrastive": (ContrastiveLoss, "all", "teacher's 32 nearest"),
 }
@@ -54,6 +57,8 @@ SETTINGS = {
     ("multi-similarity", WITH): (0.0, 0.02),
     ("triplet, margin", WITHOUT): (0.0, 0.02),
     ("triplet, margin", WITH): (0.0, 0.02),
+    ("triplet, batch hard", WITHOUT): (0.0, 0.02),
+    ("triplet, batch hard", WITH): (0.0, 0.02),
     ("triplet, order", WITHOUT): (0.0, 0.02),
     ("triplet, order", WITH): (0.0, 0.02),
     ("contrastive", WITHOUT): (0.0, 0.005),
