@@ -121,6 +121,9 @@ class TeacherCache:
             if distributed:
                 torch.distributed.barrier()
             file = BlockFile(self.folder)
+            if rank > 0:
+                # Processes that were seeded differently have different teachers.
+                self.check(file)
             self.write_blocks(file, range(rank, file.num_blocks, processes), num_workers, show_progress=rank == 0)
             if distributed:
                 torch.distributed.barrier()

@@ -174,6 +174,28 @@ def test_several_processes_share_the_work(tmp_path):
     assert [len(b) for b in batches] == [7 + 1, 6] and not set(batches[0]) & set(batches[1])
 
 
+def write_with_own_teacher(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    cache = TeacherCache(folder / "cache", make_teacher(seed=rank), make_dataset(), batch_size=8)
+    if rank == 0:
+        cache.write()
+    else:
+        with pytest.raises(ValueError, match="belongs to something else:\n  teacher: "):
+            cache.write()
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_process_with_another_teacher_is_refused(tmp_path):
+    torch.multiprocessing.spawn(write_with_own_teacher, args=(tmp_path,), nprocs=2)
+    with pytest.raises(ValueError, match="incomplete: 7 of 13 batches"):
+        CachedTeacher(tmp_path / "cache", make_dataset())
+    TeacherCache(tmp_path / "cache", make_teacher(), make_dataset(), batch_size=8).write()
+    cached = CachedTeacher(tmp_path / "cache", make_dataset(), make_teacher())
+    assert torch.allclose(cached(torch.zeros(100, 1), torch.arange(100)), expected(make_teacher(), make_dataset()), atol=1e-5)
+
+
 def hold(folder, ready, done):
     with block_file.locked(folder):
         ready.set()
