@@ -192,8 +192,8 @@ def test_a_process_with_another_teacher_is_refused(tmp_path):
     with pytest.raises(ValueError, match="incomplete: 7 of 13 batches"):
         CachedTeacher(tmp_path / "cache", make_dataset())
     TeacherCache(tmp_path / "cache", make_teacher(), make_dataset(), batch_size=8).write()
-    cached = CachedTeacher(tmp_path / "cache", make_dataset(), make_teacher())
-    assert torch.allclose(cached(torch.zeros(100, 1), torch.arange(100)), expected(make_teacher(), make_dataset()), atol=1e-5)
+    embeddings = CachedTeacher(tmp_path / "cache", make_dataset())(torch.zeros(100, 1), torch.arange(100))
+    assert torch.allclose(embeddings, expected(make_teacher(), make_dataset()), atol=1e-5)
 
 
 def hold(folder, ready, done):
