@@ -8,7 +8,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import nn
 
 from pml_distill.datasets import CrossQuality, Glyphs, PartiallyLabeled, SeededViews
-from pml_distill.losses import DarkRankLoss, LogitDistillationLoss, PooledFeatureLoss
+from pml_distill.losses import AttentionTransferLoss, DarkRankLoss, LogitDistillationLoss, PooledFeatureLoss
 from pml_distill.models import SmallResNet
 from pml_distill.samplers import MixedSampler
 from pml_distill.teachers import CachedTeacher, EnsembleTeacher, FrozenTeacher, TeacherCache
@@ -125,6 +125,12 @@ def test_features_that_are_not_cached_are_refused(dataset, cached, classifier):
         train(dataset, cached, classifier, student_features=["layer3"], teacher_features=["layer3"])
     with pytest.raises(ValueError, match="has no logits; write one with a classifier"):
         cached.logits(torch.tensor([0]))
+
+
+def test_pooled_features_have_no_attention(dataset, cached):
+    losses = {"feature_distillation_loss": AttentionTransferLoss()}
+    with pytest.raises(ValueError, match="one place is always alike. A cached teacher's features"):
+        train(dataset, cached, loss_funcs=losses)
 
 
 def test_wrong_indices_are_refused(dataset, cached):
