@@ -178,7 +178,8 @@ class BaseDistillationTrainer(BaseTrainer):
         embeddings, projected = in_float32(output), in_float32(projected)
         teacher_embeddings = None
         if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner("tuple_miner"):
-            teacher_embeddings = self.teacher(teacher_data, index)
+            # PML's losses, for asymmetric learning, compare what has one precision and is on one device.
+            teacher_embeddings = self.teacher(teacher_data, index).to(embeddings)
         known, known_labels = only_labeled(embeddings, labels)
         known_teacher = teacher_embeddings
         if teacher_embeddings is not None and known is not embeddings:
