@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,8 +19,8 @@ class EnsembleTeacher(torch.nn.Module):
         weights: one positive number per teacher, scaled to sum to 1; None: all alike.
 
     Raises:
-        ValueError: no teacher; another number of weights, or one that is not positive; a teacher whose parameters
-            require gradients.
+        ValueError: no list, or an empty one; another number of weights, or one that is not positive and finite; a
+            teacher whose parameters require gradients.
 
     Example:
         >>> from pml_distill.teachers import FrozenTeacher
@@ -30,10 +31,12 @@ class EnsembleTeacher(torch.nn.Module):
 
     def __init__(self, teachers: Sequence[Callable], weights: Sequence[float] | None = None):
         super().__init__()
+        if not hasattr(teachers, "__len__"):
+            raise ValueError(f"teachers must be a list of teachers, but is a single {type(teachers).__name__}.")
         if not len(teachers):
             raise ValueError("teachers is empty; give at least one.")
         weights = [1.0] * len(teachers) if weights is None else list(weights)
-        if len(weights) != len(teachers) or not all(weight > 0 for weight in weights):
+        if len(weights) != len(teachers) or not all(weight > 0 and math.isfinite(weight) for weight in weights):
             raise ValueError(
                 f"weights must be {len(teachers)} positive numbers, one for each of the teachers, but are {weights}."
             )

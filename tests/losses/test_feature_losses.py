@@ -144,7 +144,7 @@ def test_attention_ignores_strength_and_channels():
 
 def test_attention_refuses_maps_of_one_place():
     students = maps([4, 6], size=4)
-    with pytest.raises(ValueError, match=r"\[\(4, 4\), \(1, 1\)\]: one place .*PooledFeatureLoss or HintLoss, or a Fro"):
+    with pytest.raises(ValueError, match=r"\[\(4, 4\), \(1, 1\)\]: one place .*use PooledFeatureLoss or HintLoss"):
         AttentionTransferLoss()(students, [maps([5], size=4)[0], torch.rand(3, 3, 1, 1)])
 
 

@@ -57,6 +57,8 @@ def test_in_a_trainer_it_stays_frozen_and_in_eval_mode():
     [
         (lambda: EnsembleTeacher([]), "teachers is empty"),
         (lambda: EnsembleTeacher(teachers(), [1]), r"weights must be 2 positive numbers.*\[1\]"),
+        (lambda: EnsembleTeacher(teachers()[0]), "teachers must be a list of teachers, but is a single FrozenTeacher"),
+        (lambda: EnsembleTeacher(teachers(), [1, float("inf")]), r"2 positive numbers.*\[1, inf\]"),
         (lambda: EnsembleTeacher(teachers(), [1, 0]), r"\[1, 0\]"),
         (lambda: EnsembleTeacher([torch.nn.Linear(2, 2)]), r"teachers\[0\], a Linear, has parameters that require"),
     ],
