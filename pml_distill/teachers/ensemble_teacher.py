@@ -12,7 +12,9 @@ class EnsembleTeacher(torch.nn.Module):
 
     The result has length 1. Its cosine similarities are the weighted means of the teachers' own, and its squared
     Euclidean distances those of their squared distances, so that any loss on pairs or rankings learns from the mean.
-    Widths may differ and add up.
+    A plain distance is the root of the mean of the squares, which is larger than the mean of the distances where the
+    teachers disagree: that mean is in general no distance between any points, so that no ``ref_emb`` has it. Widths may
+    differ and add up.
 
     Args:
         teachers: callables of (data, index), such as ``FrozenTeacher``; modules must be frozen.

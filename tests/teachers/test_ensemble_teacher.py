@@ -22,6 +22,8 @@ def test_similarities_and_squared_distances_are_weighted_means(weights, shares):
     assert torch.allclose(joint @ joint.t(), expected, atol=1e-6)
     squares = sum(share * torch.cdist(unit, unit).square() for share, unit in zip(shares, units))
     assert torch.allclose(torch.cdist(joint, joint).square(), squares, atol=1e-5)
+    mean = sum(share * torch.cdist(unit, unit) for share, unit in zip(shares, units))
+    assert (torch.cdist(joint, joint) > mean - 1e-6).all()
 
 
 def test_any_callable_serves_and_gets_the_index():
