@@ -126,6 +126,24 @@ def test_both_qualities_of_a_sample_are_one_view():
     assert torch.equal(dataset.read([row])[0][0].teacher, views.teacher)
 
 
+def test_albumentations_are_repeated_once_they_are_reseeded(tmp_path):
+    albumentations = pytest.importorskip("albumentations")
+    compose = albumentations.Compose(
+        [albumentations.RandomResizedCrop((12, 12)), albumentations.HorizontalFlip(), albumentations.GaussNoise(p=1)]
+    )
+    images = Images(lambda image: torch.from_numpy(compose(image=np.asarray(image))["image"].astype("float32")))
+    dataset = SeededViews(images, views=2, reseed=compose.set_random_seed)
+    first = {row: data for data, _, row in dataset.read(range(12))}
+    assert len({data.numpy().tobytes() for data in first.values()}) == 12
+    assert all(torch.equal(data, first[row]) for data, _, row in dataset.read(range(11, -1, -1)))
+    for data, _, rows in torch.utils.data.DataLoader(dataset, 2, shuffle=True, num_workers=2):
+        assert all(torch.equal(image, first[int(row)]) for image, row in zip(data, rows))
+    teacher = FrozenTeacher(torch.nn.Flatten())
+    TeacherCache(tmp_path / "seeded", teacher, dataset).write()
+    with pytest.raises(ValueError, match="other data each time.*Compose.set_random_seed"):
+        TeacherCache(tmp_path / "restless", teacher, SeededViews(images, views=2))
+
+
 def test_numbers_of_numpy_serve(tmp_path):
     dataset = SeededViews([(torch.ones(2), 0)] * 4, np.int64(3), np.int32(2))
     TeacherCache(tmp_path, FrozenTeacher(torch.nn.Flatten()), dataset).write()

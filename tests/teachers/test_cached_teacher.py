@@ -7,7 +7,7 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch import nn
 
-from pml_distill.datasets import CrossQuality, Glyphs, PartiallyLabeled, SeededViews
+from pml_distill.datasets import CrossQuality, Glyphs, LabeledAndUnlabeled, PartiallyLabeled, SeededViews
 from pml_distill.losses import (
     AttentionTransferLoss,
     DarkRankLoss,
@@ -104,6 +104,18 @@ def test_partly_labelled_data_of_two_qualities(dataset, live, cached):
     changes = only(metric_loss=MultiSimilarityLoss(), distillation_loss=DarkRankLoss())
     sampler = MixedSampler(few.labels, 2, 32, 0.5, 640)
     runs = [train(few, teacher, sampler=sampler, **changes) for teacher in (live, cached)]
+    for ours, theirs in zip(*runs):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_data_with_and_without_labels_in_one_cache(tmp_path, live):
+    labeled = Glyphs("val", size=16, augment=True)
+    images = [image for image, _ in Glyphs("train", size=16, augment=False).__getitems__(range(200))]
+    dataset = SeededViews(LabeledAndUnlabeled(labeled, images), seed=3, views=VIEWS)
+    TeacherCache(tmp_path, live, dataset, batch_size=256).write()
+    changes = only(metric_loss=MultiSimilarityLoss(), distillation_loss=DarkRankLoss())
+    sampler = MixedSampler(dataset.labels, 2, 32, 0.5, 640)
+    runs = [train(dataset, t, sampler=sampler, **changes) for t in (live, CachedTeacher(tmp_path, dataset, live))]
     for ours, theirs in zip(*runs):
         assert ours == pytest.approx(theirs, rel=1e-6)
 
