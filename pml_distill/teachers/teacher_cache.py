@@ -28,7 +28,7 @@ class TeacherCache:
     Embeddings are written batch by batch. A run that was killed goes on with the first batch that is missing, and ends
     with the same bits. Under ``torchrun`` each process writes its share of the batches; the number of processes may
     change from run to run. The folder holds a fingerprint of the teacher's architecture and weights, the dataset, its
-    seed, views and transforms, a few samples, and the versions of the libraries: another teacher or dataset is
+    seed, views, transforms and labels, 32 of its rows, and the versions of the libraries: another teacher or dataset is
     refused, never mixed in. Writing needs a POSIX system.
 
     Args:
@@ -44,7 +44,7 @@ class TeacherCache:
 
     Raises:
         ValueError: a teacher that is not frozen, without a trunk where ``features`` are asked for, or an ensemble with
-            a cache of another dataset; a dataset that is no ``SeededViews``, or yields other data at each read;
+            a cache of another dataset or a teacher that is no module; a dataset that is no ``SeededViews``, or yields other data at each read;
             ``dtype`` or ``batch_size`` out of range.
 
     Example:

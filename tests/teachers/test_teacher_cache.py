@@ -368,6 +368,7 @@ class Flip:
 class Rows(torch.utils.data.Dataset):
     def __init__(self, values, labels, transform=None):
         self.values, self.labels, self.transform = values, labels, transform
+        self.targets = None  # as in torchvision's datasets without labels
 
     def __len__(self):
         return len(self.values)
