@@ -44,8 +44,8 @@ class TeacherCache:
 
     Raises:
         ValueError: a teacher that is not frozen, without a trunk where ``features`` are asked for, or an ensemble with
-            a cache of another dataset or a teacher that is no module; a dataset that is no ``SeededViews``, or yields other data at each read;
-            ``dtype`` or ``batch_size`` out of range.
+            a cache of another dataset or a teacher that is no module; a dataset that is no ``SeededViews``, or yields
+            other data at each read; ``dtype`` or ``batch_size`` out of range.
 
     Example:
         >>> import tempfile
