@@ -13,6 +13,7 @@ from statistics import fmean
 
 from comparison import finished
 
+from pml_distill.demo import LOSSES
 from pml_distill.utils.report import format_table, mean_and_error
 
 NONE, TEACHER, MAP = "none", "teacher", "mean_average_precision_at_r"
@@ -79,7 +80,7 @@ def comparisons(rows: Rows) -> list[Comparison]:
 
 
 def table(rows: Rows) -> str:
-    """Lay out the test rows of one setup and one size."""
+    """Lay out the test rows of one setup and one size; only losses that are aligned serve asymmetric retrieval."""
     compared = {(c.metric_loss, c.distillation): c for c in comparisons(rows)}
     lines = []
     for metric_loss in unique(rows, "metric_loss"):
@@ -91,6 +92,7 @@ def table(rows: Rows) -> str:
             line = {
                 "metric loss": metric_loss,
                 "distillation": distillation,
+                "aligned": "" if distillation == NONE else "yes" if LOSSES[distillation].aligned else "no",
                 "chosen": f"{own[0]['setting']}, rate {float(own[0]['learning_rate']):g}{weight}",
                 "seeds": str(len(own)),
             }

@@ -74,6 +74,7 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
     """Print the table; write it beside the CSV and the pictures."""
     import torch
 
+    from .demo import LOSSES
     from .utils.report import bar_chart, format_table, mean_and_error, neighbor_sheet
 
     runs = {(row["name"], row["seed"]): row for row in demo.results()}
@@ -100,6 +101,7 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
                 "precision@1": shown(values(name, "precision_at_1")),
                 "MAP@R": shown(values(name, metric)),
                 "student → teacher": shown(values(name, "asymmetric_map_at_r")),
+                "aligned": ("yes" if LOSSES[name].aligned else "no") if name in LOSSES else "",
                 "gap recovered": shown([100 * gap for gap in gaps], 0) + " %",
                 "agreement": shown(values(name, "neighbor_agreement")),
                 "parameters": f"{cost.parameters:,}",
@@ -145,7 +147,7 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
         {"student alone": demo.embeddings("student", 0).cpu(), f"student with {best}": demo.embeddings(best, 0).cpu()},
         queries,
     )
-    print("\nstudent → teacher: MAP@R of the student's queries in the teacher's gallery; losses that teach relations")
-    print("alone do not align the two spaces.")
+    print("\nstudent → teacher: MAP@R of the student's queries in the teacher's gallery. Losses that do not align")
+    print("the two spaces (aligned: no), such as those on relations alone, have no reason to raise it.")
     print(f"Averaged over {seeds} seed{'s' * (seeds > 1)}. In {demo.out}: table.md, results.csv, map_at_r.png,")
     print("neighbors.png, and the record-keeper and tensorboard logs of every run in its folder.")

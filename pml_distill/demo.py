@@ -39,6 +39,7 @@ from .losses import (
     SimilarityDistributionLoss,
     SimilarityPreservingLoss,
     SimilarityRegressionLoss,
+    catalogue,
 )
 from .models import SmallResNet
 from .teachers import FrozenTeacher
@@ -60,6 +61,14 @@ class Distillation:
 
     make: Callable[[], BaseDistillationLoss]
     weight: float
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a student that learns all it can stands in the teacher's own space, for asymmetric retrieval."""
+        loss = self.make()
+        entry = next(entry for entry in catalogue() if entry.name == type(loss).__name__)
+        # Equal logits leave the embeddings free, and a queue of the student's own compares relations alone.
+        return entry.aligned and entry.family != "logits" and loss.equal_widths
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,19 @@ def test_demo_writes_table_csv_pictures_and_logs(finished):
     assert int(rows[0]["parameters"]) > 10 * int(rows[2]["parameters"])
     table = (finished / "table.md").read_text()
     assert "relative_teacher" in table and "±" in table and "MAP@R" in table
+    aligned = [line.split("|")[5].strip() for line in table.splitlines()]
+    assert aligned[0] == "aligned" and aligned[2:] == ["", "", "no"]
     for name in ("map_at_r.png", "neighbors.png"):
         assert min(Image.open(finished / name).size) > 100
     logs = finished / "seed0" / "relative_teacher" / "logs"
     assert (logs / "loss_histories.csv").exists() and any("TEST_vs_self" in p.name for p in logs.iterdir())
+
+
+def test_what_aligns_the_spaces_is_known_of_every_loss():
+    aligned = {name for name, loss in LOSSES.items() if loss.aligned}
+    assert {"absolute_teacher", "cosine_teacher", "mutual_distance", "compress"} <= aligned
+    # Logits may agree where embeddings do not, and a second queue holds the student's own space.
+    assert not aligned & {"relative_teacher", "soft_dark_rank", "logit_distillation", "compress_two_queues"}
 
 
 def test_run_again_it_trains_nothing(finished, capsys, monkeypatch):

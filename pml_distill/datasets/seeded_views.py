@@ -2,6 +2,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ class SeededViews(torch.utils.data.Dataset):
     a seeded run the same ones again.
 
     Args:
-        dataset: any dataset with a length, of (data, label), (data, label, index) or data alone.
+        dataset: any dataset with a length, of (data, label), (data, label, index), (data,) or data alone.
         seed: of the views, any whole number.
         views: how many of each sample, at least 1. One makes the augmentation fixed.
         reseed: a function, or several, called with a seed before each sample is read, for transforms that have a
@@ -38,7 +39,8 @@ class SeededViews(torch.utils.data.Dataset):
         labels: those of ``dataset``.
 
     Raises:
-        ValueError: ``views`` is below 1, or ``dataset`` has no length or no samples.
+        ValueError: ``views`` is below 1, it or ``seed`` is no whole number, or ``dataset`` has no length or no
+            samples.
 
     Example:
         >>> dataset = SeededViews([("a", 0), ("b", 1)], views=3)
@@ -53,13 +55,19 @@ class SeededViews(torch.utils.data.Dataset):
         views: int = 1,
         reseed: Callable[[int], Any] | Sequence[Callable[[int], Any]] = (),
     ):
-        if not hasattr(dataset, "__len__"):
-            raise ValueError(f"dataset must have a length, but {type(dataset).__name__} has none.")
-        if len(dataset) == 0:
+        try:
+            size = len(dataset)
+        except (TypeError, NotImplementedError) as error:
+            raise ValueError(f"dataset must have a length, but {type(dataset).__name__} has none.") from error
+        if size == 0:
             raise ValueError("dataset is empty.")
+        for name, value in (("seed", seed), ("views", views)):
+            if not isinstance(value, Integral):
+                raise ValueError(f"{name} must be a whole number, but is {value!r}.")
         if views < 1:
             raise ValueError(f"views must be at least 1, but is {views}.")
-        self.dataset, self.seed, self.views = dataset, seed, views
+        # NumPy's integers have no place in the header of a cache.
+        self.dataset, self.seed, self.views = dataset, int(seed), int(views)
         self.reseed = (reseed,) if callable(reseed) else tuple(reseed)
 
     @property
@@ -109,7 +117,7 @@ class SeededViews(torch.utils.data.Dataset):
             reseed(seed)
         item = self.dataset[sample]
         # Data may itself be a named tuple of two views.
-        data, label = item[:2] if type(item) in (tuple, list) else (item, UNLABELED)
+        data, label = (*item, UNLABELED)[:2] if type(item) in (tuple, list) else (item, UNLABELED)
         return data, label, row
 
 

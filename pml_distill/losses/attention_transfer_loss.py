@@ -25,7 +25,7 @@ class AttentionTransferLoss(BaseFeatureLoss):
         (``element``).
 
     Raises:
-        ValueError: the maps do not go in pairs.
+        ValueError: the maps do not go in pairs; a map has only one place, where attention is always 1.
 
     Example:
         >>> import torch
@@ -35,6 +35,12 @@ class AttentionTransferLoss(BaseFeatureLoss):
     """
 
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
+        if any(m.shape[2:].numel() == 1 for m in student_maps):
+            raise ValueError(
+                "AttentionTransferLoss compares the places of a map, but the pairs have the heights and widths "
+                f"{[tuple(m.shape[2:]) for m in student_maps]}: one place is always alike. A cached teacher's features "
+                "are such maps; use PooledFeatureLoss or HintLoss, or a FrozenTeacher."
+            )
         pairs = zip(student_maps, teacher_maps)
         return torch.stack([(attention(s) - attention(t)).square().mean(dim=1) for s, t in pairs]).sum(dim=0)
 

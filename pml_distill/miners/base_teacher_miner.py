@@ -38,7 +38,8 @@ class BaseTeacherMiner(BaseMiner):
         if ref_emb is None:
             raise ValueError(
                 f"{name} needs the teacher's embeddings: pass ref_emb=teacher_embeddings, a tensor with one row for "
-                f"each row of embeddings {tuple(embeddings.shape)}. MultipleLosses passes none to its miners."
+                f"each row of embeddings {tuple(embeddings.shape)}. MultipleLosses passes none to its miners: mine "
+                "once and pass what is found as indices_tuple, or give the miner to a trainer as tuple_miner."
             )
         if len(ref_emb) != len(embeddings):
             raise ValueError(

@@ -13,13 +13,15 @@ class TeacherMiner(BaseTeacherMiner):
 
     Args:
         miner: a PML miner, such as ``MultiSimilarityMiner()``; its own distance counts.
+        max_triplets: of a miner of triplets at most so many are returned, drawn at random from all by torch's global
+            generator; None for no bound. Pairs are at most B * B and all returned.
 
     Returns:
         what ``miner`` returns for the teacher's embeddings.
 
     Raises:
-        ValueError: ``miner`` is no PML miner, or is a miner of this package; labels are None; what
-            ``BaseTeacherMiner`` refuses.
+        ValueError: ``miner`` is no PML miner, or is a miner of this package; ``max_triplets`` is below 1; labels are
+            None; what ``BaseTeacherMiner`` refuses.
 
     Example:
         >>> from pytorch_metric_learning.miners import BatchHardMiner
@@ -30,15 +32,21 @@ class TeacherMiner(BaseTeacherMiner):
 
     needs_labels = True
 
-    def __init__(self, miner: BaseMiner):
+    def __init__(self, miner: BaseMiner, max_triplets: int | None = None):
         super().__init__()
         if not isinstance(miner, BaseMiner) or isinstance(miner, BaseTeacherMiner):
             raise ValueError(f"miner must be a miner of pytorch-metric-learning, but is a {type(miner).__name__}.")
-        self.miner = miner
+        if max_triplets is not None and max_triplets < 1:
+            raise ValueError(f"max_triplets must be None or at least 1, but is {max_triplets}.")
+        self.miner, self.max_triplets = miner, max_triplets
 
     def mine(
         self, embeddings: torch.Tensor, labels: torch.Tensor | None, ref_emb: torch.Tensor, ref_labels: Any
     ) -> tuple[torch.Tensor, ...]:
         if labels is None:
             raise ValueError(f"TeacherMiner needs labels for its {type(self.miner).__name__}, but they are None.")
-        return self.miner(ref_emb, labels)
+        found = self.miner(ref_emb, labels)
+        if self.max_triplets is None or len(found) != 3:
+            return found
+        drawn = torch.randperm(len(found[0]), device=found[0].device)[: self.max_triplets]
+        return tuple(column[drawn] for column in found)

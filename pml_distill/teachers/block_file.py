@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = "pml-distill teacher cache 1"
+FORMAT = "pml-distill teacher cache 2"
 HEADER, CHECKSUMS, LOCK = "cache.json", "checksums.bin", "lock"
 #: A block that is written has this bit above its CRC-32; a zero is a block that is not.
 WRITTEN = 1 << 32
+#: The folders that this process holds: POSIX's locks keep only others out, and end when any file on them is closed.
+HELD: set[Path] = set()
 
 
 class BlockFile:
@@ -38,11 +40,13 @@ class BlockFile:
         if not path.exists():
             raise ValueError(f"folder {self.folder} holds no teacher cache: {HEADER} is missing.")
         try:
-            header = json.loads(path.read_text())
-        except ValueError as error:
+            header = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}).") from error
         if header.get("format") != FORMAT:
             raise ValueError(f"{path} has the format {header.get('format')!r}, but this version reads {FORMAT!r}.")
+        if header.pop("checksum", None) != checksum_of(header):
+            raise ValueError(f"{path} is damaged (its checksum differs). Delete the folder and write the cache again.")
         self.num_rows, self.block_rows, self.widths = header["rows"], header["block_rows"], header["widths"]
         self.dtype, self.fingerprint = getattr(torch, header["dtype"]), header["fingerprint"]
         self.num_blocks = -(-self.num_rows // self.block_rows)
@@ -91,7 +95,7 @@ class BlockFile:
         }
         # Last, so that where there is a header there are files.
         unfinished = folder / f"{HEADER}.tmp"
-        unfinished.write_text(json.dumps(header, indent=1))
+        unfinished.write_text(json.dumps(header | {"checksum": checksum_of(header)}, indent=1))
         os.replace(unfinished, folder / HEADER)
         return cls(folder)
 
@@ -121,16 +125,22 @@ class BlockFile:
         """Write a block: for each array the tensor of its rows, (rows, width).
 
         Raises:
-            ValueError: a value is not finite in the file's precision.
+            ValueError: an array has another shape; a value is not finite in the file's precision.
             OSError: the disk is full.
         """
         rows, content = self.rows_of(block), {}
         for name in self.widths:
-            values = arrays[name].detach().cpu().to(self.dtype).contiguous()
+            given, shape = arrays[name].detach().cpu(), (len(rows), self.widths[name])
+            of_rows = f"The teacher's {name} of the rows {rows.start} to {rows.stop - 1}"
+            if given.shape != shape:
+                raise ValueError(f"{of_rows} must have the shape {shape}, but have {tuple(given.shape)}.")
+            if not given.isfinite().all():
+                raise ValueError(f"{of_rows} are NaN or infinite.")
+            values = given.to(self.dtype).contiguous()
             if not values.isfinite().all():
                 raise ValueError(
-                    f"The teacher's {name} of the rows {rows.start} to {rows.stop - 1} are not finite in {self.dtype}; "
-                    "torch.bfloat16 and torch.float32 reach further than torch.float16."
+                    f"{of_rows} are not finite in {self.dtype}; torch.bfloat16 and torch.float32 reach further than "
+                    "torch.float16."
                 )
             content[name] = values.view(torch.uint8).numpy().tobytes()
         try:
@@ -169,7 +179,7 @@ class BlockFile:
         order = np.argsort(rows, kind="stable")
         values = np.empty((len(rows), self.row_bytes(name)), dtype=np.uint8)
         values[order] = self.arrays[name][rows[order]]
-        return torch.from_numpy(values).view(self.dtype)
+        return torch.from_numpy(values).flatten().view(self.dtype).view(len(rows), self.widths[name])
 
 
 def file_sizes(num_rows: int, block_rows: int, widths: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
@@ -184,6 +194,11 @@ def checksum(parts: Iterable[Any]) -> int:
     for part in parts:
         crc = zlib.crc32(part, crc)
     return WRITTEN | crc
+
+
+def checksum_of(header: dict[str, Any]) -> int:
+    """Return the checksum of a header without its own."""
+    return zlib.crc32(json.dumps(header).encode())
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -219,10 +234,13 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for one writer; the lock goes with the process that holds it, however it ends.
 
     Raises:
-        RuntimeError: another process holds it.
+        RuntimeError: another process holds it, or another writer of this one.
     """
     import fcntl
 
+    folder = folder.resolve()
+    if folder in HELD:
+        raise RuntimeError(f"This process is already writing the teacher cache in {folder}; wait until it is done.")
     with open(folder / LOCK, "w") as file:
         try:
             # Unlike those of flock, these locks are not kept alive by dataloader workers that outlive a kill.
@@ -231,4 +249,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise RuntimeError(
                 f"Another process is writing the teacher cache in {folder}; wait for it or choose another folder."
             ) from error
-        yield
+        HELD.add(folder)
+        try:
+            yield
+        finally:
+            HELD.remove(folder)

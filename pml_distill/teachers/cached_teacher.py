@@ -1,5 +1,5 @@
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -8,8 +8,7 @@ import torch
 
 from ..datasets import SeededViews
 from .block_file import BlockFile
-from .fingerprint import chain, dataset_fingerprint, differences, module_fingerprint
-from .teacher_cache import refuse
+from .fingerprint import chain, dataset_fingerprint, differences, module_fingerprint, refuse
 
 
 class CachedTeacher:
@@ -25,12 +24,12 @@ class CachedTeacher:
         teacher: the teacher that wrote it, only to be compared; None not to.
 
     Shapes:
-        data: not looked at, but for its device. index: (B,) rows, the third entry of the items of ``SeededViews``.
-        Returns (B, Dt) on the device of ``data``, in the precision of the cache.
+        data: not looked at, but for its device and length. index: (B,) rows, the third entry of the items of
+        ``SeededViews``. Returns (B, Dt) on the device of ``data``, in the precision of the cache.
 
     Raises:
         ValueError: the cache is incomplete, damaged, or of another dataset or teacher, with what differs; ``index`` is
-            missing.
+            missing, not an integer tensor, or not as long as ``data``.
         IndexError: ``index`` is out of range.
     """
 
@@ -39,7 +38,7 @@ class CachedTeacher:
             raise ValueError(
                 f"dataset must be the SeededViews that the cache was written for, but is a {type(dataset).__name__}."
             )
-        self.file = BlockFile(folder)
+        self.file, self.dataset = BlockFile(folder), dataset
         ours = dataset_fingerprint(dataset)
         if teacher is not None:
             ours["teacher"] = module_fingerprint(teacher)
@@ -53,7 +52,7 @@ class CachedTeacher:
 
     def __call__(self, data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return the embeddings of the rows in ``index``."""
-        rows = self.checked_rows(index)
+        rows = self.checked_rows(index, data)
         device = getattr(data, "device", None)
         for tap in self.taps:
             tap.features = [self.file.read(f"features.{name}", rows)[:, :, None, None].to(device) for name in tap.names]
@@ -79,23 +78,35 @@ class CachedTeacher:
 
     def check_dataset(self, dataset: Any) -> None:
         """Raise ``ValueError`` if what a dataset yields are not the rows of this cache."""
-        views = [part for part in chain(dataset) if isinstance(part, SeededViews)]
-        cached = {name: self.file.fingerprint[name] for name in ("length", "seed", "views")}
-        given = [{"length": len(part), "seed": part.seed, "views": part.views} for part in views]
-        if cached not in given:
+        # The rows are those of the outermost.
+        views = next((part for part in chain(dataset) if isinstance(part, SeededViews)), None)
+        if views is self.dataset:
+            return
+        lines = [] if views is None else differences(dataset_fingerprint(views), self.file.fingerprint)
+        if views is None or lines:
+            cached = {name: self.file.fingerprint[name] for name in ("length", "seed", "views")}
             raise ValueError(
                 f"dataset is {' of '.join(type(part).__name__ for part in chain(dataset))}, but the teacher reads a "
                 f"cache of SeededViews with {cached}; its rows mean nothing for another dataset."
+                + "".join(f"\n  {line}" for line in lines)
             )
 
-    def checked_rows(self, index: torch.Tensor | None) -> np.ndarray:
-        """Return the index as an array of rows that are in the cache."""
+    def checked_rows(self, index: torch.Tensor | None, data: Any = None) -> np.ndarray:
+        """Return the index as an array of rows that are in the cache, one for each sample of the data."""
         if index is None:
             raise ValueError(
                 "CachedTeacher needs the index of each sample: a batch must be (data, labels, index), as SeededViews "
                 "yields it."
             )
-        rows = torch.as_tensor(index).cpu().numpy()
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(
+                f"index must hold integers and have the shape (batch,), but is {index.dtype} of {tuple(index.shape)}."
+            )
+        if isinstance(data, torch.Tensor) and len(data) != len(index):
+            raise ValueError(
+                f"index must have one row for each sample, but has {len(index)} for data of {tuple(data.shape)}."
+            )
+        rows = index.cpu().numpy()
         if len(rows) and not (0 <= rows.min() and rows.max() < self.file.num_rows):
             raise IndexError(
                 f"index must be from 0 to {self.file.num_rows - 1}, the rows of the teacher cache, but goes from "
@@ -131,3 +142,11 @@ class CachedTap:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.teacher.taps.remove(self)
+
+
+def caches(teacher: Any) -> Iterator[CachedTeacher]:
+    """Yield the caches that a teacher reads, also those in an ensemble."""
+    if isinstance(teacher, CachedTeacher):
+        yield teacher
+    for part in getattr(teacher, "teachers", ()):
+        yield from caches(part)

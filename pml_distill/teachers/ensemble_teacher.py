@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,15 +12,17 @@ class EnsembleTeacher(torch.nn.Module):
 
     The result has length 1. Its cosine similarities are the weighted means of the teachers' own, and its squared
     Euclidean distances those of their squared distances, so that any loss on pairs or rankings learns from the mean.
-    Widths may differ and add up.
+    A plain distance is the root of the mean of the squares, which is larger than the mean of the distances where the
+    teachers disagree: that mean is in general no distance between any points, so that no ``ref_emb`` has it. Widths may
+    differ and add up.
 
     Args:
         teachers: callables of (data, index), such as ``FrozenTeacher``; modules must be frozen.
         weights: one positive number per teacher, scaled to sum to 1; None: all alike.
 
     Raises:
-        ValueError: no teacher; another number of weights, or one that is not positive; a teacher whose parameters
-            require gradients.
+        ValueError: no list, or an empty one; another number of weights, or one that is not positive and finite; a
+            teacher whose parameters require gradients.
 
     Example:
         >>> from pml_distill.teachers import FrozenTeacher
@@ -30,10 +33,12 @@ class EnsembleTeacher(torch.nn.Module):
 
     def __init__(self, teachers: Sequence[Callable], weights: Sequence[float] | None = None):
         super().__init__()
+        if not hasattr(teachers, "__len__"):
+            raise ValueError(f"teachers must be a list of teachers, but is a single {type(teachers).__name__}.")
         if not len(teachers):
             raise ValueError("teachers is empty; give at least one.")
         weights = [1.0] * len(teachers) if weights is None else list(weights)
-        if len(weights) != len(teachers) or not all(weight > 0 for weight in weights):
+        if len(weights) != len(teachers) or not all(weight > 0 and math.isfinite(weight) for weight in weights):
             raise ValueError(
                 f"weights must be {len(teachers)} positive numbers, one for each of the teachers, but are {weights}."
             )

@@ -2,31 +2,51 @@
 
 import hashlib
 import importlib.metadata
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..datasets import SeededViews
+from ..datasets import SeededViews, Views
+from .block_file import BlockFile
 
 #: What decides which pixels a seed gives.
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "albumentations")
-NUM_SAMPLES, NUM_VALUES = 8, 16
+NUM_SAMPLES, NUM_VALUES = 32, 16
+#: What tells which samples a dataset holds, and in which order; ``indices`` are those of a ``Subset``.
+IDENTITIES = ("labels", "targets", "indices")
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
-    """Return a hash of the architecture and the weights of a module."""
+    """Return a hash of the architecture and the weights of a module, and of what the caches in it hold.
+
+    Raises:
+        ValueError: an ensemble has a teacher that is neither a module nor a cache.
+    """
     digest = hashlib.sha256(without_addresses(repr(module)).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    for part in module.modules():
+        for number, teacher in enumerate(getattr(part, "teachers", ())):
+            if isinstance(teacher, torch.nn.Module):
+                continue
+            file = getattr(teacher, "file", None)
+            if not isinstance(file, BlockFile):
+                raise ValueError(
+                    f"teachers[{number}] of the ensemble is a {type(teacher).__name__}, and what it returns cannot be "
+                    "told from what another does; use modules and CachedTeacher."
+                )
+            digest.update(f"{number} {file.dtype} {json.dumps(file.fingerprint)}".encode())
     return digest.hexdigest()
 
 
 def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
-    """Return the length, views and transforms of a dataset, what a few samples look like, and the versions.
+    """Return length, views, transforms and labels of a dataset, what a few samples look like, and the versions.
 
     Raises:
         ValueError: a sample is not the same when read twice.
@@ -37,10 +57,16 @@ def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
         "views": dataset.views,
         "dataset": [type(part).__name__ for part in chain(dataset)],
         "transform": [
-            f"{name}: {without_addresses(repr(value))}"
+            f"{name}: {described(value)}"
             for part in chain(dataset)
             for name, value in getattr(part, "__dict__", {}).items()
             if "transform" in name and value is not None
+        ],
+        "labels": [
+            f"{name} of {type(part).__name__}: {digest_of(value)}"
+            for part in chain(dataset)
+            for name, value in getattr(part, "__dict__", {}).items()
+            if name in IDENTITIES
         ],
         **{f"version of {name}": version(name) for name in LIBRARIES},
         "samples": {str(row): signature(dataset, row) for row in checked_rows(dataset)},
@@ -54,7 +80,8 @@ def differences(ours: dict[str, Any], cached: dict[str, Any]) -> list[str]:
         if name == "samples":
             others = [row for row, values in value.items() if not alike(values, cached[name].get(row))]
             if others:
-                lines.append(f"samples: what the dataset yields for the rows {', '.join(others)}")
+                more = " and others" if len(others) > 5 else ""
+                lines.append(f"samples: what the dataset yields for the rows {', '.join(others[:5])}{more}")
         elif value != cached.get(name):
             lines.append(f"{name}: {shown(cached.get(name))} in the cache, {shown(value)} now")
     return lines
@@ -66,16 +93,17 @@ def checked_rows(dataset: SeededViews) -> list[int]:
 
 
 def signature(dataset: SeededViews, row: int) -> list[float]:
-    """Return the mean of a sample's data and a few of its values, after reading it twice."""
-    first, second = (flat(dataset.read([row])[0][0]) for _ in range(2))
-    if not np.array_equal(first, second, equal_nan=True):
+    """Return the mean of the data that the teacher sees of a sample and a few values, after reading it twice."""
+    data, again = (dataset.read([row])[0][0] for _ in range(2))
+    if not np.array_equal(flat(data), flat(again), equal_nan=True):
         raise ValueError(
             f"dataset yields other data each time sample {row % len(dataset)} is read, though SeededViews has seeded "
             "random, np.random and torch: something in it has a random generator of its own. Give SeededViews "
             "reseed=, a function that seeds it, such as albumentations' Compose.set_random_seed."
         )
-    places = np.linspace(0, len(first) - 1, NUM_VALUES).round().astype(int)
-    return [float(first.mean()), *first[places].tolist()]
+    values = flat(data.teacher if isinstance(data, Views) else data)
+    places = np.linspace(0, len(values) - 1, NUM_VALUES).round().astype(int)
+    return [float(values.mean()), *values[places].tolist()]
 
 
 def alike(values: list[float], others: list[float] | None) -> bool:
@@ -102,6 +130,21 @@ def chain(dataset: Any) -> Iterator[Any]:
         dataset = getattr(dataset, "dataset", None)
 
 
+def described(transform: Any) -> str:
+    """Return the repr of a transform, and the attributes of those in it that have only the repr of every object."""
+    text = repr(transform)
+    for part in (transform, *getattr(transform, "transforms", ())):
+        if type(part).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
+            text += f" {getattr(part, '__dict__', {})}"
+    return without_addresses(text)
+
+
+def digest_of(values: Any) -> str:
+    """Return a hash of a list, an array, a tensor or None."""
+    text = repr(values.tolist() if hasattr(values, "tolist") else values)
+    return hashlib.sha256(without_addresses(text).encode()).hexdigest()[:16]
+
+
 def version(name: str) -> str | None:
     """Return the version of an installed library without its build, None where it is not installed."""
     try:
@@ -119,3 +162,13 @@ def shown(value: Any) -> str:
     """Return a value for a message, cut to a readable length."""
     text = str(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def refuse(folder: Path, lines: Sequence[str]) -> None:
+    """Raise ``ValueError`` if there are differences to name."""
+    if lines:
+        raise ValueError(
+            f"The teacher cache in {folder} belongs to something else:\n  "
+            + "\n  ".join(lines)
+            + "\nChoose another folder, or delete this one."
+        )

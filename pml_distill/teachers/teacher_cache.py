@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ..datasets import SeededViews, Views
 from .block_file import CHECKSUMS, HEADER, LOCK, BlockFile, file_sizes, locked
-from .fingerprint import dataset_fingerprint, differences, module_fingerprint
+from .cached_teacher import caches
+from .fingerprint import dataset_fingerprint, differences, module_fingerprint, refuse
 from .frozen_teacher import FrozenTeacher
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,22 +28,24 @@ class TeacherCache:
     Embeddings are written batch by batch. A run that was killed goes on with the first batch that is missing, and ends
     with the same bits. Under ``torchrun`` each process writes its share of the batches; the number of processes may
     change from run to run. The folder holds a fingerprint of the teacher's architecture and weights, the dataset, its
-    seed, views and transforms, a few samples, and the versions of the libraries: another teacher or dataset is
+    seed, views, transforms and labels, 32 of its rows, and the versions of the libraries: another teacher or dataset is
     refused, never mixed in. Writing needs a POSIX system.
 
     Args:
         folder: where the cache is or will be.
-        teacher: ``FrozenTeacher``, or another frozen module that is called with (data, index).
+        teacher: ``FrozenTeacher``, or another frozen module that is called with (data, index); in eval mode while it
+            writes.
         dataset: ``SeededViews`` around the dataset to train on.
         dtype: to store, ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
         batch_size: of the teacher; a cache that has been begun keeps its own.
         classifier: turns embeddings into logits, to be stored too, as ``"logits"``.
-        features: names of modules of ``teacher.trunk``, whose outputs, averaged over all but batch and channels, are
-            stored too, for ``feature_distillation_loss``; see ``FeatureTap``.
+        features: names of modules of ``teacher.trunk``, whose outputs, (B, C) or (B, C, H, W) averaged over the
+            places, are stored too, for ``feature_distillation_loss``; see ``FeatureTap``.
 
     Raises:
-        ValueError: a teacher that is not frozen, or without a trunk where ``features`` are asked for; a dataset that
-            is no ``SeededViews``, or yields other data at each read; ``dtype`` or ``batch_size`` out of range.
+        ValueError: a teacher that is not frozen, without a trunk where ``features`` are asked for, or an ensemble with
+            a cache of another dataset or a teacher that is no module; a dataset that is no ``SeededViews``, or yields
+            other data at each read; ``dtype`` or ``batch_size`` out of range.
 
     Example:
         >>> import tempfile
@@ -86,11 +89,16 @@ class TeacherCache:
                 "dataset must be SeededViews(dataset, ...), whose items never change, but is a "
                 f"{type(dataset).__name__}."
             )
+        for cache in caches(teacher):
+            cache.check_dataset(dataset)
+        features = tuple(dict.fromkeys(features))
         self.folder, self.teacher, self.dataset = Path(folder), teacher, dataset
-        self.dtype, self.batch_size, self.features = dtype, batch_size, tuple(features)
+        self.dtype, self.batch_size, self.features = dtype, batch_size, features
         self.classifier = None if classifier is None else FrozenTeacher(classifier)
         self.tap = teacher.tap(features) if isinstance(teacher, FrozenTeacher) and features else None
-        self.names = ["embeddings", *(["logits"] if classifier else []), *(f"features.{name}" for name in features)]
+        self.names = ["embeddings", *(f"features.{name}" for name in features)]
+        if classifier is not None:
+            self.names.insert(1, "logits")
         self.fingerprint = {"teacher": module_fingerprint(teacher), **dataset_fingerprint(dataset)}
         if self.classifier is not None:
             self.fingerprint["classifier"] = module_fingerprint(self.classifier)
@@ -106,8 +114,8 @@ class TeacherCache:
 
         Raises:
             ValueError: the folder belongs to another teacher or dataset, with what differs, or holds something else;
-                an embedding is not finite in ``dtype``.
-            RuntimeError: another process is writing into the folder.
+                an embedding is not finite in ``dtype``; the teacher or a module returns another shape than expected.
+            RuntimeError: another writer is at work in the folder.
             OSError: the disk is too small or full; what is written stays.
         """
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -115,18 +123,24 @@ class TeacherCache:
         if distributed:
             rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder) if rank == 0 else nullcontext():
+        # The package of the accuracy calculators costs more than all that teachers need.
+        from ..utils.eval_mode import eval_mode
+
+        with locked(self.folder) if rank == 0 else nullcontext(), eval_mode(self.teacher):
             if rank == 0:
-                self.open_or_create()
+                self.open_or_create(processes)
             if distributed:
                 torch.distributed.barrier()
             file = BlockFile(self.folder)
+            if rank > 0:
+                # Processes that were seeded differently have different teachers.
+                self.check(file)
             self.write_blocks(file, range(rank, file.num_blocks, processes), num_workers, show_progress=rank == 0)
             if distributed:
                 torch.distributed.barrier()
 
-    def open_or_create(self) -> None:
-        """Check the cache in the folder, or make a new one if there is none."""
+    def open_or_create(self, processes: int) -> None:
+        """Check the cache in the folder, or make a new one if there is none, for so many processes to write."""
         if (self.folder / HEADER).exists():
             self.check(BlockFile(self.folder))
             return
@@ -135,11 +149,20 @@ class TeacherCache:
         if others:
             raise ValueError(f"folder {self.folder} is not empty and holds no teacher cache, but {sorted(others)[:5]}.")
         num_rows, start = self.dataset.num_rows, time.perf_counter()
-        batch = default_collate(AllRows(self.dataset).__getitems__(range(min(self.batch_size, num_rows))))
+        first = range(min(self.batch_size, num_rows))
+        batch = default_collate(AllRows(self.dataset).__getitems__(first))
         read = time.perf_counter()
-        widths = {name: values.shape[1] for name, values in self.compute(batch).items()}
+        # On the CPU they are there; on a GPU they may only be under way.
+        arrays = {name: values.cpu() for name, values in self.compute(batch).items()}
+        seconds = [s * num_rows / len(first) / processes for s in (read - start, time.perf_counter() - read)]
+        for name, values in arrays.items():
+            if values.ndim != 2 or len(values) != len(first):
+                raise ValueError(
+                    f"The teacher's {name} of {len(first)} samples must have the shape ({len(first)}, width), but have "
+                    f"{tuple(values.shape)}."
+                )
+        widths = {name: values.shape[1] for name, values in arrays.items()}
         size = sum(file_sizes(num_rows, self.batch_size, widths, self.dtype).values())
-        seconds = [s * num_rows / self.batch_size for s in (read - start, time.perf_counter() - read)]
         tqdm.write(
             f"Teacher cache {self.folder}: {num_rows:,} rows, {size / 2**20:,.1f} MiB; about {seconds[0]:,.0f} s of "
             f"reading, shared by the workers, and {seconds[1]:,.0f} s of the teacher.",
@@ -163,6 +186,8 @@ class TeacherCache:
             AllRows(self.dataset),
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=num_workers,
+            # The global one is left as it is.
+            generator=torch.Generator(),
         )
         total, left = (sum(len(file.rows_of(block)) for block in some) for some in (blocks, todo))
         with tqdm(
@@ -182,8 +207,22 @@ class TeacherCache:
         if self.classifier is not None:
             arrays.append(self.classifier(arrays[0]))
         if self.tap is not None:
-            arrays += [output.reshape(*output.shape[:2], -1).mean(2) for output in self.tap.features]
+            arrays += [pooled(name, output) for name, output in zip(self.features, self.tap.features)]
         return dict(zip(self.names, arrays))
+
+
+def pooled(name: str, output: torch.Tensor) -> torch.Tensor:
+    """Average the output of a module over all but batch and channels.
+
+    Raises:
+        ValueError: it is not plain where the channels are.
+    """
+    if output.ndim not in (2, 4, 5):
+        raise ValueError(
+            f"features has {name!r}, whose output has the shape {tuple(output.shape)}, but must have (batch, channels) "
+            "or the channels followed by two or three dimensions of places; tokens are not pooled."
+        )
+    return output.flatten(2).mean(2) if output.ndim > 2 else output
 
 
 class AllRows(Dataset):
@@ -198,13 +237,3 @@ class AllRows(Dataset):
     def __getitems__(self, rows: Sequence[int]) -> list[tuple]:
         """Return the (data, row) of a batch of rows."""
         return [(data, row) for data, _, row in self.dataset.read(rows)]
-
-
-def refuse(folder: Path, lines: Sequence[str]) -> None:
-    """Raise ``ValueError`` if there are differences to name."""
-    if lines:
-        raise ValueError(
-            f"The teacher cache in {folder} belongs to something else:\n  "
-            + "\n  ".join(lines)
-            + "\nChoose another folder, or delete this one."
-        )

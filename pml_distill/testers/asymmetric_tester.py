@@ -23,15 +23,17 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
     ``losses.catalogue()`` tells which do. ``HookContainer`` logs all three. The trainers' ``models["projection"]`` maps
     the student to the teacher's width: append it to the embedder that is tested.
 
-    A dataset of ``Views`` shows each network its own.
+    A dataset of ``Views`` shows each network its own. For one that yields an index too, such as ``SeededViews``, give
+    ``data_and_label_getter=lambda batch: batch[:2]``, as for PML's tester.
 
     Args:
         *args: those of PML's tester.
-        teacher: ``FrozenTeacher``, or any callable from data to embeddings of the student's width.
+        teacher: ``FrozenTeacher``, or another module from data to embeddings of the student's width. A
+            ``CachedTeacher`` does not know the images of a test.
         **kwargs: those of PML's tester.
 
     Raises:
-        ValueError: student and teacher have embeddings of different widths.
+        ValueError: ``teacher`` is no module; student and teacher have embeddings of different widths.
 
     Example:
         >>> from pml_distill.datasets import Digits
@@ -46,6 +48,10 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
 
     def __init__(self, *args: Any, teacher: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if not isinstance(teacher, torch.nn.Module):
+            raise ValueError(
+                f"teacher must be a module that embeds data, such as FrozenTeacher, but is a {type(teacher).__name__}."
+            )
         self.teacher, self.teacher_looks = teacher, False
 
     def get_all_embeddings_for_all_splits(
@@ -56,10 +62,12 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
             dataset_dict, trunk_model, embedder_model, splits, collate_fn
         )
         self.teacher_looks = True
-        self.teacher_embeddings_and_labels = super().get_all_embeddings_for_all_splits(
-            dataset_dict, self.teacher, None, splits, collate_fn
-        )
-        self.teacher_looks = False
+        try:
+            self.teacher_embeddings_and_labels = super().get_all_embeddings_for_all_splits(
+                dataset_dict, self.teacher, None, splits, collate_fn
+            )
+        finally:
+            self.teacher_looks = False
         for split in splits:
             widths = student[split][0].shape[1], self.teacher_embeddings_and_labels[split][0].shape[1]
             if widths[0] != widths[1]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import CrossBatchMemory, MultipleLosses
+from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory, MultipleLosses
 from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from ..datasets import Views
 from ..datasets.partially_labeled import UNLABELED
+from ..losses import BaseDistillationLoss
 from ..miners import BaseTeacherMiner
 from ..teachers import CachedTeacher, FrozenTeacher
+from ..teachers.cached_teacher import caches
 from ..utils.feature_tap import FeatureTap
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
@@ -36,8 +38,9 @@ class BaseDistillationTrainer(BaseTrainer):
 
     A row with the label -1 is unlabelled. Losses and miners that need labels do not see it; the losses with a teacher
     see all rows, and in a batch with such a row neither labels nor what was mined by them: a miner of
-    ``pml_distill.miners`` that needs no labels then mines all rows for them anew. A batch without any labelled row has
-    no ``metric_loss``. Under ``DistributedLossWrapper`` each process needs as many labelled rows: use
+    ``pml_distill.miners`` that needs no labels then mines all rows for them anew. One of PML's own losses as
+    ``distillation_loss``, for asymmetric learning, needs labels too. A batch without any labelled row has no
+    ``metric_loss``. Under ``DistributedLossWrapper`` each process needs as many labelled rows: use
     ``MixedSampler``. If the data are ``Views``, student and teacher are shown their own.
 
     Differences from PML's trainers, beyond the additions: loss weights are not applied in place (that breaks the
@@ -176,9 +179,10 @@ class BaseDistillationTrainer(BaseTrainer):
             output = self.compute_embeddings(student_data)
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
-        teacher_embeddings = None
+        teacher_embeddings: Any = None
         if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner("tuple_miner"):
-            teacher_embeddings = self.teacher(teacher_data, index)
+            # PML's losses, for asymmetric learning, compare what has one precision and is on one device.
+            teacher_embeddings = self.teacher(teacher_data, index).to(embeddings)
         known, known_labels = only_labeled(embeddings, labels)
         known_teacher = teacher_embeddings
         if teacher_embeddings is not None and known is not embeddings:
@@ -187,14 +191,18 @@ class BaseDistillationTrainer(BaseTrainer):
         if self.wants("metric_loss") and len(known):
             self.losses["metric_loss"] = self.loss_funcs["metric_loss"](known, known_labels, indices_tuple)
         if self.wants("distillation_loss"):
-            if known is not embeddings:
+            loss = self.loss_funcs["distillation_loss"]
+            seen, seen_labels, seen_teacher = embeddings, labels, teacher_embeddings
+            if known is not embeddings and needs_labels(loss):
+                seen, seen_labels, seen_teacher = known, known_labels, known_teacher
+                projected, _ = only_labeled(projected, labels)
+            elif known is not embeddings:
                 # A -1 would be taken for a class, and pairs of labelled rows would keep the other rows from the loss.
-                labels = None
-            if known is not embeddings or "distillation_miner" in self.mining_funcs:
-                indices_tuple = self.mine_for_distillation(embeddings, labels, teacher_embeddings)
-            self.losses["distillation_loss"] = self.loss_funcs["distillation_loss"](
-                projected, labels, indices_tuple, ref_emb=teacher_embeddings
-            )
+                seen_labels = None
+            if len(seen):
+                if seen is not known or "distillation_miner" in self.mining_funcs:
+                    indices_tuple = self.mine_for_distillation(seen, seen_labels, seen_teacher)
+                self.losses["distillation_loss"] = loss(projected, seen_labels, indices_tuple, ref_emb=seen_teacher)
         return embeddings, teacher_embeddings
 
     def wants(self, loss_name: str) -> bool:
@@ -398,9 +406,8 @@ class BaseDistillationTrainer(BaseTrainer):
             )
         if isinstance(self.teacher, torch.nn.Module):
             check_frozen(self.teacher, self.models)
-        for teacher in getattr(self.teacher, "teachers", [self.teacher]):
-            if isinstance(teacher, CachedTeacher):
-                teacher.check_dataset(self.dataset)
+        for cache in caches(self.teacher):
+            cache.check_dataset(self.dataset)
         for key in wanting:
             if isinstance(self.loss_funcs[key], MultipleLosses):
                 raise ValueError(
@@ -501,6 +508,12 @@ def only_labeled(rows: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch
     """Return the rows that have a label, and the labels; the same objects if all rows have."""
     kept = labeled_rows(labels)
     return (rows, labels) if labels is None or kept is None else (rows[kept], labels[kept])
+
+
+def needs_labels(loss: Any) -> bool:
+    """Whether a loss that is given a teacher is one of PML's own."""
+    loss = loss.loss if isinstance(loss, DistributedLossWrapper) else loss
+    return isinstance(loss, BaseMetricLossFunction) and not isinstance(loss, BaseDistillationLoss)
 
 
 def all_or_none(labels: torch.Tensor | None) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ import torch
 from pytorch_metric_learning.trainers import TrainWithClassifier
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..teachers import FrozenTeacher
+from ..teachers import CachedTeacher, FrozenTeacher
 from .base_distillation_trainer import BaseDistillationTrainer, all_or_none, check_frozen, in_float32, only_labeled
 
 
@@ -13,7 +13,7 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
 
     Args:
         teacher_classifier: turns the teacher's embeddings into logits (B, C) for ``logit_distillation_loss``; it
-            is frozen like the teacher.
+            is frozen like the teacher. None: the logits of a ``CachedTeacher`` whose cache has some.
         **kwargs: as for ``BaseDistillationTrainer``.
 
     Keys:
@@ -22,7 +22,7 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
 
     Raises:
         ValueError: as for ``BaseDistillationTrainer``; ``logit_distillation_loss`` without ``teacher_classifier``
-            or without a ``classifier`` among the models.
+            and cached logits, or without a ``classifier`` among the models.
     """
 
     loss_keys_with_teacher = (*BaseDistillationTrainer.loss_keys_with_teacher, "logit_distillation_loss")
@@ -36,10 +36,12 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
     def custom_setup(self) -> None:
         """Check that both sides of the logit distillation are there."""
         super().custom_setup()
-        if "logit_distillation_loss" in self.loss_funcs and self.teacher_classifier is None:
+        has_logits = isinstance(self.teacher, CachedTeacher) and "logits" in self.teacher.file.widths
+        if "logit_distillation_loss" in self.loss_funcs and self.teacher_classifier is None and not has_logits:
             raise ValueError(
                 'loss_funcs has "logit_distillation_loss", which needs teacher_classifier, a module from the '
-                "teacher's embeddings to its logits, but teacher_classifier is None."
+                "teacher's embeddings to its logits, or a CachedTeacher whose cache was written with a classifier, but "
+                f"teacher_classifier is None and teacher a {type(self.teacher).__name__} without logits."
             )
         if self.teacher_classifier is not None:
             check_frozen(self.teacher_classifier, self.models)
@@ -64,8 +66,12 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
                 known_labels = c_f.to_device(known_labels, logits)
                 self.losses["classifier_loss"] = self.loss_funcs["classifier_loss"](known, known_labels)
         if self.wants("logit_distillation_loss"):
+            if self.teacher_classifier is None:
+                teacher_logits = self.teacher.logits(curr_batch[2])
+            else:
+                teacher_logits = self.teacher_classifier(teacher_embeddings)
             self.losses["logit_distillation_loss"] = self.loss_funcs["logit_distillation_loss"](
-                logits, all_or_none(labels), ref_emb=self.teacher_classifier(teacher_embeddings)
+                logits, all_or_none(labels), ref_emb=teacher_logits
             )
         return embeddings, teacher_embeddings
 

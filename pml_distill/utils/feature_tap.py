@@ -45,6 +45,7 @@ class FeatureTap:
             top = [name for name, _ in network.named_children()]
             hints = "; ".join(f"{name!r} (near: {', '.join(found or top)})" for name, found in near.items())
             raise ValueError(f"{type(network).__name__} has no modules of these names: {hints}.")
+        self.names = list(names)
         self.modules = {name: modules[name] for name in names}
         self.outputs: dict[str, torch.Tensor] = {}
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -61,7 +62,7 @@ class FeatureTap:
         for name, output in self.outputs.items():
             if not isinstance(output, torch.Tensor):
                 raise ValueError(f"The output of {name!r} is a {type(output).__name__}, not a tensor.")
-        return [self.outputs[name] for name in self.modules]
+        return [self.outputs[name] for name in self.names]
 
     def __enter__(self) -> "FeatureTap":
         self.outputs = {}

@@ -118,6 +118,8 @@ def test_the_report_shows_gains_and_where_there_are_none(tmp_path, threads):
     assert (tmp_path / "table.md").read_text() == text
     assert "+0.101 ± 0.001" in text and "base 0.7, rate 0.02, weight 1.5" in text
     assert "proxy_anchor alone is not beaten by itself with rkd_angle" in text
+    cells = {tuple(cell.strip() for cell in line.split("|")[2:4]) for line in text.splitlines() if line.count("|") > 9}
+    assert {("distillation", "aligned"), ("none", ""), ("mutual_distance", "yes"), ("rkd_angle", "no")} <= cells
     assert "multi_similarity alone is not beaten" not in text
     for name in ("accuracy_glyphs_2_128.png", "accuracy_glyphs_2_128_sizes.png"):
         assert min(Image.open(tmp_path / name).size) > 100

@@ -8,6 +8,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from pml_distill.datasets import CrossQuality, Glyphs, SeededViews, Views
+from pml_distill.teachers import CachedTeacher, FrozenTeacher, TeacherCache
 
 
 class Images(torch.utils.data.Dataset):
@@ -115,6 +116,7 @@ def test_rows_name_view_and_sample_and_labels_stay():
 def test_data_alone_are_unlabelled_and_an_index_gives_way_to_the_row():
     assert SeededViews(["a", "b"], views=2).read([3]) == [("b", -1, 3)]
     assert SeededViews([("a", 4, 99)]).read([0]) == [("a", 4, 0)]
+    assert SeededViews([("a",), ["b"]]).read([0, 1]) == [("a", -1, 0), ("b", -1, 1)]
 
 
 def test_both_qualities_of_a_sample_are_one_view():
@@ -124,11 +126,43 @@ def test_both_qualities_of_a_sample_are_one_view():
     assert torch.equal(dataset.read([row])[0][0].teacher, views.teacher)
 
 
+def test_albumentations_are_repeated_once_they_are_reseeded(tmp_path):
+    albumentations = pytest.importorskip("albumentations")
+    compose = albumentations.Compose(
+        [albumentations.RandomResizedCrop((12, 12)), albumentations.HorizontalFlip(), albumentations.GaussNoise(p=1)]
+    )
+    images = Images(lambda image: torch.from_numpy(compose(image=np.asarray(image))["image"].astype("float32")))
+    dataset = SeededViews(images, views=2, reseed=compose.set_random_seed)
+    first = {row: data for data, _, row in dataset.read(range(12))}
+    assert len({data.numpy().tobytes() for data in first.values()}) == 12
+    assert all(torch.equal(data, first[row]) for data, _, row in dataset.read(range(11, -1, -1)))
+    for data, _, rows in torch.utils.data.DataLoader(dataset, 2, shuffle=True, num_workers=2):
+        assert all(torch.equal(image, first[int(row)]) for image, row in zip(data, rows))
+    teacher = FrozenTeacher(torch.nn.Flatten())
+    TeacherCache(tmp_path / "seeded", teacher, dataset).write()
+    with pytest.raises(ValueError, match="other data each time.*Compose.set_random_seed"):
+        TeacherCache(tmp_path / "restless", teacher, SeededViews(images, views=2))
+
+
+def test_numbers_of_numpy_serve(tmp_path):
+    dataset = SeededViews([(torch.ones(2), 0)] * 4, np.int64(3), np.int32(2))
+    TeacherCache(tmp_path, FrozenTeacher(torch.nn.Flatten()), dataset).write()
+    CachedTeacher(tmp_path, SeededViews([(torch.ones(2), 0)] * 4, 3, 2))
+
+
+class WithoutLength(torch.utils.data.Dataset):
+    def __len__(self):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((["a"], 0, 0), "views must be at least 1, but is 0"),
         (([],), "dataset is empty"),
+        ((["a"], 0.5), "seed must be a whole number, but is 0.5"),
+        ((["a"], 0, 1.5), "views must be a whole number, but is 1.5"),
+        ((WithoutLength(),), "dataset must have a length, but WithoutLength has none"),
         ((iter("a"),), "dataset must have a length, but str_.*iterator has none"),
     ],
 )

@@ -142,6 +142,12 @@ def test_attention_ignores_strength_and_channels():
     assert AttentionTransferLoss()([3 * teachers[0].repeat(1, 2, 1, 1)], teachers).item() == pytest.approx(0, abs=1e-9)
 
 
+def test_attention_refuses_maps_of_one_place():
+    students = maps([4, 6], size=4)
+    with pytest.raises(ValueError, match=r"\[\(4, 4\), \(1, 1\)\]: one place .*use PooledFeatureLoss or HintLoss"):
+        AttentionTransferLoss()(students, [maps([5], size=4)[0], torch.rand(3, 3, 1, 1)])
+
+
 def test_the_first_variance_is_five():
     loss = VariationalInformationLoss([2], [3])
     zero_regressors = copy.deepcopy(loss)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import ContrastiveLoss, MultipleLosses, MultiSimilarityLoss, TripletMarginLoss
-from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
+from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner, TripletMarginMiner
 from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
 
 from pml_distill.distances import EuclideanDistance
@@ -105,6 +105,28 @@ def test_any_miner_sees_the_teacher():
     assert all(torch.equal(a, b) for a, b in zip(expected, found))
 
 
+def test_any_miners_triplets_are_bounded_and_drawn_from_all():
+    student, labels, teacher = batch(24)
+    every = pairs(*TeacherMiner(TripletMarginMiner(type_of_triplets="all"))(student, labels, ref_emb=teacher))
+    miner = TeacherMiner(TripletMarginMiner(type_of_triplets="all"), max_triplets=10)
+    torch.manual_seed(0)
+    first, other = (pairs(*miner(student, labels, ref_emb=teacher)) for _ in range(2))
+    torch.manual_seed(0)
+    assert len(first) == 10 and first < every and first != other
+    assert pairs(*miner(student, labels, ref_emb=teacher)) == first
+    of_pairs = TeacherMiner(MultiSimilarityMiner(), max_triplets=1)(student, labels, ref_emb=teacher)
+    assert all(map(torch.equal, of_pairs, MultiSimilarityMiner()(teacher, labels)))
+
+
+@pytest.mark.parametrize("name", ["neighbor", "any"])
+def test_multiple_losses_take_what_was_mined_once(name):
+    student, labels, teacher = batch(24)
+    found = MINERS[name]()(student, labels, ref_emb=teacher)
+    losses = ContrastiveLoss(), TripletMarginLoss()
+    expected = sum(loss(student, labels, found) for loss in losses)
+    assert torch.allclose(MultipleLosses(losses)(student, labels, found), expected)
+
+
 @every_miner
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_degenerate_batches(name, dtype):
@@ -195,10 +217,11 @@ def test_without_labels_a_trainer_takes_a_miner_that_needs_none():
         (lambda s, y, t: TeacherNeighborMiner(0), "neighbors must be at least 1, but is 0"),
         (lambda s, y, t: TeacherRankMiner(0), "neighbors must be None or at least 1, but is 0"),
         (lambda s, y, t: TeacherRankMiner(max_triplets=0), "max_triplets must be None or at least 1, but is 0"),
+        (lambda s, y, t: TeacherMiner(BatchHardMiner(), 0), "max_triplets must be None or at least 1, but is 0"),
         (lambda s, y, t: TeacherMiner(TeacherNeighborMiner()), "must be a miner of pytorch-metric-learning"),
         (
             lambda s, y, t: MultipleLosses([ContrastiveLoss()], [TeacherNeighborMiner()])(s, y),
-            "MultipleLosses passes none to its miners",
+            "MultipleLosses passes none to its miners: mine once and pass .* as indices_tuple, or .* as tuple_miner",
         ),
     ],
 )

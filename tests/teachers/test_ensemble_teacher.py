@@ -22,6 +22,8 @@ def test_similarities_and_squared_distances_are_weighted_means(weights, shares):
     assert torch.allclose(joint @ joint.t(), expected, atol=1e-6)
     squares = sum(share * torch.cdist(unit, unit).square() for share, unit in zip(shares, units))
     assert torch.allclose(torch.cdist(joint, joint).square(), squares, atol=1e-5)
+    mean = sum(share * torch.cdist(unit, unit) for share, unit in zip(shares, units))
+    assert (torch.cdist(joint, joint) > mean - 1e-6).all()
 
 
 def test_any_callable_serves_and_gets_the_index():
@@ -57,6 +59,8 @@ def test_in_a_trainer_it_stays_frozen_and_in_eval_mode():
     [
         (lambda: EnsembleTeacher([]), "teachers is empty"),
         (lambda: EnsembleTeacher(teachers(), [1]), r"weights must be 2 positive numbers.*\[1\]"),
+        (lambda: EnsembleTeacher(teachers()[0]), "teachers must be a list of teachers, but is a single FrozenTeacher"),
+        (lambda: EnsembleTeacher(teachers(), [1, float("inf")]), r"2 positive numbers.*\[1, inf\]"),
         (lambda: EnsembleTeacher(teachers(), [1, 0]), r"\[1, 0\]"),
         (lambda: EnsembleTeacher([torch.nn.Linear(2, 2)]), r"teachers\[0\], a Linear, has parameters that require"),
     ],

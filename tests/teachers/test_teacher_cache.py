@@ -1,12 +1,14 @@
 """Writing a cache: what is stored, kills, damage, several writers, full disks."""
 
 import errno
+import json
 import multiprocessing
 import os
 import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from pml_distill.datasets import CrossQuality, SeededViews
-from pml_distill.teachers import CachedTeacher, EnsembleTeacher, FrozenTeacher, TeacherCache, block_file
+from pml_distill.teachers import CachedTeacher, EnsembleTeacher, FrozenTeacher, TeacherCache, block_file, teacher_cache
 from pml_distill.teachers.block_file import BlockFile
 
 
@@ -100,6 +102,92 @@ def test_the_teacher_sees_its_own_view(tmp_path):
     assert torch.allclose(embeddings, teacher(clean), atol=1e-5)
 
 
+def test_a_teacher_in_train_mode_writes_what_it_returns_in_eval_mode(tmp_path):
+    torch.manual_seed(0)
+    teacher = BareTeacher(nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5)))
+    before = teacher.inner[2].running_mean.clone()
+    TeacherCache(tmp_path, teacher, make_dataset(), batch_size=8).write()
+    assert teacher.training and teacher.inner[2].training
+    assert torch.equal(before, teacher.inner[2].running_mean)
+    cached = CachedTeacher(tmp_path, make_dataset(), teacher)
+    assert torch.allclose(
+        cached(torch.zeros(100, 1), torch.arange(100)), expected(teacher.eval(), make_dataset()), atol=1e-5
+    )
+
+
+class BareTeacher(nn.Module):
+    """A frozen module that nobody has put into eval mode; ``change`` makes other outputs of its own."""
+
+    def __init__(self, inner, change=lambda outputs, index: outputs):
+        super().__init__()
+        self.inner, self.change = inner, change
+        self.requires_grad_(False)
+
+    def forward(self, data, index=None):
+        return self.change(self.inner(data), index)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, rows: x.reshape(-1, 4, 4), r"embeddings of 8 samples must have the shape \(8, width\).*\(8, 4, 4\)"),
+        (lambda x, rows: x.repeat(2, 1), r"\(8, width\), but have \(16, 16\)"),
+        (lambda x, rows: x.mean(1), r"\(8, width\), but have \(8,\)"),
+        (
+            lambda x, rows: x[:, : 16 - int(rows[0] == 24)],
+            r"embeddings of the rows 24 to 31 must have the shape \(8, 16\), but have \(8, 15\)",
+        ),
+    ],
+)
+def test_outputs_of_another_shape_are_refused(tmp_path, change, message):
+    cache = TeacherCache(tmp_path, BareTeacher(nn.Flatten(), change), make_dataset(), batch_size=8)
+    with pytest.raises(ValueError, match=message):
+        cache.write()
+
+
+class Tokens(nn.Module):
+    def forward(self, data):
+        return data.flatten(2)
+
+
+def test_features_that_are_vectors_are_stored_and_tokens_refused(tmp_path):
+    teacher = FrozenTeacher(nn.Sequential(Tokens(), nn.Flatten(), nn.Linear(16, 3)))
+    TeacherCache(tmp_path / "vectors", teacher, make_dataset(), features=["1", "1"]).write()
+    cached = CachedTeacher(tmp_path / "vectors", make_dataset())
+    (data, _, row) = make_dataset().read([30])[0]
+    with cached.tap(["1"]) as tap:
+        cached(data[None], torch.tensor([row]))
+    assert torch.equal(tap.features[0].flatten(), data.flatten())
+    with pytest.raises(ValueError, match=r"'0', whose output has the shape \(64, 1, 16\).*tokens are not pooled"):
+        TeacherCache(tmp_path / "tokens", teacher, make_dataset(), features=["0"]).write()
+
+
+def test_logits_of_a_classifier_that_does_nothing(tmp_path):
+    TeacherCache(tmp_path, make_teacher(), make_dataset(), classifier=nn.Sequential()).write()
+    cached, rows = CachedTeacher(tmp_path, make_dataset()), torch.tensor([3, 8])
+    assert torch.equal(cached.logits(rows), cached(torch.zeros(2, 1), rows))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_callers_random_numbers_go_on_as_if_nothing_was_written(tmp_path, num_workers):
+    torch.manual_seed(0)
+    teacher, drawn = make_teacher(), torch.rand(())
+    torch.manual_seed(0)
+    teacher = make_teacher()
+    TeacherCache(tmp_path, teacher, make_dataset()).write(num_workers)
+    CachedTeacher(tmp_path, make_dataset())
+    assert torch.rand(()) == drawn
+
+
+@pytest.mark.parametrize(("batch_size", "processes", "times"), [(10, 1, 10), (400, 1, 1), (10, 5, 2)])
+def test_the_time_of_the_first_batch_tells_that_of_all(tmp_path, monkeypatch, capsys, batch_size, processes, times):
+    clock = iter([0, 10, 40])
+    monkeypatch.setattr(teacher_cache, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    TeacherCache(tmp_path, make_teacher(), make_dataset(), batch_size=batch_size).open_or_create(processes)
+    told = capsys.readouterr().err
+    assert f"about {10 * times} s of reading, shared by the workers, and {30 * times} s of the teacher" in told
+
+
 def test_size_and_time_are_told_before_it_begins(tmp_path, capsys):
     TeacherCache(tmp_path, make_teacher(), make_dataset(), batch_size=8).write()
     told = capsys.readouterr().err
@@ -174,6 +262,28 @@ def test_several_processes_share_the_work(tmp_path):
     assert [len(b) for b in batches] == [7 + 1, 6] and not set(batches[0]) & set(batches[1])
 
 
+def write_with_own_teacher(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    cache = TeacherCache(folder / "cache", make_teacher(seed=rank), make_dataset(), batch_size=8)
+    if rank == 0:
+        cache.write()
+    else:
+        with pytest.raises(ValueError, match="belongs to something else:\n  teacher: "):
+            cache.write()
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_process_with_another_teacher_is_refused(tmp_path):
+    torch.multiprocessing.spawn(write_with_own_teacher, args=(tmp_path,), nprocs=2)
+    with pytest.raises(ValueError, match="incomplete: 7 of 13 batches"):
+        CachedTeacher(tmp_path / "cache", make_dataset())
+    TeacherCache(tmp_path / "cache", make_teacher(), make_dataset(), batch_size=8).write()
+    embeddings = CachedTeacher(tmp_path / "cache", make_dataset())(torch.zeros(100, 1), torch.arange(100))
+    assert torch.allclose(embeddings, expected(make_teacher(), make_dataset()), atol=1e-5)
+
+
 def hold(folder, ready, done):
     with block_file.locked(folder):
         ready.set()
@@ -193,6 +303,13 @@ def test_two_writers_are_refused(tmp_path):
     TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
 
 
+def test_a_second_writer_in_one_process_is_refused(tmp_path):
+    with block_file.locked(tmp_path):
+        with pytest.raises(RuntimeError, match="This process is already writing the teacher cache in"):
+            TeacherCache(tmp_path / ".." / tmp_path.name, make_teacher(), make_dataset()).write()
+    TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
+
+
 CHANGES = {
     "teacher": ({"teacher": make_teacher(seed=1)}, "teacher: "),
     "ensemble": ({"teacher": EnsembleTeacher([make_teacher()])}, "teacher: "),
@@ -205,7 +322,7 @@ CHANGES = {
     "classifier": ({"classifier": nn.Linear(6, 2)}, "classifier: None in the cache"),
     "pixels": (
         {"dataset": SeededViews(torch.utils.data.TensorDataset(torch.zeros(50, 1, 4, 4), torch.zeros(50)), 0, 2)},
-        "samples: what the dataset yields for the rows 0, 14, 28",
+        "samples: what the dataset yields for the rows 0, 3, 6",
     ),
 }
 
@@ -236,6 +353,82 @@ def test_other_versions_and_transforms_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("pml_distill.teachers.fingerprint.version", lambda name: "0.1")
     with pytest.raises(ValueError, match="version of torch: .* in the cache, 0.1 now"):
         CachedTeacher(tmp_path, make_dataset())
+
+
+class Flip:
+    """Turns some samples upside down, and says nothing of how many."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, data):
+        return -data if random.random() < self.share else data
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, values, labels, transform=None):
+        self.values, self.labels, self.transform = values, labels, transform
+        self.targets = None  # as in torchvision's datasets without labels
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, i):
+        return self.values[i] if self.transform is None else self.transform(self.values[i]), self.labels[i]
+
+
+def compose(share):
+    from torchvision.transforms import v2
+
+    return v2.Compose([Flip(share)])
+
+
+VALUES, SWAPPED = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)), list(range(400))
+SWAPPED[7], SWAPPED[8] = 8, 7
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "message"),
+    [
+        (Rows(VALUES, [0] * 400), Rows(VALUES, [0] * 399 + [1]), "labels: .'labels of Rows: "),
+        (Rows(VALUES, torch.arange(400)), Rows(VALUES, torch.arange(400) + 1), "labels: .'labels of Rows: "),
+        (
+            torch.utils.data.Subset(Rows(VALUES, [0] * 400), range(400)),
+            torch.utils.data.Subset(Rows(VALUES, [0] * 400), SWAPPED),
+            "labels: .'indices of Subset: ",
+        ),
+        (Rows(VALUES, [0] * 400, Flip(0)), Rows(VALUES, [0] * 400, Flip(1e-9)), r"transform: .*{'share': 0}.*1e-09}"),
+        (Rows(VALUES, [0] * 400, compose(0)), Rows(VALUES, [0] * 400, compose(1e-9)), "transform: "),
+    ],
+    ids=["labels", "tensor of labels", "indices", "transform", "composed transform"],
+)
+def test_small_differences_are_refused(tmp_path, ours, other, message):
+    teacher = FrozenTeacher(nn.Linear(2, 2))
+    TeacherCache(tmp_path, teacher, SeededViews(ours)).write()
+    CachedTeacher(tmp_path, SeededViews(ours), teacher)
+    with pytest.raises(ValueError, match=f"belongs to something else:\n  {message}"):
+        CachedTeacher(tmp_path, SeededViews(other))
+
+
+def test_what_only_the_student_sees_may_change(tmp_path):
+    TeacherCache(tmp_path, make_teacher(), SeededViews(CrossQuality(Noisy(), lambda data: data / 2))).write()
+    CachedTeacher(tmp_path, SeededViews(CrossQuality(Noisy(), lambda data: data / 4)))
+
+
+def test_ensembles_of_caches_differ_by_what_these_hold(tmp_path):
+    dataset, caches = make_dataset(), []
+    for seed in range(2):
+        TeacherCache(tmp_path / str(seed), make_teacher(seed=seed), dataset).write()
+        caches.append(CachedTeacher(tmp_path / str(seed), dataset))
+    TeacherCache(tmp_path / "joint", EnsembleTeacher(caches), dataset).write()
+    CachedTeacher(tmp_path / "joint", dataset, EnsembleTeacher(list(caches)))
+    for others in (caches[:1], caches[::-1], [caches[0], make_teacher(seed=1)]):
+        with pytest.raises(ValueError, match="teacher: "):
+            CachedTeacher(tmp_path / "joint", dataset, EnsembleTeacher(others))
+    with pytest.raises(ValueError, match="its rows mean nothing for another dataset"):
+        TeacherCache(tmp_path / "other", EnsembleTeacher(caches), make_dataset(seed=1))
+    with pytest.raises(ValueError, match=r"teachers\[1\] of the ensemble is a function.*use modules and CachedTeacher"):
+        TeacherCache(tmp_path / "other", EnsembleTeacher([caches[0], lambda data, index: data.flatten(1)]), dataset)
 
 
 class Restless(torch.utils.data.Dataset):
@@ -282,6 +475,30 @@ def test_a_flipped_bit_is_found_and_mended(tmp_path):
     teacher.log = tmp_path / "log"
     cache.write()
     assert contents(tmp_path / "cache") == before and teacher.log.read_text() == "24\n"
+
+
+def content_of(text):
+    """Return what a file says, whatever its spaces and its last digits; None if nothing."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def test_any_flipped_bit_of_the_header_is_found(tmp_path):
+    dataset = make_dataset()
+    TeacherCache(tmp_path, make_teacher(), dataset).write()
+    path, draw = tmp_path / "cache.json", random.Random(0)
+    good = path.read_bytes()
+    for place in range(0, len(good), 11):
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        if content_of(damaged) != content_of(good):
+            with pytest.raises(ValueError, match="is damaged|has the format"):
+                BlockFile(tmp_path)
+    path.write_bytes(good)
+    CachedTeacher(tmp_path, dataset)
 
 
 def test_truncated_foreign_and_unfinished_files_are_refused(tmp_path):
@@ -350,6 +567,14 @@ def test_what_the_precision_cannot_hold_is_refused(tmp_path):
         cache.write()
     (tmp_path / "bfloat16").mkdir()
     TeacherCache(tmp_path / "bfloat16", teacher, make_dataset(), torch.bfloat16).write()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_none_are_refused(tmp_path, value):
+    teacher = make_teacher()
+    teacher.trunk[4].bias.data[2] = value
+    with pytest.raises(ValueError, match="embeddings of the rows 0 to 63 are NaN or infinite"):
+        TeacherCache(tmp_path, teacher, make_dataset()).write()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
 from torch import nn
 
-from pml_distill.datasets import CrossQuality, Glyphs
+from pml_distill.datasets import CrossQuality, Glyphs, SeededViews
 from pml_distill.models import SmallResNet
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.testers import AsymmetricTester
@@ -73,6 +73,28 @@ def test_each_network_sees_its_view(glyphs):
         {SPLIT: CrossQuality(glyphs, torch.zeros_like)}, 1, student
     )
     assert found[SPLIT]["precision_at_1_level0"] < 0.02 < found[SPLIT]["teacher_precision_at_1_level0"]
+
+
+def test_after_an_error_of_the_teacher_the_student_sees_its_view_again(glyphs):
+    tester, few = make_tester(teacher=FrozenTeacher(nn.Linear(3, 3))), torch.utils.data.Subset(glyphs, range(160))
+    views = {SPLIT: CrossQuality(few, torch.zeros_like)}
+    with pytest.raises(RuntimeError):
+        tester.test(views, 1, network(4, 0))
+    tester.teacher = FrozenTeacher(network(4, 1))
+    expected = make_tester(teacher=tester.teacher).test(views, 1, network(4, 0))
+    assert tester.test(views, 1, network(4, 0)) == expected
+
+
+def test_data_with_an_index(glyphs):
+    few = torch.utils.data.Subset(glyphs, range(160))
+    tester = make_tester(teacher=FrozenTeacher(network(4, 1)), data_and_label_getter=lambda batch: batch[:2])
+    expected = make_tester(teacher=FrozenTeacher(network(4, 1))).test({SPLIT: few}, 1, network(4, 0))
+    assert tester.test({SPLIT: SeededViews(few)}, 1, network(4, 0)) == expected
+
+
+def test_a_teacher_that_embeds_nothing_is_refused():
+    with pytest.raises(ValueError, match="teacher must be a module that embeds data.*but is a function"):
+        make_tester(teacher=lambda data: data)
 
 
 def test_clusters_have_no_asymmetric_figure(glyphs):

@@ -8,13 +8,13 @@ from pml_distill.trainers import DistillationTrainer
 from pml_distill.utils import asymmetric_accuracy
 
 
-def trained(loss, epochs=30):
+def trained(loss, epochs=30, dtype=None):
     """Train a student of another width, projected, and return both sides' embeddings and the labels."""
     torch.manual_seed(0)
     labels = torch.arange(96) % 8
     data = torch.randn(8, 16)[labels] + 0.3 * torch.randn(96, 16)
     models = {"trunk": torch.nn.Linear(16, 12), "projection": torch.nn.Linear(12, 10)}
-    teacher = FrozenTeacher(torch.nn.Linear(16, 10))
+    teacher = FrozenTeacher(torch.nn.Linear(16, 10), dtype=dtype)
     parameters = [p for model in models.values() for p in model.parameters()]
     DistillationTrainer(
         models=models,
@@ -34,6 +34,13 @@ def trained(loss, epochs=30):
 def test_any_pml_loss_teaches_the_student_to_search_the_teachers_gallery(loss):
     before, after = (asymmetric_accuracy(*trained(loss, epochs))["precision_at_1"] for epochs in (0, 30))
     assert before < 0.5 and after > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", [ContrastiveLoss(), MultiSimilarityLoss(), TripletMarginLoss()])
+def test_a_teacher_of_half_precision_serves_too(loss, dtype):
+    student, teacher, labels = trained(loss, dtype=dtype)
+    assert teacher.dtype == dtype and asymmetric_accuracy(student, teacher, labels)["precision_at_1"] > 0.9
 
 
 def test_relations_alone_do_not():

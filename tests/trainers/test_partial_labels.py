@@ -78,6 +78,30 @@ def test_a_miner_that_needs_labels_leaves_the_distillation_loss_alone(make_train
     assert distillation.calls[0][0][1:] == (None, None)
 
 
+class RecordingContrastiveLoss(ContrastiveLoss):
+    def forward(self, embeddings, labels, indices_tuple, ref_emb):
+        self.given = embeddings, labels, indices_tuple, ref_emb
+        return super().forward(embeddings, labels, indices_tuple, ref_emb)
+
+
+@pytest.mark.parametrize("miner", [{}, {"distillation_miner": TeacherNeighborMiner(2)}], ids=["plain", "mined"])
+def test_a_loss_of_pml_against_the_teacher_sees_the_labelled_rows(make_trainer, miner):
+    loss = RecordingContrastiveLoss()
+    trainer = make_trainer(
+        loss_funcs={"distillation_loss": loss}, mining_funcs=miner, teacher=FrozenTeacher(network(seed=1))
+    )
+    data, labels = batch_of(LABELS)
+    kept = labels >= 0
+    expected = trainer.models["trunk"](data)[kept]
+    losses = trainer.training_step((data, labels))
+    embeddings, known, mined, teacher = loss.given
+    assert torch.allclose(embeddings, expected) and torch.equal(known, labels[kept])
+    assert torch.equal(teacher, trainer.teacher(data)[kept]) and losses["distillation_loss"] > 0
+    pairs = miner["distillation_miner"](embeddings, known, ref_emb=teacher) if miner else ()
+    assert all(map(torch.equal, mined or (), pairs)) and len(mined or ()) == len(pairs)
+    assert trainer.training_step(batch_of(torch.full((8,), -1)))["distillation_loss"] == 0
+
+
 @pytest.mark.parametrize("labels", [LABELS, LABELS.abs()], ids=["partly", "all"])
 def test_a_distillation_miner_mines_for_the_distillation_loss_alone(make_trainer, labels):
     metric, distillation, miner = Recorder(TripletMarginLoss()), Recorder(DarkRankLoss()), TeacherNeighborMiner(2)

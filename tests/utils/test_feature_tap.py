@@ -22,6 +22,13 @@ def test_outputs_come_in_the_order_of_the_names_and_carry_gradients():
     assert network.conv1.weight.grad is not None
 
 
+def test_a_name_may_come_twice():
+    network = SmallResNet(4)
+    with FeatureTap(network, ["layer1", "layer3", "layer1"]) as tap:
+        network(IMAGES)
+    assert len(tap.features) == 3 and torch.equal(tap.features[0], tap.features[2]) and hooks(network) == 0
+
+
 def test_each_pass_refreshes_the_features():
     network = SmallResNet(4).eval()
     with FeatureTap(network, ["layer1"]) as tap:
