@@ -1,9 +1,9 @@
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -19,13 +19,7 @@ from .export import export
 from .export_meter import ExportedCost, ExportMeter
 from .gradient_reset import GradientReset
 from .group_lasso import add_lasso_gradient, shrink_rows
-
-
-class Pass(NamedTuple):
-    """One forward pass: what went in, and the pooled features behind each compactor."""
-
-    images: torch.Tensor
-    features: list[torch.Tensor]
+from .pass_tap import PassTap
 
 
 class CapacityDynamics:
@@ -68,7 +62,8 @@ class CapacityDynamics:
     Args:
         student: a network with compactors, see ``insert_compactors``; may be inside of DistributedDataParallel.
         teacher: a network of the same family without compactors, or a ``FrozenTeacher`` with it as trunk; None for
-            no resetting. Where nothing else runs it on the batch, it is run on the student's input.
+            no resetting. It is put into eval mode. Where nothing else runs it on the batch, in eval mode, it is run on
+            the student's input.
         optimizer: the one that trains the compactors.
         image_shape: (C, H, W), for the FLOPs.
         lasso_weight: how strong the lasso is, the first weight with a budget.
@@ -135,9 +130,10 @@ class CapacityDynamics:
             for w in (self.weights if teacher is not None else ())
         )
         self.handles = [optimizer.register_step_post_hook(self.after_step)]
-        self.teacher = None
+        self.taps: dict[str, PassTap] = {}
+        self.teacher = unwrapped(teacher)
         if teacher is not None:
-            self.teacher = teacher.trunk if isinstance(teacher, FrozenTeacher) else unwrapped(teacher)
+            self.teacher.eval()
             self.tap()
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -175,33 +171,25 @@ class CapacityDynamics:
 
     def tap(self) -> None:
         """Collect the pooled features of both networks while the student trains, and the student's input."""
-        places = dict(self.teacher.named_modules())
+        teacher = self.teacher.trunk if isinstance(self.teacher, FrozenTeacher) else self.teacher
+        places = dict(teacher.named_modules())
         absent = [name for name in self.compactors if name not in places]
         if absent:
             raise ValueError(
-                f"teacher, a {type(self.teacher).__name__}, has no modules {absent}, behind which the compactors of "
+                f"teacher, a {type(teacher).__name__}, has no modules {absent}, behind which the compactors of "
                 "the student stand; student and teacher must be of the same family."
             )
-
-        def tap_side(side: str, network: nn.Module, modules: Iterable[nn.Module]) -> None:
-            def start(module: nn.Module, args: tuple) -> None:
-                if self.resetting and self.student.training:
-                    self.seen[side].append(Pass(args[0], []))
-
-            def collect(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-                if self.resetting and self.student.training:
-                    self.seen[side][-1].features.append(output.detach().float().mean(dim=(2, 3)))
-
-            self.handles.append(network.register_forward_pre_hook(start))
-            self.handles += [module.register_forward_hook(collect) for module in modules]
-
-        self.forget()
-        tap_side("student", self.student, self.compactors.values())
-        tap_side("teacher", self.teacher, (places[name] for name in self.compactors))
-
-    def forget(self) -> None:
-        """Drop what a step has collected."""
-        self.seen: dict[str, list[Pass]] = {"student": [], "teacher": []}
+        taught = {name: places[name] for name in self.compactors}
+        self.taps = {
+            # A pass without gradients, as when batch norms are brought up to date, is no part of a step.
+            "student": PassTap(
+                self.student,
+                dict(self.compactors),
+                lambda: self.resetting and self.student.training and torch.is_grad_enabled(),
+            ),
+            "teacher": PassTap(self.teacher, taught, lambda: self.resetting and not teacher.training),
+        }
+        self.handles += [handle for tap in self.taps.values() for handle in tap.handles]
 
     @property
     def resetting(self) -> bool:
@@ -210,7 +198,7 @@ class CapacityDynamics:
 
     def __call__(self) -> None:
         """Change the gradients between backward and step."""
-        if self.resetting and self.seen["student"]:
+        if self.resetting and self.taps["student"].passes:
             self.reset_gradients()
         if not self.proximal:
             for weight in self.weights:
@@ -219,24 +207,17 @@ class CapacityDynamics:
     @torch.no_grad()
     def reset_gradients(self) -> None:
         """Let the batches of this step enter the queues and zero the gradients of the marked rows."""
-        student, teacher = self.seen["student"], self.seen["teacher"]
-        self.forget()
+        student, teacher = (tap.take() for tap in self.taps.values())
         if [id(p.images) for p in student] != [id(p.images) for p in teacher]:
-            teacher = self.run_teacher([p.images for p in student])
-        for number, (weight, reset) in enumerate(zip(self.weights, self.resets)):
-            features = (gathered(torch.cat([p.features[number] for p in passes])) for passes in (student, teacher))
+            with eval_mode(self.teacher):
+                for done in student:
+                    self.teacher(done.images)
+            teacher = self.taps["teacher"].take()
+        for name, weight, reset in zip(self.compactors, self.weights, self.resets):
+            features = (gathered(torch.cat([p.features[name] for p in passes])) for passes in (student, teacher))
             mask = reset.update(*features)
             if weight.grad is not None:
                 weight.grad.mul_(mask.to(weight.grad.dtype).view(-1, 1, 1, 1))
-
-    def run_teacher(self, batches: list[torch.Tensor]) -> "list[Pass]":
-        """Return what the teacher makes of the student's images, in eval mode."""
-        with eval_mode(self.teacher):
-            for images in batches:
-                self.teacher(images)
-        passes = self.seen["teacher"]
-        self.forget()
-        return passes
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

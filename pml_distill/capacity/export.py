@@ -1,4 +1,5 @@
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
 
     computed in float64, and the normalisation becomes ``nn.Identity``. For rows that are zero this is exact, since the
     compactor has no bias and the activation of zero is zero. The network is of the class it was of and has no class
-    of this subpackage in it. It is a copy in eval mode; the one given stays as it is.
+    of this subpackage in it. It is a copy in eval mode, without forward hooks; the one given stays as it is.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval"
     (CVPR 2023). The authors' merging fails for a block that keeps one channel; this one does not.
@@ -56,6 +57,11 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
         merged[id(chain.conv)] = merge(conv, norm[0], chain.compactor.weight[rows])
         merged[id(chain.following)] = with_values(following, following.weight[:, rows], following.bias)
         merged[id(chain.norm)] = nn.Identity().eval()
+    # Hooks serve the network that they were put on, and may hold on to much more.
+    for module in model.modules():
+        for name, hooks in vars(module).items():
+            if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                merged[id(hooks)] = OrderedDict()
     # What stands in the memo is taken for the copy, so that nothing that hangs on a compactor is copied.
     exported = copy.deepcopy(model, merged)
     if fold_norms:

@@ -104,6 +104,130 @@ def test_a_teacher_run_on_other_images_does_not_count():
     assert all(torch.allclose(a.queue, b.queue, atol=1e-6) for a, b in zip(dynamics.resets, expected[3].resets))
 
 
+def test_the_exported_network_has_no_hooks_and_the_training_goes_on(tmp_path):
+    student, _, optimizer, dynamics = setting()
+    steps(student, dynamics, optimizer, 1)
+    small = dynamics.export()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
+    torch.save(small, tmp_path / "small.pth")
+    backward(student, images())
+    small.train()(images(seed=1))
+    dynamics()
+    assert all(reset.count == 16 for reset in dynamics.resets)
+
+
+def test_only_whole_passes_of_the_student_itself_count():
+    student, _, _, dynamics = setting()
+    average = torch.optim.swa_utils.AveragedModel(student)
+    backward(student, images())
+    average.train()(images(seed=1))
+    student.layer1(torch.randn(8, 4, 8, 8))
+    with torch.no_grad():
+        student(images(seed=2))
+    dynamics()
+    expected = setting()
+    backward(expected[0], images())
+    expected[3]()
+    for reset, other in zip(dynamics.resets, expected[3].resets):
+        assert reset.count == 8 and torch.equal(reset.mask, other.mask)
+
+
+def test_a_student_called_by_keyword_counts():
+    student, _, _, dynamics = setting()
+    student(images=images()).square().sum().backward()
+    dynamics()
+    assert all(reset.count == 8 for reset in dynamics.resets)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_no_mask(reentrant):
+    student, _, _, dynamics = setting()
+    first = student.layer2[0]
+    first.forward = functools.partial(torch.utils.checkpoint.checkpoint, first.forward, use_reentrant=reentrant)
+    expected = setting()
+    for model, hook in ((student, dynamics), (expected[0], expected[3])):
+        backward(model, images())
+        hook()
+    assert all(torch.equal(a.mask, b.mask) for a, b in zip(dynamics.resets, expected[3].resets))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_frozen_teacher_of_any_precision_runs_once(dtype):
+    student = network()
+    teacher = FrozenTeacher(network(1, False), dtype=dtype)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    dynamics = CapacityDynamics(student, teacher, optimizer, SHAPE, reset_epoch=0, queue_size=8)
+    calls = []
+    teacher.trunk.register_forward_hook(lambda *_: calls.append(1))
+    batch = images()
+    for given in (True, False):
+        calls.clear()
+        backward(student, batch)
+        if given:
+            teacher(batch)
+        dynamics()
+        assert calls == [1] and dynamics.resets[0].count == 8
+
+
+def test_the_teacher_is_put_into_eval_mode_and_a_pass_in_training_mode_does_not_count():
+    student, teacher, _, dynamics = setting()
+    assert not teacher.training
+    modes = []
+    teacher.register_forward_hook(lambda *_: modes.append(teacher.training))
+    batch = images()
+    backward(student, batch)
+    teacher.train()(batch)
+    dynamics()
+    assert modes == [True, False] and all(reset.count == 8 for reset in dynamics.resets)
+
+
+class Pair(torch.nn.Module):
+    """Two blocks that run in the opposite order, or one that runs twice."""
+
+    def __init__(self, twice=False):
+        super().__init__()
+        self.second, self.first = (SmallResNet(4).layer2 for _ in range(2))
+        self.second[0].conv1 = torch.nn.Conv2d(8, 8, 3, 2, 1)
+        self.second[0].downsample[0] = torch.nn.Conv2d(8, 8, 1, 2)
+        self.stages = [self.first, self.second] + [self.second[1]] * twice
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def pair(twice=False):
+    torch.manual_seed(0)
+    student, teacher = Pair(twice), Pair(twice)
+    insert_compactors(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    dynamics = CapacityDynamics(student, teacher, optimizer, (4, 16, 16), reset_epoch=0, queue_size=8)
+    return student, teacher, dynamics
+
+
+def test_features_belong_to_the_block_they_come_from_in_whatever_order_blocks_run():
+    student, teacher, dynamics = pair()
+    seen = {}
+    for name in dynamics.compactors:
+        hook = functools.partial(lambda name, _m, _i, output: seen.__setitem__(name, output.mean(dim=(2, 3))), name)
+        teacher.get_submodule(name).register_forward_hook(hook)
+    batch = torch.randn(8, 4, 16, 16)
+    backward(student, batch)
+    with torch.no_grad():
+        teacher(batch)
+    dynamics()
+    assert next(iter(dynamics.compactors)) == "second.0.bn1" and next(iter(seen)) == "first.0.bn1"
+    for name, reset in zip(dynamics.compactors, dynamics.resets):
+        assert torch.allclose(reset.queue, torch.nn.functional.normalize(seen[name]), atol=1e-6)
+
+
+def test_a_block_that_runs_twice_is_refused():
+    student, _, _ = pair(twice=True)
+    with pytest.raises(ValueError, match="second.1.bn1 runs more than once in a pass"):
+        student(torch.randn(8, 4, 16, 16))
+
+
 def test_accumulated_batches_enter_together():
     whole, parts = setting(), setting()
     for model in (whole[0], parts[0]):
