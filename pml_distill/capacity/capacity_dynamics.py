@@ -3,6 +3,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..teachers import FrozenTeacher
 from ..trainers.base_distillation_trainer import unwrapped
 from ..utils.eval_mode import eval_mode
 from ..utils.report import format_table
-from .compactor import find_compactors
+from .compactor import find_chains, find_compactors
 from .export import export
 from .export_meter import ExportedCost, ExportMeter
 from .gradient_reset import GradientReset
@@ -85,10 +86,10 @@ class CapacityDynamics:
             flops and the widths behind its compactors; all as if the network were exported then.
 
     Raises:
-        ValueError: the student has no compactors, or one that the optimizer does not train; the teacher lacks a
-            module of a compactor's name; a target out of range or of reach, without ``budget_steps`` or with
-            ``proximal=False``; in a step: a compactor with values that are not finite, teacher features of another
-            width.
+        ValueError: the student is compiled or in ``DataParallel``, has no compactors, or one that the optimizer does
+            not train; the teacher is no network, is the student, or has other blocks or widths than the student; a
+            target out of range or of reach, without ``budget_steps`` or with ``proximal=False``; in a step: a
+            compactor with values that are not finite, a block that runs more than once in a pass.
     """
 
     teacher: Any
@@ -116,6 +117,7 @@ class CapacityDynamics:
         target_flops: float | None = None,
         budget_steps: int | None = None,
     ):
+        check_networks(student, teacher)
         self.student = unwrapped(student)
         self.compactors = find_compactors(self.student)
         self.meter = ExportMeter(self.student, image_shape)
@@ -172,14 +174,8 @@ class CapacityDynamics:
     def tap(self) -> None:
         """Collect the pooled features of both networks while the student trains, and the student's input."""
         teacher = self.teacher.trunk if isinstance(self.teacher, FrozenTeacher) else self.teacher
-        places = dict(teacher.named_modules())
-        absent = [name for name in self.compactors if name not in places]
-        if absent:
-            raise ValueError(
-                f"teacher, a {type(teacher).__name__}, has no modules {absent}, behind which the compactors of "
-                "the student stand; student and teacher must be of the same family."
-            )
-        taught = {name: places[name] for name in self.compactors}
+        check_correspondence(self.student, teacher)
+        taught = {name: teacher.get_submodule(name) for name in self.compactors}
         self.taps = {
             # A pass without gradients, as when batch norms are brought up to date, is no part of a step.
             "student": PassTap(
@@ -443,6 +439,38 @@ class CapacityDynamics:
 def widths_in(row: dict[str, Any]) -> dict[str, int]:
     """Return the width behind each compactor in an entry of the history."""
     return {name: width for block in row["blocks"].values() for name, width in block["widths"].items()}
+
+
+def check_networks(student: Any, teacher: Any) -> None:
+    """Raise ``ValueError`` for what hides the passes of the student, or is no network."""
+    if isinstance(student, nn.DataParallel) or hasattr(student, "_orig_mod"):
+        raise ValueError(
+            f"student must be the network itself, or in DistributedDataParallel, but is of type "
+            f"{type(student).__name__}, behind which its passes cannot be seen."
+        )
+    if not isinstance(teacher, nn.Module | None):
+        raise ValueError(f"teacher must be a network, a FrozenTeacher or None, but is a {type(teacher).__name__}.")
+
+
+def check_correspondence(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise ``ValueError`` for the first block of the student that the teacher has not at the same place."""
+    if teacher is student:
+        raise ValueError("teacher is the student; give it a network of its own.")
+    for own, other in zip_longest(find_chains(student, "all"), find_chains(teacher, "all")):
+        described = ["nothing" if c is None else f"{c.block_name} ({class_name(c.block)})" for c in (own, other)]
+        if described[0] != described[1]:
+            raise ValueError(
+                f"student and teacher must be made of the same blocks, but where the student has {described[0]}, the "
+                f"teacher, a {type(teacher).__name__}, has {described[1]}."
+            )
+        widths = own.conv.out_channels, other.conv.out_channels
+        if own.compactor is not None and widths[0] != widths[1]:
+            raise ValueError(f"teacher has {widths[1]} channels behind {own.name}, the student {widths[0]}.")
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the full name of a module's class: libraries call different blocks alike."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def gathered(features: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+import timm
 import torch
 import torchvision
 from pytorch_metric_learning.losses import MultiSimilarityLoss
@@ -401,7 +402,19 @@ def test_a_state_resumes_the_run():
         ),
         (
             lambda s, t, o: CapacityDynamics(s, torch.nn.Linear(2, 2), o, SHAPE),
-            r"teacher, a Linear, has no modules \['layer1.0.bn1'",
+            r"student has layer1.0 \(pml_distill.models.small_resnet.BasicBlock\), the teacher, a Linear, has nothing",
+        ),
+        (lambda s, t, o: CapacityDynamics(s, s, o, SHAPE), "teacher is the student"),
+        (lambda s, t, o: CapacityDynamics(s, FrozenTeacher(s), o, SHAPE), "teacher is the student"),
+        (lambda s, t, o: CapacityDynamics(s, lambda x: x, o, SHAPE), "must be a network.* but is a function"),
+        (
+            lambda s, t, o: CapacityDynamics(torch.compile(s, backend="eager"), t, o, SHAPE),
+            "but is of type OptimizedModule, behind which its passes cannot be seen",
+        ),
+        (lambda s, t, o: CapacityDynamics(torch.nn.DataParallel(s), t, o, SHAPE), "but is of type DataParallel"),
+        (
+            lambda s, t, o: CapacityDynamics(s, SmallResNet(8), o, SHAPE),
+            "teacher has 8 channels behind layer1.0.bn1, the student 4",
         ),
         (
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_params=0.5, target_flops=0.5),
@@ -421,13 +434,31 @@ def test_wrong_arguments_are_refused(make, message):
         make(student, network(1, False), torch.optim.SGD(student.parameters(), lr=0.1))
 
 
-def test_a_teacher_of_another_width_and_a_compactor_with_nan_are_named():
-    student = network()
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (
+            "resnet18",
+            "resnet50",
+            r"has layer1.0 \(torchvision.*BasicBlock\), the teacher.* layer1.0 \(torch.*Bottlen",
+        ),
+        ("resnet18", "resnet34", r"has layer2.0 \(.*BasicBlock\), the teacher, a ResNet, has layer1.2 \(.*BasicBlock"),
+        ("resnet34", "resnet18", r"has layer1.2 \(.*BasicBlock\), the teacher, a ResNet, has layer2.0 \(.*BasicBlock"),
+        ("resnet50", "wide_resnet50_2", "teacher has 128 channels behind layer1.0.bn2, the student 64"),
+        ("resnet50", "timm", r"\(torchvision.models.resnet.Bottleneck\), .* layer1.0 \(timm.models.resnet.Bottleneck"),
+    ],
+)
+def test_a_teacher_with_other_blocks_is_refused(student, teacher, message):
+    student = torchvision.models.get_model(student, num_classes=4)
+    insert_compactors(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    dynamics = CapacityDynamics(student, SmallResNet(8), optimizer, SHAPE, reset_epoch=0, queue_size=8)
-    backward(student, images())
-    with pytest.raises(ValueError, match=r"\(batch, 4\), but have \(8, 4\) and \(8, 8\)"):
-        dynamics()
+    teacher = timm.create_model("resnet50") if teacher == "timm" else torchvision.models.get_model(teacher)
+    with pytest.raises(ValueError, match=message):
+        CapacityDynamics(student, teacher, optimizer, (3, 32, 32), queue_size=8)
+
+
+def test_a_compactor_with_nan_is_named():
+    *_, dynamics = setting()
     dynamics.weights[0].data[0] = torch.nan
     with pytest.raises(ValueError, match=r"compactors behind \['layer1.0.bn1'\] have values that are not finite"):
         dynamics.end_epoch()
