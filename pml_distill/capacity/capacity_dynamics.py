@@ -1,7 +1,7 @@
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
@@ -21,6 +21,18 @@ from .export_meter import ExportedCost, ExportMeter
 from .gradient_reset import GradientReset
 from .group_lasso import add_lasso_gradient, shrink_rows
 from .pass_tap import PassTap
+
+# Settings of DistributedDataParallel that are arguments and attributes of one name.
+DISTRIBUTED = (
+    "device_ids",
+    "output_device",
+    "dim",
+    "process_group",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+    "mixed_precision",
+)
 
 
 class CapacityDynamics:
@@ -319,9 +331,10 @@ class CapacityDynamics:
     def replace_student(self, trainer: Any) -> nn.Module:
         """Put the exported network in the student's place in a trainer, where the training goes on with it.
 
-        Parameter groups get the new parameters where the old ones of the same module were, without their momentum;
-        learning rates and schedulers stay. A DistributedDataParallel wrapper is made anew. The hooks are removed. A
-        checkpoint taken from now on holds the small network.
+        Parameter groups get the new parameters where the old ones of the same name were, without their momentum, and
+        the bias of a merged convolution where that of its normalisation was; learning rates and schedulers stay. A
+        DistributedDataParallel wrapper is made anew with the same settings, but for communication hooks and the size
+        of its buckets. The hooks are removed. A checkpoint taken from now on holds the small network.
 
         Returns:
             The exported network, in training mode.
@@ -334,23 +347,34 @@ class CapacityDynamics:
             raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
         wrapper, small = trainer.models[keys[0]], self.export().train()
         old, new = dict(self.student.named_parameters()), dict(small.named_parameters())
+        gone, origins = {id(p) for p in old.values()}, self.origins(new)
         for optimizer in trainer.optimizers.values():
             for group in optimizer.param_groups:
                 own = {id(p) for p in group["params"]}
-                modules = {name.rpartition(".")[0] for name, p in old.items() if id(p) in own}
-                kept = [p for p in group["params"] if not any(p is gone for gone in old.values())]
-                group["params"] = kept + [p for name, p in new.items() if name.rpartition(".")[0] in modules]
+                kept = [p for p in group["params"] if id(p) not in gone]
+                group["params"] = kept + [p for name, p in new.items() if id(old[origins[name]]) in own]
             for parameter in old.values():
                 optimizer.state.pop(parameter, None)
         before, after = (sum(p.numel() for p in parameters.values()) for parameters in (old, new))
-        tqdm.write(f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed.")
+        message = f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed."
+        trainer.models[keys[0]] = small
         if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-            trainer.models[keys[0]] = nn.parallel.DistributedDataParallel(small, device_ids=wrapper.device_ids)
-        else:
-            trainer.models[keys[0]] = small
+            trainer.models[keys[0]] = rewrapped(wrapper, small)
+            message += " So is its DistributedDataParallel, without communication hooks."
+        tqdm.write(message)
         trainer.gradient_clippers = {k: c for k, c in trainer.gradient_clippers.items() if c is not self}
         self.close()
         return small
+
+    def origins(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the student's parameter in whose group each parameter of the exported network belongs."""
+        old, found = dict(self.student.named_parameters()), {name: name for name in names}
+        for chain in find_chains(self.student, "all"):
+            conv = f"{chain.name.removesuffix(chain.path[1])}{chain.path[0]}"
+            if chain.compactor is not None and f"{conv}.bias" not in old:
+                norm = f"{chain.name}.0.bias"
+                found[f"{conv}.bias"] = norm if norm in old else f"{conv}.weight"
+        return found
 
     def table(self) -> str:
         """Return the history as a Markdown table."""
@@ -471,6 +495,15 @@ def check_correspondence(student: nn.Module, teacher: nn.Module) -> None:
 def class_name(module: nn.Module) -> str:
     """Return the full name of a module's class: libraries call different blocks alike."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def rewrapped(wrapper: nn.parallel.DistributedDataParallel, module: nn.Module) -> nn.parallel.DistributedDataParallel:
+    """Return another module in the same wrapper."""
+    settings = {name: getattr(wrapper, name) for name in DISTRIBUTED}
+    new = nn.parallel.DistributedDataParallel(module, **settings)
+    # As an argument it is deprecated in newer versions, and under another name not known to older ones.
+    new.broadcast_buffers = wrapper.broadcast_buffers
+    return new
 
 
 def gathered(features: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ def merge(conv: nn.Conv2d, norm: Any, rows: torch.Tensor | None = None) -> nn.Co
 
 @torch.no_grad()
 def with_values(conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
-    """Return a convolution as the one given, with other weights."""
+    """Return a convolution as the one given, with other weights; frozen if its weight is, and in the same layout."""
     new = nn.Conv2d(
         weight.shape[1] * conv.groups,
         weight.shape[0],
@@ -132,7 +132,9 @@ def with_values(conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> n
     new.weight.copy_(weight)
     if new.bias is not None and bias is not None:
         new.bias.copy_(bias)
-    return new
+    if not conv.weight.is_contiguous() and conv.weight.is_contiguous(memory_format=torch.channels_last):
+        new = new.to(memory_format=torch.channels_last)
+    return new.requires_grad_(conv.weight.requires_grad)
 
 
 def fold(model: nn.Module) -> None:

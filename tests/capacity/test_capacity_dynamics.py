@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 import timm
@@ -653,3 +654,64 @@ def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 16) and not trainer.gradient_clippers
     assert not torch.equal(outputs[1], small.eval()(images())) and len(dynamics.history) == 2
     assert "parameters have become" in capsys.readouterr().out
+
+
+def replaced(student, groups):
+    """The optimizer and the small network after an export in a trainer."""
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    dynamics = CapacityDynamics(student, None, optimizer, (3, 32, 32))
+    trainer = types.SimpleNamespace(
+        models={"trunk": student}, optimizers={"trunk_optimizer": optimizer}, gradient_clippers={}
+    )
+    return optimizer, dynamics.replace_student(trainer)
+
+
+def test_after_the_export_each_parameter_is_in_the_group_that_it_was_in():
+    student = torchvision.models.resnet18(num_classes=8)
+    insert_compactors(student)
+    decayed = [p for p in student.parameters() if p.ndim > 1 and p is not student.conv1.weight]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    optimizer, small = replaced(
+        student, [{"params": decayed, "weight_decay": 1e-3}, {"params": others, "weight_decay": 0.0}]
+    )
+    expected = [[p for p in small.parameters() if p.ndim > 1 and p is not small.conv1.weight]]
+    expected += [[p for p in small.parameters() if p.ndim <= 1]]
+    assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == [[id(p) for p in g] for g in expected]
+    assert any(p is small.layer1[0].conv1.bias for p in optimizer.param_groups[1]["params"])
+
+
+def test_the_bias_of_a_merged_convolution_goes_with_its_weight_where_the_normalisation_has_none():
+    student = torchvision.models.resnet18(num_classes=8, norm_layer=torchvision.ops.misc.FrozenBatchNorm2d)
+    insert_compactors(student)
+    body = [p for name, p in student.named_parameters() if not name.startswith("fc")]
+    optimizer, small = replaced(student, [{"params": list(student.fc.parameters())}, {"params": body}])
+    names = {id(p): name for name, p in small.named_parameters()}
+    assert sorted(names[id(p)] for p in optimizer.param_groups[0]["params"]) == ["fc.bias", "fc.weight"]
+    assert "layer1.0.conv1.bias" in [names[id(p)] for p in optimizer.param_groups[1]["params"]]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_a_renewed_distributed_wrapper_keeps_its_settings(tmp_path, capsys):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = torch.distributed.new_group([0])
+        wrapper = torch.nn.parallel.DistributedDataParallel(
+            network(),
+            process_group=group,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
+        wrapper.broadcast_buffers = False
+        optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.01)
+        dynamics = CapacityDynamics(wrapper, None, optimizer, SHAPE)
+        trainer = types.SimpleNamespace(
+            models={"trunk": wrapper}, optimizers={"trunk_optimizer": optimizer}, gradient_clippers={}
+        )
+        small, renewed = dynamics.replace_student(trainer), trainer.models["trunk"]
+        assert renewed.module is small and renewed.process_group is group and not renewed.broadcast_buffers
+        assert renewed.find_unused_parameters and renewed.gradient_as_bucket_view
+        backward(renewed, images())
+        optimizer.step()
+        assert "So is its DistributedDataParallel" in capsys.readouterr().out
+    finally:
+        torch.distributed.destroy_process_group()

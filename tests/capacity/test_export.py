@@ -156,6 +156,22 @@ def test_the_type_stays(dtype):
     assert {parameter.dtype for parameter in small.parameters()} == {dtype}
 
 
+def test_frozen_weights_stay_frozen_and_channels_last_stays():
+    model = network("torchvision resnet18").to(memory_format=torch.channels_last)
+    model.layer1.requires_grad_(False)
+    for compactor in insert_compactors(model).values():
+        compactor.weight.requires_grad_(True)
+    small = export(model, fold_norms=True)
+    assert not any(p.requires_grad for p in small.layer1.parameters())
+    assert all(p.requires_grad for p in small.layer2.parameters())
+    for module in small.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            # A 1x1 kernel is both, and which one its strides say decides the layout of the output.
+            assert module.weight.is_contiguous() == (module.kernel_size == (1, 1))
+    assert network("torchvision resnet18").conv1.weight.is_contiguous()
+
+
 def test_errors_say_what_to_do():
     model = network("SmallResNet")
     with pytest.raises(ValueError, match="SmallResNet has no compactors: call insert_compactors"):
