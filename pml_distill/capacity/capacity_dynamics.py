@@ -15,7 +15,7 @@ from ..teachers import FrozenTeacher
 from ..trainers.base_distillation_trainer import unwrapped
 from ..utils.eval_mode import eval_mode
 from ..utils.report import format_table
-from .compactor import find_chains, find_compactors
+from .compactor import Chain, find_chains, find_compactors
 from .export import export
 from .export_meter import ExportedCost, ExportMeter
 from .gradient_reset import GradientReset
@@ -23,7 +23,7 @@ from .group_lasso import add_lasso_gradient, shrink_rows
 from .pass_tap import PassTap
 
 # Settings of DistributedDataParallel that are arguments and attributes of one name.
-DISTRIBUTED = (
+WRAPPING = (
     "device_ids",
     "output_device",
     "dim",
@@ -50,7 +50,9 @@ class CapacityDynamics:
     and Adam divides the pull away.
 
     How far a row can shrink is the sum of lr * lasso_weight over all steps; rows begin at length 1. The paper's
-    0.004 sums to 1.6 over its 40,000 steps at lr 0.01; a shorter training wants a larger weight, or a budget.
+    0.004 sums to 1.6 over its 40,000 steps at lr 0.01; a shorter training wants a larger weight, or a budget. Weight
+    decay shortens all rows alike: give the compactors a parameter group with ``weight_decay=0``. Keep their parameters
+    in float32, under autocast if you like: in bfloat16 a row of length 1 does not feel a step below 0.002.
 
     With a budget (``target_params`` or ``target_flops``) the lasso weight adapts: of the rows that have to go, the
     longest is led to zero along a straight line over ``budget_steps``. There the shortest rows that are still too
@@ -64,7 +66,8 @@ class CapacityDynamics:
         DistillationTrainer(..., gradient_clippers={"trunk_grad_clipper": dynamics},
                             end_of_epoch_hook=dynamics.end_of_epoch_hook(hooks.end_of_epoch_hook(...)))
 
-    In a loop of your own: ``loss.backward(); dynamics(); optimizer.step()``, and ``dynamics.end_epoch()``.
+    In a loop of your own: ``loss.backward(); dynamics(); optimizer.step()``, and ``dynamics.end_epoch()``. With a
+    ``GradScaler``, ``scaler.unscale_(optimizer)`` comes before ``dynamics()``.
 
     Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows.
 
@@ -74,6 +77,7 @@ class CapacityDynamics:
 
     Args:
         student: a network with compactors, see ``insert_compactors``; may be inside of DistributedDataParallel.
+            ``torch.compile`` comes afterwards.
         teacher: a network of the same family without compactors, or a ``FrozenTeacher`` with it as trunk; None for
             no resetting. It is put into eval mode. Where nothing else runs it on the batch, in eval mode, it is run on
             the student's input.
@@ -82,9 +86,10 @@ class CapacityDynamics:
         lasso_weight: how strong the lasso is, the first weight with a budget.
         threshold: rows shorter than this count as gone.
         reset_epoch: resetting begins after this epoch.
-        ratio: share of channels that may be marked, see ``GradientReset``; likewise the next five.
+        ratio: share of channels that may be marked, see ``GradientReset``; likewise the next six.
         neighbors: of the teacher.
         queue_size: of the teacher's features, for each compactor.
+        queue_dtype: their precision, such as ``torch.float16`` for half the memory; None for that of the compactors.
         metric: of the teacher's features.
         accumulate: whether marks stay.
         refresh_interval: after how many steps they are taken back.
@@ -100,8 +105,9 @@ class CapacityDynamics:
     Raises:
         ValueError: the student is compiled or in ``DataParallel``, has no compactors, or one that the optimizer does
             not train; the teacher is no network, is the student, or has other blocks or widths than the student; a
-            target out of range or of reach, without ``budget_steps`` or with ``proximal=False``; in a step: a
-            compactor with values that are not finite, a block that runs more than once in a pass.
+            number out of range; a target out of reach, without ``budget_steps`` or with ``proximal=False``; in a step:
+            a compactor with values that are not finite, a block that runs more than once in a pass.
+        RuntimeError: the optimizer steps in a resetting epoch, and nothing has called the dynamics before.
     """
 
     teacher: Any
@@ -121,6 +127,7 @@ class CapacityDynamics:
         ratio: float = 0.5,
         neighbors: int = 2,
         queue_size: int = 24000,
+        queue_dtype: torch.dtype | None = None,
         metric: str = "cosine",
         accumulate: bool = True,
         refresh_interval: int | None = None,
@@ -130,6 +137,13 @@ class CapacityDynamics:
         budget_steps: int | None = None,
     ):
         check_networks(student, teacher)
+        for name, value, good, expected in (
+            ("lasso_weight", lasso_weight, 0 <= lasso_weight < math.inf, "finite and at least 0"),
+            ("threshold", threshold, 0 < threshold < 1, "above 0 and below 1, the length at which rows begin"),
+            ("reset_epoch", reset_epoch, reset_epoch >= 0, "at least 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {expected}, but is {value}.")
         self.student = unwrapped(student)
         self.compactors = find_compactors(self.student)
         self.meter = ExportMeter(self.student, image_shape)
@@ -140,7 +154,9 @@ class CapacityDynamics:
         self.check_optimizer(optimizer)
         self.set_budget(target_params, target_flops, budget_steps)
         self.resets = nn.ModuleList(
-            GradientReset(len(w), queue_size, neighbors, ratio, metric, accumulate, refresh_interval).to(w.device)
+            GradientReset(len(w), queue_size, neighbors, ratio, metric, accumulate, refresh_interval).to(
+                w.device, queue_dtype or w.dtype
+            )
             for w in (self.weights if teacher is not None else ())
         )
         self.handles = [optimizer.register_step_post_hook(self.after_step)]
@@ -176,6 +192,8 @@ class CapacityDynamics:
             raise ValueError(f"{name} needs budget_steps, the steps after which it is met, but that is {steps}.")
         if not self.proximal:
             raise ValueError(f"{name} needs proximal=True; with the lasso as a gradient no row reaches zero.")
+        if not self.lasso_weight:
+            raise ValueError(f"{name} multiplies lasso_weight step by step, so that it must be above 0, but is 0.")
         whole, least = self.size(0.0), self.size(math.inf)
         self.target = share * whole
         if self.target < least:
@@ -221,9 +239,11 @@ class CapacityDynamics:
                 for done in student:
                     self.teacher(done.images)
             teacher = self.taps["teacher"].take()
-        for name, weight, reset in zip(self.compactors, self.weights, self.resets):
-            features = (gathered(torch.cat([p.features[name] for p in passes])) for passes in (student, teacher))
-            mask = reset.update(*features)
+        features = [torch.cat([p.features[n] for p in side]) for n in self.compactors for side in (student, teacher)]
+        # All side by side, so that processes talk once.
+        parts = gathered(torch.cat(features, dim=1)).split([part.shape[1] for part in features], dim=1)
+        for weight, reset, own, other in zip(self.weights, self.resets, parts[::2], parts[1::2]):
+            mask = reset.update(own, other)
             if weight.grad is not None:
                 weight.grad.mul_(mask.to(weight.grad.dtype).view(-1, 1, 1, 1))
 
@@ -233,7 +253,14 @@ class CapacityDynamics:
         # A fused optimizer is called even then, and skips the step by itself.
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
+            for tap in self.taps.values():
+                tap.take()
             return
+        if self.resetting and self.taps["student"].passes:
+            raise RuntimeError(
+                "the optimizer has stepped, but gradients were not reset: call dynamics() between backward and step, "
+                "or give it to the trainer as one of gradient_clippers."
+            )
         self.steps += 1
         if not self.proximal:
             return
@@ -295,10 +322,15 @@ class CapacityDynamics:
 
     def measure(self) -> ExportedCost:
         """Return what the network would cost if it were exported now."""
-        broken = [name for name, c in self.compactors.items() if not c.weight.isfinite().all()]
+        lengths = [compactor.row_norms().detach() for compactor in self.compactors.values()]
+        # All at once: each reading waits for the device.
+        widths, finite = torch.stack(
+            [torch.stack([(rows >= self.threshold).sum(), rows.isfinite().all()]) for rows in lengths], dim=1
+        ).tolist()
+        broken = [name for name, whole in zip(self.compactors, finite) if not whole]
         if broken:
             raise ValueError(f"the compactors behind {broken} have values that are not finite.")
-        return self.meter.measure(self.threshold)
+        return self.meter.cost({name: max(1, width) for name, width in zip(self.compactors, widths)})
 
     def end_epoch(self) -> None:
         """Enter the sizes into the history and go on to the next epoch."""
@@ -314,13 +346,19 @@ class CapacityDynamics:
 
         Args:
             then: another hook to run after it, such as a HookContainer's.
-            export_after: after this epoch ``replace_student`` is called; None for never.
+            export_after: after this epoch ``replace_student`` is called, whose errors come after the first epoch; None
+                for never.
         """
+        begun = False
 
         def hook(trainer: Any) -> Any:
+            nonlocal begun
             if self.handles:
+                if export_after is not None:
+                    self.key_in(trainer)
                 self.end_epoch()
-                tqdm.write(self.table().splitlines()[-1] if self.epoch > 2 else self.table())
+                write(self.table().splitlines()[-1] if begun else self.table())
+                begun = True
                 c_f.LOGGER.info("Blocks after epoch %d:\n%s", self.epoch - 1, self.block_table())
                 if self.epoch - 1 == export_after:
                     self.replace_student(trainer)
@@ -340,12 +378,11 @@ class CapacityDynamics:
             The exported network, in training mode.
 
         Raises:
-            ValueError: the trainer has no model that is this student.
+            ValueError: the trainer has no model that is this student, or its ``student_features`` are outputs of
+                modules that are merged.
         """
-        keys = [key for key, model in trainer.models.items() if unwrapped(model) is self.student]
-        if not keys:
-            raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
-        wrapper, small = trainer.models[keys[0]], self.export().train()
+        key = self.key_in(trainer)
+        wrapper, small = trainer.models[key], self.export().train()
         old, new = dict(self.student.named_parameters()), dict(small.named_parameters())
         gone, origins = {id(p) for p in old.values()}, self.origins(new)
         for optimizer in trainer.optimizers.values():
@@ -357,27 +394,48 @@ class CapacityDynamics:
                 optimizer.state.pop(parameter, None)
         before, after = (sum(p.numel() for p in parameters.values()) for parameters in (old, new))
         message = f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed."
-        trainer.models[keys[0]] = small
+        trainer.models[key] = small
         if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-            trainer.models[keys[0]] = rewrapped(wrapper, small)
+            trainer.models[key] = rewrapped(wrapper, small)
             message += " So is its DistributedDataParallel, without communication hooks."
-        tqdm.write(message)
+        write(message)
         trainer.gradient_clippers = {k: c for k, c in trainer.gradient_clippers.items() if c is not self}
         self.close()
         return small
 
+    def key_in(self, trainer: Any) -> str:
+        """Return the student's key in ``trainer.models``, or raise ``ValueError`` for what forbids to replace it."""
+        keys = [key for key, model in trainer.models.items() if unwrapped(model) is self.student]
+        if not keys:
+            raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
+        merged = [chain.name_of(part) for chain in self.compacted() for part in chain.path[:2]]
+        tapped = [
+            name
+            for name in getattr(trainer, "student_features", ())
+            if keys[0] == "trunk" and any(f"{name}.".startswith(f"{place}.") for place in merged)
+        ]
+        if tapped:
+            raise ValueError(
+                f"student_features names {tapped}, which the export merges into other modules; name the outputs of "
+                "blocks, or train to the end without export_after and call export() then."
+            )
+        return keys[0]
+
     def origins(self, names: Iterable[str]) -> dict[str, str]:
         """Return the student's parameter in whose group each parameter of the exported network belongs."""
         old, found = dict(self.student.named_parameters()), {name: name for name in names}
-        for chain in find_chains(self.student, "all"):
-            conv = f"{chain.name.removesuffix(chain.path[1])}{chain.path[0]}"
-            if chain.compactor is not None and f"{conv}.bias" not in old:
-                norm = f"{chain.name}.0.bias"
+        for chain in self.compacted():
+            conv, norm = chain.name_of(chain.path[0]), f"{chain.name}.0.bias"
+            if f"{conv}.bias" not in old:
                 found[f"{conv}.bias"] = norm if norm in old else f"{conv}.weight"
         return found
 
+    def compacted(self) -> list[Chain]:
+        """Return the student's chains with a compactor."""
+        return [chain for chain in find_chains(self.student, "all") if chain.compactor is not None]
+
     def table(self) -> str:
-        """Return the history as a Markdown table."""
+        """Return the history as a Markdown table; ``ValueError`` before the first epoch has ended, as the next two."""
         return format_table(
             [
                 {
@@ -387,9 +445,15 @@ class CapacityDynamics:
                     "channels": f"{sum(widths_in(row).values())} of {sum(len(w) for w in self.weights)}",
                     "lasso weight": f"{row['lasso_weight']:.3g}",
                 }
-                for row in self.history
+                for row in self.ended()
             ]
         )
+
+    def ended(self) -> list[dict[str, Any]]:
+        """Return the history, or raise ``ValueError`` if no epoch has ended."""
+        if not self.history:
+            raise ValueError("history is empty: no epoch has ended yet, see end_epoch and end_of_epoch_hook.")
+        return self.history
 
     def block_table(self) -> str:
         """Return the blocks at the end of the last epoch as a Markdown table."""
@@ -402,7 +466,7 @@ class CapacityDynamics:
                     "parameters": f"{block['parameters']:,}",
                     "MFLOPs": f"{block['flops'] / 1e6:.2f}",
                 }
-                for name, block in self.history[-1]["blocks"].items()
+                for name, block in self.ended()[-1]["blocks"].items()
                 for widths in [block["widths"].values()]
             ]
         )
@@ -413,7 +477,7 @@ class CapacityDynamics:
 
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         sizes, widths = figure.subplots(1, 2)
-        epochs = [row["epoch"] for row in self.history]
+        epochs = [row["epoch"] for row in self.ended()]
         for key in ("parameters", "flops"):
             first = getattr(self.meter.measure(0.0), key)
             sizes.plot(epochs, [100 * row[key] / first for row in self.history], label=key)
@@ -451,8 +515,14 @@ class CapacityDynamics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
-        self.resets.load_state_dict(state["resets"])
+        """Go on where ``state_dict`` was taken, or raise ``ValueError`` if it was under other settings."""
+        try:
+            self.resets.load_state_dict(state["resets"])
+        except RuntimeError as error:
+            raise ValueError(
+                "the state was taken with another queue_size, with other compactors, or with a teacher where there is "
+                f"none now, or the other way round: {error}"
+            ) from error
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.met, self.history = state["alive"] is not None, list(state["history"])
         self.first_longest = state["first_longest"]
@@ -499,16 +569,27 @@ def class_name(module: nn.Module) -> str:
 
 def rewrapped(wrapper: nn.parallel.DistributedDataParallel, module: nn.Module) -> nn.parallel.DistributedDataParallel:
     """Return another module in the same wrapper."""
-    settings = {name: getattr(wrapper, name) for name in DISTRIBUTED}
+    settings = {name: getattr(wrapper, name) for name in WRAPPING}
     new = nn.parallel.DistributedDataParallel(module, **settings)
     # As an argument it is deprecated in newer versions, and under another name not known to older ones.
     new.broadcast_buffers = wrapper.broadcast_buffers
     return new
 
 
+def write(text: str) -> None:
+    """Print beside a progress bar, in the first process only."""
+    if not distributed() or torch.distributed.get_rank() == 0:
+        tqdm.write(text)
+
+
+def distributed() -> bool:
+    """Return whether there are several processes that know each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def gathered(features: torch.Tensor) -> torch.Tensor:
     """Return the rows of all processes, the same on each."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not distributed():
         return features
     parts = [torch.empty_like(features) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, features.contiguous())

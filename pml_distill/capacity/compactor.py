@@ -63,10 +63,14 @@ class Chain:
     block: nn.Module
     path: tuple[str, ...]
 
+    def name_of(self, part: str) -> str:
+        """Return the dotted name in the network of a part of the block."""
+        return f"{self.block_name}.{part}" if self.block_name else part
+
     @property
     def name(self) -> str:
         """The dotted name of the normalisation in the network."""
-        return f"{self.block_name}.{self.path[1]}" if self.block_name else self.path[1]
+        return self.name_of(self.path[1])
 
     @property
     def conv(self) -> nn.Conv2d:

@@ -34,7 +34,8 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
 
     Raises:
         ValueError: in training mode, without compactors, for a compactor with values that are not finite, for a
-            threshold above all rows of all compactors, for ``fold_norms`` of a network that cannot be traced.
+            threshold below 0 or above all rows of all compactors, for ``fold_norms`` of a network that cannot be
+            traced.
 
     Example:
         >>> from pml_distill.capacity import insert_compactors
@@ -80,6 +81,8 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
     broken = [name for name, rows in norms.items() if not rows.isfinite().all()]
     if broken:
         raise ValueError(f"the compactor behind {', '.join(broken)} has values that are not finite")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, but is {threshold}")
     largest = {name: rows.max().item() for name, rows in norms.items()}
     if all(value < threshold for value in largest.values()):
         listed = ", ".join(f"{name} {value:.3g}" for name, value in largest.items())

@@ -15,7 +15,7 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch.utils.flop_counter import FlopCounterMode
 
 from pml_distill.capacity import CapacityDynamics, insert_compactors
-from pml_distill.losses import AbsoluteTeacherLoss
+from pml_distill.losses import AbsoluteTeacherLoss, PooledFeatureLoss
 from pml_distill.models import SmallResNet
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
@@ -284,6 +284,34 @@ def test_a_step_that_the_scaler_skips_shrinks_nothing(fused):
     assert all(torch.equal(a, b) for a, b in zip(before, dynamics.weights)) and dynamics.steps == 0
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_without_the_dynamics_is_refused_unless_the_scaler_skips_it(fused):
+    student, _, optimizer, dynamics = setting(optimizer=functools.partial(torch.optim.SGD, fused=fused))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(student(images()).square().sum() * torch.inf).backward()
+    dynamics()
+    scaler.step(optimizer)
+    backward(student, images())
+    with pytest.raises(RuntimeError, match=r"call dynamics\(\) between backward and step, or give it to the trainer"):
+        optimizer.step()
+    dynamics()
+    optimizer.step()
+    assert dynamics.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"), [({}, torch.float64), ({"queue_dtype": torch.bfloat16}, torch.bfloat16)]
+)
+def test_the_queue_has_the_precision_of_the_student_or_the_given_one(kwargs, expected):
+    student, teacher = network().double(), network(1, False).double()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    dynamics = CapacityDynamics(student, teacher, optimizer, SHAPE, reset_epoch=0, queue_size=8, ratio=0.8, **kwargs)
+    backward(student, images().double())
+    dynamics()
+    assert all(reset.queue.dtype == expected and reset.count == 8 for reset in dynamics.resets)
+    assert any(not reset.mask.all() for reset in dynamics.resets)
+
+
 def test_a_loss_of_nan_is_found_and_not_taken_for_small_rows():
     student, _, optimizer, dynamics = setting(False, lasso_weight=1.0)
     (student(images()).square().sum() * torch.nan).backward()
@@ -427,12 +455,36 @@ def test_a_state_resumes_the_run():
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, proximal=False),
             "needs proximal=True",
         ),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, lasso_weight=0),
+            "target_flops multiplies lasso_weight step by step, so that it must be above 0, but is 0",
+        ),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, lasso_weight=-1),
+            "lasso_weight must be finite and at least 0, but is -1",
+        ),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, threshold=1), "threshold must be above 0 .* but is 1"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, threshold=float("nan")), "threshold must be .* but is nan"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, reset_epoch=-1), "reset_epoch must be at least 0, but is -1"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, queue_size=1), "neighbors must be at most queue_size, 1"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE).table(), "no epoch has ended yet"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE).block_table(), "no epoch has ended yet"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE).plot("none.png"), "no epoch has ended yet"),
     ],
 )
 def test_wrong_arguments_are_refused(make, message):
     student = network()
     with pytest.raises(ValueError, match=message):
         make(student, network(1, False), torch.optim.SGD(student.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("kwargs", [{"queue_size": 32}, {"teacher": False}])
+def test_a_state_of_other_settings_is_refused(kwargs):
+    *_, dynamics = setting()
+    *_, other = setting(**kwargs)
+    for source, target in ((dynamics, other), (other, dynamics)):
+        with pytest.raises(ValueError, match="the state was taken with another queue_size"):
+            target.load_state_dict(source.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -654,6 +706,50 @@ def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 16) and not trainer.gradient_clippers
     assert not torch.equal(outputs[1], small.eval()(images())) and len(dynamics.history) == 2
     assert "parameters have become" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["layer1.0.conv1", "layer1.0.bn1", "layer1.0.bn1.0"])
+def test_an_export_that_takes_away_what_the_trainer_taps_is_refused_after_the_first_epoch(name):
+    student, teacher, optimizer, dynamics = setting()
+
+    def train(tapped):
+        DistillationTrainer(
+            models={"trunk": student},
+            optimizers={"trunk_optimizer": optimizer},
+            batch_size=8,
+            loss_funcs={"feature_distillation_loss": PooledFeatureLoss()},
+            dataset=torch.utils.data.TensorDataset(images(16), torch.arange(16) % 4),
+            teacher=FrozenTeacher(teacher),
+            student_features=[tapped],
+            teacher_features=["layer1.0"],
+            gradient_clippers={"trunk_grad_clipper": dynamics},
+            end_of_epoch_hook=dynamics.end_of_epoch_hook(export_after=2),
+            data_device=torch.device("cpu"),
+            dataloader_num_workers=0,
+        ).train(1, 3)
+
+    before = list(optimizer.param_groups[0]["params"])
+    with pytest.raises(ValueError, match=rf"student_features names \['{name}'\], which the export merges"):
+        train(name)
+    assert all(a is b for a, b in zip(before, optimizer.param_groups[0]["params"])) and not dynamics.history
+    train("layer1.0")
+    assert len(dynamics.history) == 2
+
+
+def test_the_first_line_of_a_resumed_run_comes_with_the_whole_table_and_other_processes_are_silent(capsys, monkeypatch):
+    *_, dynamics = setting(False)
+    hook = dynamics.end_of_epoch_hook()
+    hook(None), hook(None)
+    assert capsys.readouterr().out.count("lasso weight") == 1
+    *_, other = setting(False)
+    other.load_state_dict(dynamics.state_dict())
+    other.end_of_epoch_hook()(None)
+    lines = capsys.readouterr().out.splitlines()
+    assert "lasso weight" in lines[0] and [line.split()[1] for line in lines[2:]] == ["1", "2", "3"]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    other.end_of_epoch_hook()(None)
+    assert capsys.readouterr().out == ""
 
 
 def replaced(student, groups):

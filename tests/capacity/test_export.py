@@ -182,6 +182,8 @@ def test_errors_say_what_to_do():
     model.eval()
     with pytest.raises(ValueError, match="threshold=2 would empty every block.*layer1.0.bn1 1,.*layer3.1.bn1 1"):
         export(model, threshold=2)
+    with pytest.raises(ValueError, match="threshold must be at least 0, but is nan"):
+        export(model, threshold=float("nan"))
     compactors["layer2.1.bn1"].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="the compactor behind layer2.1.bn1 has values that are not finite"):
         export(model)
