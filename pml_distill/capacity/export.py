@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compactor import Compactor, find_chains, find_compactors, is_batch_norm
+from .compactor import Compactor, find_chains, find_compactors, is_batch_norm, replace_module
 
 
 def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) -> nn.Module:
@@ -160,9 +160,3 @@ def fold(model: nn.Module) -> None:
         if type(conv) is nn.Conv2d and is_batch_norm(norm) and once:
             replace_module(model, names[0], merge(conv, norm))
             replace_module(model, names[1], nn.Identity().eval())
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at a dotted name."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
