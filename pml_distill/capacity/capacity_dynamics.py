@@ -15,7 +15,7 @@ from ..teachers import FrozenTeacher
 from ..trainers.base_distillation_trainer import unwrapped
 from ..utils.eval_mode import eval_mode
 from ..utils.report import format_table
-from .compactor import Chain, find_chains, find_compactors
+from .compactor import compacted_chains, find_chains, find_compactors
 from .export import export
 from .export_meter import ExportedCost, ExportMeter
 from .gradient_reset import GradientReset
@@ -23,7 +23,7 @@ from .group_lasso import add_lasso_gradient, shrink_rows
 from .pass_tap import PassTap
 
 # Settings of DistributedDataParallel that are arguments and attributes of one name.
-WRAPPING = (
+WRAPPER_SETTINGS = (
     "device_ids",
     "output_device",
     "dim",
@@ -159,12 +159,12 @@ class CapacityDynamics:
             )
             for w in (self.weights if teacher is not None else ())
         )
-        self.handles = [optimizer.register_step_post_hook(self.after_step)]
         self.taps: dict[str, PassTap] = {}
         self.teacher = unwrapped(teacher)
         if teacher is not None:
-            self.teacher.eval()
             self.tap()
+        self.handles = [handle for tap in self.taps.values() for handle in tap.handles]
+        self.handles.append(optimizer.register_step_post_hook(self.after_step))
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ``ValueError`` for a compactor that would never be trained."""
@@ -205,6 +205,7 @@ class CapacityDynamics:
         """Collect the pooled features of both networks while the student trains, and the student's input."""
         teacher = self.teacher.trunk if isinstance(self.teacher, FrozenTeacher) else self.teacher
         check_correspondence(self.student, teacher)
+        self.teacher.eval()
         taught = {name: teacher.get_submodule(name) for name in self.compactors}
         self.taps = {
             # A pass without gradients, as when batch norms are brought up to date, is no part of a step.
@@ -215,7 +216,6 @@ class CapacityDynamics:
             ),
             "teacher": PassTap(self.teacher, taught, lambda: self.resetting and not teacher.training),
         }
-        self.handles += [handle for tap in self.taps.values() for handle in tap.handles]
 
     @property
     def resetting(self) -> bool:
@@ -408,7 +408,7 @@ class CapacityDynamics:
         keys = [key for key, model in trainer.models.items() if unwrapped(model) is self.student]
         if not keys:
             raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
-        merged = [chain.name_of(part) for chain in self.compacted() for part in chain.path[:2]]
+        merged = [chain.name_of(part) for chain in compacted_chains(self.student) for part in chain.path[:2]]
         tapped = [
             name
             for name in getattr(trainer, "student_features", ())
@@ -424,15 +424,11 @@ class CapacityDynamics:
     def origins(self, names: Iterable[str]) -> dict[str, str]:
         """Return the student's parameter in whose group each parameter of the exported network belongs."""
         old, found = dict(self.student.named_parameters()), {name: name for name in names}
-        for chain in self.compacted():
+        for chain in compacted_chains(self.student):
             conv, norm = chain.name_of(chain.path[0]), f"{chain.name}.0.bias"
             if f"{conv}.bias" not in old:
                 found[f"{conv}.bias"] = norm if norm in old else f"{conv}.weight"
         return found
-
-    def compacted(self) -> list[Chain]:
-        """Return the student's chains with a compactor."""
-        return [chain for chain in find_chains(self.student, "all") if chain.compactor is not None]
 
     def table(self) -> str:
         """Return the history as a Markdown table; ``ValueError`` before the first epoch has ended, as the next two."""
@@ -569,7 +565,7 @@ def class_name(module: nn.Module) -> str:
 
 def rewrapped(wrapper: nn.parallel.DistributedDataParallel, module: nn.Module) -> nn.parallel.DistributedDataParallel:
     """Return another module in the same wrapper."""
-    settings = {name: getattr(wrapper, name) for name in WRAPPING}
+    settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
     new = nn.parallel.DistributedDataParallel(module, **settings)
     # As an argument it is deprecated in newer versions, and under another name not known to older ones.
     new.broadcast_buffers = wrapper.broadcast_buffers

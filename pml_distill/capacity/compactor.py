@@ -207,7 +207,12 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def find_compactors(model: nn.Module) -> dict[str, Compactor]:
     """Return the compactors of a network as :func:`insert_compactors` did, or an empty dictionary."""
-    return {chain.name: chain.compactor for chain in find_chains(model, "all") if chain.compactor is not None}
+    return {chain.name: chain.compactor for chain in compacted_chains(model)}
+
+
+def compacted_chains(model: nn.Module) -> list[Any]:
+    """Return the chains with a compactor in the order of the forward pass."""
+    return [chain for chain in find_chains(model, "all") if chain.compactor is not None]
 
 
 def find_chains(model: nn.Module, positions: str) -> list[Chain]:

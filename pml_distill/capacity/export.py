@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compactor import Compactor, find_chains, find_compactors, is_batch_norm, replace_module
+from .compactor import Compactor, compacted_chains, find_compactors, is_batch_norm, replace_module
 
 
 def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) -> nn.Module:
@@ -48,14 +48,11 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
     """
     check_compactors(model, threshold)
     merged: dict[int, Any] = {}
-    for chain in find_chains(model, "all"):
-        if chain.compactor is None:
-            continue
-        norm: Any = chain.norm
+    for chain in compacted_chains(model):
         rows = kept_rows(chain.compactor, threshold)
         conv = merged.get(id(chain.conv), chain.conv)
         following = merged.get(id(chain.following), chain.following)
-        merged[id(chain.conv)] = merge(conv, norm[0], chain.compactor.weight[rows])
+        merged[id(chain.conv)] = merge(conv, chain.norm[0], chain.compactor.weight[rows])
         merged[id(chain.following)] = with_values(following, following.weight[:, rows], following.bias)
         merged[id(chain.norm)] = nn.Identity().eval()
     # Hooks serve the network that they were put on, and may hold on to much more.

@@ -478,6 +478,14 @@ def test_wrong_arguments_are_refused(make, message):
         make(student, network(1, False), torch.optim.SGD(student.parameters(), lr=0.1))
 
 
+def test_a_refused_teacher_is_left_as_it_is_and_no_hook_stays():
+    student, teacher = network(), SmallResNet(8)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="the student 4"):
+        CapacityDynamics(student, teacher, optimizer, SHAPE, reset_epoch=0, queue_size=8)
+    assert teacher.training and not optimizer._optimizer_step_post_hooks and not student._forward_pre_hooks
+
+
 @pytest.mark.parametrize("kwargs", [{"queue_size": 32}, {"teacher": False}])
 def test_a_state_of_other_settings_is_refused(kwargs):
     *_, dynamics = setting()
