@@ -12,6 +12,7 @@ import timm
 import torch
 import torchvision
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pml_distill.capacity import CapacityDynamics, insert_compactors
@@ -336,6 +337,24 @@ def test_the_budget_is_met_within_two_percent_and_kept(budget):
     assert dynamics.measure() == settled and not torch.equal(first, student.conv1.weight)
 
 
+class Readings(TorchDispatchMode):
+    """Counts what waits for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count = getattr(self, "count", 0) + (func in waits)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_the_device_at_each_compactor():
+    student, _, optimizer, dynamics = setting(target_params=0.5, budget_steps=1000)
+    backward(student, images())
+    with Readings() as readings:
+        dynamics()
+        dynamics.after_step(optimizer)
+    assert dynamics.steps == 1 and readings.count <= 1
+
+
 @pytest.mark.parametrize(
     ("positions", "budget"),
     [
@@ -536,11 +555,14 @@ def worker(rank, folder):
     dynamics = CapacityDynamics(
         student, network(1, False), optimizer, SHAPE, reset_epoch=0, queue_size=64, ratio=0.8, lasso_weight=0.5
     )
+    gather, calls = torch.distributed.all_gather, []
+    torch.distributed.all_gather = lambda *args: (calls.append(1), gather(*args))
     for step in range(3):
         optimizer.zero_grad()
         student(images(8, seed=step)[4 * rank : 4 * rank + 4]).square().sum().backward()
         dynamics()
         optimizer.step()
+    assert len(calls) == 3
     torch.save([[r.mask for r in dynamics.resets], dynamics.weights], f"{folder}/{rank}.pth")
     # No process leaves while another still talks to it.
     torch.distributed.barrier()
