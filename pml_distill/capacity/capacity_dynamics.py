@@ -3,7 +3,8 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -14,18 +15,24 @@ from ..teachers import FrozenTeacher
 from ..trainers.base_distillation_trainer import unwrapped
 from ..utils.eval_mode import eval_mode
 from ..utils.report import format_table
-from .compactor import find_compactors
+from .compactor import compacted_chains, find_chains, find_compactors
 from .export import export
 from .export_meter import ExportedCost, ExportMeter
 from .gradient_reset import GradientReset
 from .group_lasso import add_lasso_gradient, shrink_rows
+from .pass_tap import PassTap
 
-
-class Pass(NamedTuple):
-    """One forward pass: what went in, and the pooled features behind each compactor."""
-
-    images: torch.Tensor
-    features: list[torch.Tensor]
+# Settings of DistributedDataParallel that are arguments and attributes of one name.
+WRAPPER_SETTINGS = (
+    "device_ids",
+    "output_device",
+    "dim",
+    "process_group",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+    "mixed_precision",
+)
 
 
 class CapacityDynamics:
@@ -43,7 +50,9 @@ class CapacityDynamics:
     and Adam divides the pull away.
 
     How far a row can shrink is the sum of lr * lasso_weight over all steps; rows begin at length 1. The paper's
-    0.004 sums to 1.6 over its 40,000 steps at lr 0.01; a shorter training wants a larger weight, or a budget.
+    0.004 sums to 1.6 over its 40,000 steps at lr 0.01; a shorter training wants a larger weight, or a budget. Weight
+    decay shortens all rows alike: give the compactors a parameter group with ``weight_decay=0``. Keep their parameters
+    in float32, under autocast if you like: in bfloat16 a row of length 1 does not feel a step below 0.002.
 
     With a budget (``target_params`` or ``target_flops``) the lasso weight adapts: of the rows that have to go, the
     longest is led to zero along a straight line over ``budget_steps``. There the shortest rows that are still too
@@ -57,7 +66,8 @@ class CapacityDynamics:
         DistillationTrainer(..., gradient_clippers={"trunk_grad_clipper": dynamics},
                             end_of_epoch_hook=dynamics.end_of_epoch_hook(hooks.end_of_epoch_hook(...)))
 
-    In a loop of your own: ``loss.backward(); dynamics(); optimizer.step()``, and ``dynamics.end_epoch()``.
+    In a loop of your own: ``loss.backward(); dynamics(); optimizer.step()``, and ``dynamics.end_epoch()``. With a
+    ``GradScaler``, ``scaler.unscale_(optimizer)`` comes before ``dynamics()``.
 
     Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows.
 
@@ -67,16 +77,19 @@ class CapacityDynamics:
 
     Args:
         student: a network with compactors, see ``insert_compactors``; may be inside of DistributedDataParallel.
+            ``torch.compile`` comes afterwards.
         teacher: a network of the same family without compactors, or a ``FrozenTeacher`` with it as trunk; None for
-            no resetting. Where nothing else runs it on the batch, it is run on the student's input.
+            no resetting. It is put into eval mode. Where nothing else runs it on the batch, in eval mode, it is run on
+            the student's input.
         optimizer: the one that trains the compactors.
         image_shape: (C, H, W), for the FLOPs.
         lasso_weight: how strong the lasso is, the first weight with a budget.
         threshold: rows shorter than this count as gone.
         reset_epoch: resetting begins after this epoch.
-        ratio: share of channels that may be marked, see ``GradientReset``; likewise the next five.
+        ratio: share of channels that may be marked, see ``GradientReset``; likewise the next six.
         neighbors: of the teacher.
         queue_size: of the teacher's features, for each compactor.
+        queue_dtype: their precision, such as ``torch.float16`` for half the memory; None for that of the compactors.
         metric: of the teacher's features.
         accumulate: whether marks stay.
         refresh_interval: after how many steps they are taken back.
@@ -90,10 +103,11 @@ class CapacityDynamics:
             flops and the widths behind its compactors; all as if the network were exported then.
 
     Raises:
-        ValueError: the student has no compactors, or one that the optimizer does not train; the teacher lacks a
-            module of a compactor's name; a target out of range or of reach, without ``budget_steps`` or with
-            ``proximal=False``; in a step: a compactor with values that are not finite, teacher features of another
-            width.
+        ValueError: the student is compiled or in ``DataParallel``, has no compactors, or one that the optimizer does
+            not train; the teacher is no network, is the student, or has other blocks or widths than the student; a
+            number out of range; a target out of reach, without ``budget_steps`` or with ``proximal=False``; in a step:
+            a compactor with values that are not finite, a block that runs more than once in a pass.
+        RuntimeError: the optimizer steps in a resetting epoch, and nothing has called the dynamics before.
     """
 
     teacher: Any
@@ -113,6 +127,7 @@ class CapacityDynamics:
         ratio: float = 0.5,
         neighbors: int = 2,
         queue_size: int = 24000,
+        queue_dtype: torch.dtype | None = None,
         metric: str = "cosine",
         accumulate: bool = True,
         refresh_interval: int | None = None,
@@ -121,6 +136,14 @@ class CapacityDynamics:
         target_flops: float | None = None,
         budget_steps: int | None = None,
     ):
+        check_networks(student, teacher)
+        for name, value, good, expected in (
+            ("lasso_weight", lasso_weight, 0 <= lasso_weight < math.inf, "finite and at least 0"),
+            ("threshold", threshold, 0 < threshold < 1, "above 0 and below 1, the length at which rows begin"),
+            ("reset_epoch", reset_epoch, reset_epoch >= 0, "at least 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {expected}, but is {value}.")
         self.student = unwrapped(student)
         self.compactors = find_compactors(self.student)
         self.meter = ExportMeter(self.student, image_shape)
@@ -131,14 +154,17 @@ class CapacityDynamics:
         self.check_optimizer(optimizer)
         self.set_budget(target_params, target_flops, budget_steps)
         self.resets = nn.ModuleList(
-            GradientReset(len(w), queue_size, neighbors, ratio, metric, accumulate, refresh_interval).to(w.device)
+            GradientReset(len(w), queue_size, neighbors, ratio, metric, accumulate, refresh_interval).to(
+                w.device, queue_dtype or w.dtype
+            )
             for w in (self.weights if teacher is not None else ())
         )
-        self.handles = [optimizer.register_step_post_hook(self.after_step)]
-        self.teacher = None
+        self.taps: dict[str, PassTap] = {}
+        self.teacher = unwrapped(teacher)
         if teacher is not None:
-            self.teacher = teacher.trunk if isinstance(teacher, FrozenTeacher) else unwrapped(teacher)
             self.tap()
+        self.handles = [handle for tap in self.taps.values() for handle in tap.handles]
+        self.handles.append(optimizer.register_step_post_hook(self.after_step))
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ``ValueError`` for a compactor that would never be trained."""
@@ -166,6 +192,8 @@ class CapacityDynamics:
             raise ValueError(f"{name} needs budget_steps, the steps after which it is met, but that is {steps}.")
         if not self.proximal:
             raise ValueError(f"{name} needs proximal=True; with the lasso as a gradient no row reaches zero.")
+        if not self.lasso_weight:
+            raise ValueError(f"{name} multiplies lasso_weight step by step, so that it must be above 0, but is 0.")
         whole, least = self.size(0.0), self.size(math.inf)
         self.target = share * whole
         if self.target < least:
@@ -175,33 +203,19 @@ class CapacityDynamics:
 
     def tap(self) -> None:
         """Collect the pooled features of both networks while the student trains, and the student's input."""
-        places = dict(self.teacher.named_modules())
-        absent = [name for name in self.compactors if name not in places]
-        if absent:
-            raise ValueError(
-                f"teacher, a {type(self.teacher).__name__}, has no modules {absent}, behind which the compactors of "
-                "the student stand; student and teacher must be of the same family."
-            )
-
-        def tap_side(side: str, network: nn.Module, modules: Iterable[nn.Module]) -> None:
-            def start(module: nn.Module, args: tuple) -> None:
-                if self.resetting and self.student.training:
-                    self.seen[side].append(Pass(args[0], []))
-
-            def collect(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-                if self.resetting and self.student.training:
-                    self.seen[side][-1].features.append(output.detach().float().mean(dim=(2, 3)))
-
-            self.handles.append(network.register_forward_pre_hook(start))
-            self.handles += [module.register_forward_hook(collect) for module in modules]
-
-        self.forget()
-        tap_side("student", self.student, self.compactors.values())
-        tap_side("teacher", self.teacher, (places[name] for name in self.compactors))
-
-    def forget(self) -> None:
-        """Drop what a step has collected."""
-        self.seen: dict[str, list[Pass]] = {"student": [], "teacher": []}
+        teacher = self.teacher.trunk if isinstance(self.teacher, FrozenTeacher) else self.teacher
+        check_correspondence(self.student, teacher)
+        self.teacher.eval()
+        taught = {name: teacher.get_submodule(name) for name in self.compactors}
+        self.taps = {
+            # A pass without gradients, as when batch norms are brought up to date, is no part of a step.
+            "student": PassTap(
+                self.student,
+                dict(self.compactors),
+                lambda: self.resetting and self.student.training and torch.is_grad_enabled(),
+            ),
+            "teacher": PassTap(self.teacher, taught, lambda: self.resetting and not teacher.training),
+        }
 
     @property
     def resetting(self) -> bool:
@@ -210,7 +224,7 @@ class CapacityDynamics:
 
     def __call__(self) -> None:
         """Change the gradients between backward and step."""
-        if self.resetting and self.seen["student"]:
+        if self.resetting and self.taps["student"].passes:
             self.reset_gradients()
         if not self.proximal:
             for weight in self.weights:
@@ -219,24 +233,19 @@ class CapacityDynamics:
     @torch.no_grad()
     def reset_gradients(self) -> None:
         """Let the batches of this step enter the queues and zero the gradients of the marked rows."""
-        student, teacher = self.seen["student"], self.seen["teacher"]
-        self.forget()
+        student, teacher = (tap.take() for tap in self.taps.values())
         if [id(p.images) for p in student] != [id(p.images) for p in teacher]:
-            teacher = self.run_teacher([p.images for p in student])
-        for number, (weight, reset) in enumerate(zip(self.weights, self.resets)):
-            features = (gathered(torch.cat([p.features[number] for p in passes])) for passes in (student, teacher))
-            mask = reset.update(*features)
+            with eval_mode(self.teacher):
+                for done in student:
+                    self.teacher(done.images)
+            teacher = self.taps["teacher"].take()
+        features = [torch.cat([p.features[n] for p in side]) for n in self.compactors for side in (student, teacher)]
+        # All side by side, so that processes talk once.
+        parts = gathered(torch.cat(features, dim=1)).split([part.shape[1] for part in features], dim=1)
+        for weight, reset, own, other in zip(self.weights, self.resets, parts[::2], parts[1::2]):
+            mask = reset.update(own, other)
             if weight.grad is not None:
                 weight.grad.mul_(mask.to(weight.grad.dtype).view(-1, 1, 1, 1))
-
-    def run_teacher(self, batches: list[torch.Tensor]) -> "list[Pass]":
-        """Return what the teacher makes of the student's images, in eval mode."""
-        with eval_mode(self.teacher):
-            for images in batches:
-                self.teacher(images)
-        passes = self.seen["teacher"]
-        self.forget()
-        return passes
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -244,7 +253,14 @@ class CapacityDynamics:
         # A fused optimizer is called even then, and skips the step by itself.
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
+            for tap in self.taps.values():
+                tap.take()
             return
+        if self.resetting and self.taps["student"].passes:
+            raise RuntimeError(
+                "the optimizer has stepped, but gradients were not reset: call dynamics() between backward and step, "
+                "or give it to the trainer as one of gradient_clippers."
+            )
         self.steps += 1
         if not self.proximal:
             return
@@ -306,10 +322,15 @@ class CapacityDynamics:
 
     def measure(self) -> ExportedCost:
         """Return what the network would cost if it were exported now."""
-        broken = [name for name, c in self.compactors.items() if not c.weight.isfinite().all()]
+        lengths = [compactor.row_norms().detach() for compactor in self.compactors.values()]
+        # All at once: each reading waits for the device.
+        widths, finite = torch.stack(
+            [torch.stack([(rows >= self.threshold).sum(), rows.isfinite().all()]) for rows in lengths], dim=1
+        ).tolist()
+        broken = [name for name, whole in zip(self.compactors, finite) if not whole]
         if broken:
             raise ValueError(f"the compactors behind {broken} have values that are not finite.")
-        return self.meter.measure(self.threshold)
+        return self.meter.cost({name: max(1, width) for name, width in zip(self.compactors, widths)})
 
     def end_epoch(self) -> None:
         """Enter the sizes into the history and go on to the next epoch."""
@@ -325,13 +346,19 @@ class CapacityDynamics:
 
         Args:
             then: another hook to run after it, such as a HookContainer's.
-            export_after: after this epoch ``replace_student`` is called; None for never.
+            export_after: after this epoch ``replace_student`` is called, whose errors come after the first epoch; None
+                for never.
         """
+        begun = False
 
         def hook(trainer: Any) -> Any:
+            nonlocal begun
             if self.handles:
+                if export_after is not None:
+                    self.key_in(trainer)
                 self.end_epoch()
-                tqdm.write(self.table().splitlines()[-1] if self.epoch > 2 else self.table())
+                write(self.table().splitlines()[-1] if begun else self.table())
+                begun = True
                 c_f.LOGGER.info("Blocks after epoch %d:\n%s", self.epoch - 1, self.block_table())
                 if self.epoch - 1 == export_after:
                     self.replace_student(trainer)
@@ -342,41 +369,69 @@ class CapacityDynamics:
     def replace_student(self, trainer: Any) -> nn.Module:
         """Put the exported network in the student's place in a trainer, where the training goes on with it.
 
-        Parameter groups get the new parameters where the old ones of the same module were, without their momentum;
-        learning rates and schedulers stay. A DistributedDataParallel wrapper is made anew. The hooks are removed. A
-        checkpoint taken from now on holds the small network.
+        Parameter groups get the new parameters where the old ones of the same name were, without their momentum, and
+        the bias of a merged convolution where that of its normalisation was; learning rates and schedulers stay. A
+        DistributedDataParallel wrapper is made anew with the same settings, but for communication hooks and the size
+        of its buckets. The hooks are removed. A checkpoint taken from now on holds the small network.
 
         Returns:
             The exported network, in training mode.
 
         Raises:
-            ValueError: the trainer has no model that is this student.
+            ValueError: the trainer has no model that is this student, or its ``student_features`` are outputs of
+                modules that are merged.
         """
-        keys = [key for key, model in trainer.models.items() if unwrapped(model) is self.student]
-        if not keys:
-            raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
-        wrapper, small = trainer.models[keys[0]], self.export().train()
+        key = self.key_in(trainer)
+        wrapper, small = trainer.models[key], self.export().train()
         old, new = dict(self.student.named_parameters()), dict(small.named_parameters())
+        gone, origins = {id(p) for p in old.values()}, self.origins(new)
         for optimizer in trainer.optimizers.values():
             for group in optimizer.param_groups:
                 own = {id(p) for p in group["params"]}
-                modules = {name.rpartition(".")[0] for name, p in old.items() if id(p) in own}
-                kept = [p for p in group["params"] if not any(p is gone for gone in old.values())]
-                group["params"] = kept + [p for name, p in new.items() if name.rpartition(".")[0] in modules]
+                kept = [p for p in group["params"] if id(p) not in gone]
+                group["params"] = kept + [p for name, p in new.items() if id(old[origins[name]]) in own]
             for parameter in old.values():
                 optimizer.state.pop(parameter, None)
         before, after = (sum(p.numel() for p in parameters.values()) for parameters in (old, new))
-        tqdm.write(f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed.")
+        message = f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed."
+        trainer.models[key] = small
         if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-            trainer.models[keys[0]] = nn.parallel.DistributedDataParallel(small, device_ids=wrapper.device_ids)
-        else:
-            trainer.models[keys[0]] = small
+            trainer.models[key] = rewrapped(wrapper, small)
+            message += " So is its DistributedDataParallel, without communication hooks."
+        write(message)
         trainer.gradient_clippers = {k: c for k, c in trainer.gradient_clippers.items() if c is not self}
         self.close()
         return small
 
+    def key_in(self, trainer: Any) -> str:
+        """Return the student's key in ``trainer.models``, or raise ``ValueError`` for what forbids to replace it."""
+        keys = [key for key, model in trainer.models.items() if unwrapped(model) is self.student]
+        if not keys:
+            raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
+        merged = [chain.name_of(part) for chain in compacted_chains(self.student) for part in chain.path[:2]]
+        tapped = [
+            name
+            for name in getattr(trainer, "student_features", ())
+            if keys[0] == "trunk" and any(f"{name}.".startswith(f"{place}.") for place in merged)
+        ]
+        if tapped:
+            raise ValueError(
+                f"student_features names {tapped}, which the export merges into other modules; name the outputs of "
+                "blocks, or train to the end without export_after and call export() then."
+            )
+        return keys[0]
+
+    def origins(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the student's parameter in whose group each parameter of the exported network belongs."""
+        old, found = dict(self.student.named_parameters()), {name: name for name in names}
+        for chain in compacted_chains(self.student):
+            conv, norm = chain.name_of(chain.path[0]), f"{chain.name}.0.bias"
+            if f"{conv}.bias" not in old:
+                found[f"{conv}.bias"] = norm if norm in old else f"{conv}.weight"
+        return found
+
     def table(self) -> str:
-        """Return the history as a Markdown table."""
+        """Return the history as a Markdown table; ``ValueError`` before the first epoch has ended, as the next two."""
         return format_table(
             [
                 {
@@ -386,9 +441,15 @@ class CapacityDynamics:
                     "channels": f"{sum(widths_in(row).values())} of {sum(len(w) for w in self.weights)}",
                     "lasso weight": f"{row['lasso_weight']:.3g}",
                 }
-                for row in self.history
+                for row in self.ended()
             ]
         )
+
+    def ended(self) -> list[dict[str, Any]]:
+        """Return the history, or raise ``ValueError`` if no epoch has ended."""
+        if not self.history:
+            raise ValueError("history is empty: no epoch has ended yet, see end_epoch and end_of_epoch_hook.")
+        return self.history
 
     def block_table(self) -> str:
         """Return the blocks at the end of the last epoch as a Markdown table."""
@@ -401,7 +462,7 @@ class CapacityDynamics:
                     "parameters": f"{block['parameters']:,}",
                     "MFLOPs": f"{block['flops'] / 1e6:.2f}",
                 }
-                for name, block in self.history[-1]["blocks"].items()
+                for name, block in self.ended()[-1]["blocks"].items()
                 for widths in [block["widths"].values()]
             ]
         )
@@ -412,7 +473,7 @@ class CapacityDynamics:
 
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         sizes, widths = figure.subplots(1, 2)
-        epochs = [row["epoch"] for row in self.history]
+        epochs = [row["epoch"] for row in self.ended()]
         for key in ("parameters", "flops"):
             first = getattr(self.meter.measure(0.0), key)
             sizes.plot(epochs, [100 * row[key] / first for row in self.history], label=key)
@@ -450,8 +511,14 @@ class CapacityDynamics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
-        self.resets.load_state_dict(state["resets"])
+        """Go on where ``state_dict`` was taken, or raise ``ValueError`` if it was under other settings."""
+        try:
+            self.resets.load_state_dict(state["resets"])
+        except RuntimeError as error:
+            raise ValueError(
+                "the state was taken with another queue_size, with other compactors, or with a teacher where there is "
+                f"none now, or the other way round: {error}"
+            ) from error
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.met, self.history = state["alive"] is not None, list(state["history"])
         self.first_longest = state["first_longest"]
@@ -464,9 +531,61 @@ def widths_in(row: dict[str, Any]) -> dict[str, int]:
     return {name: width for block in row["blocks"].values() for name, width in block["widths"].items()}
 
 
+def check_networks(student: Any, teacher: Any) -> None:
+    """Raise ``ValueError`` for what hides the passes of the student, or is no network."""
+    if isinstance(student, nn.DataParallel) or hasattr(student, "_orig_mod"):
+        raise ValueError(
+            f"student must be the network itself, or in DistributedDataParallel, but is of type "
+            f"{type(student).__name__}, behind which its passes cannot be seen."
+        )
+    if not isinstance(teacher, nn.Module | None):
+        raise ValueError(f"teacher must be a network, a FrozenTeacher or None, but is a {type(teacher).__name__}.")
+
+
+def check_correspondence(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise ``ValueError`` for the first block of the student that the teacher has not at the same place."""
+    if teacher is student:
+        raise ValueError("teacher is the student; give it a network of its own.")
+    for own, other in zip_longest(find_chains(student, "all"), find_chains(teacher, "all")):
+        described = ["nothing" if c is None else f"{c.block_name} ({class_name(c.block)})" for c in (own, other)]
+        if described[0] != described[1]:
+            raise ValueError(
+                f"student and teacher must be made of the same blocks, but where the student has {described[0]}, the "
+                f"teacher, a {type(teacher).__name__}, has {described[1]}."
+            )
+        widths = own.conv.out_channels, other.conv.out_channels
+        if own.compactor is not None and widths[0] != widths[1]:
+            raise ValueError(f"teacher has {widths[1]} channels behind {own.name}, the student {widths[0]}.")
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the full name of a module's class: libraries call different blocks alike."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def rewrapped(wrapper: nn.parallel.DistributedDataParallel, module: nn.Module) -> nn.parallel.DistributedDataParallel:
+    """Return another module in the same wrapper."""
+    settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
+    new = nn.parallel.DistributedDataParallel(module, **settings)
+    # As an argument it is deprecated in newer versions, and under another name not known to older ones.
+    new.broadcast_buffers = wrapper.broadcast_buffers
+    return new
+
+
+def write(text: str) -> None:
+    """Print beside a progress bar, in the first process only."""
+    if not distributed() or torch.distributed.get_rank() == 0:
+        tqdm.write(text)
+
+
+def distributed() -> bool:
+    """Return whether there are several processes that know each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def gathered(features: torch.Tensor) -> torch.Tensor:
     """Return the rows of all processes, the same on each."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not distributed():
         return features
     parts = [torch.empty_like(features) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, features.contiguous())

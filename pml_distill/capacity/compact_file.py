@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compactor import find_compactors
-from .export import replace_module
+from .compactor import find_compactors, replace_module
 
 FORMAT = "pml-distill compact network 1"
 # What may differ from the architecture, with the arguments that rebuild it.
@@ -43,8 +42,8 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
 
     The file holds the weights, and as metadata ``format``, ``architecture`` (``"torchvision resnet50"``,
     ``"timm seresnet50"``; empty for other networks) and ``layers``: JSON of the type of each module without children
-    by name, with the arguments that rebuild it for convolutions, linear layers, batch norms and identities. To read it
-    with torchvision and safetensors alone::
+    by name, with the arguments that rebuild it for convolutions, linear layers, batch norms and identities, and for
+    others the ``settings`` that torch prints. To read it with torchvision and safetensors alone::
 
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -90,9 +89,12 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
             for networks that are not plain ResNets of torchvision or timm.
 
     Raises:
-        ValueError: for a file that is not of this format, for one of another architecture than ``model``, and for
-            one that names no architecture when ``model`` is not given.
+        ValueError: for a file that is not of this format, for one of another architecture than ``model``, or with
+            other settings in a layer that has no weights; for one that names no architecture when ``model`` is not
+            given; for a ``model`` that is no network.
     """
+    if not isinstance(model, nn.Module | None):
+        raise ValueError(f"model must be a network or None, got {model!r}")
     metadata, tensors = read(path)
     name, layers = metadata["architecture"], json.loads(metadata["layers"])
     if model is None:
@@ -145,6 +147,8 @@ def describe(model: nn.Module) -> dict[str, dict]:
                 layers[name][argument] = list(value) if isinstance(value, tuple) else value
             if type(module) in (nn.Conv2d, nn.Linear):
                 layers[name]["bias"] = module.bias is not None
+            if type(module) not in REBUILT:
+                layers[name]["settings"] = module.extra_repr()
     return layers
 
 
@@ -157,8 +161,9 @@ def difference(expected: dict[str, dict], layers: dict[str, dict]) -> str:
     for name, layer in layers.items():
         if name not in expected:
             return f"{name} is in the file only"
-        if layer["type"] not in rebuilt | {expected[name]["type"]}:
-            return f"{name} is {expected[name]['type']} in the network, {layer['type']} in the file"
+        if layer["type"] not in rebuilt and layer != expected[name]:
+            there, here = (f"{d['type']}({d.get('settings', '')})" for d in (expected[name], layer))
+            return f"{name} is {there} in the network, {here} in the file"
     return ""
 
 

@@ -1,6 +1,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,31 +64,43 @@ class Chain:
     block: nn.Module
     path: tuple[str, ...]
 
+    def name_of(self, part: str) -> str:
+        """Return the dotted name in the network of a part of the block."""
+        return f"{self.block_name}.{part}" if self.block_name else part
+
     @property
     def name(self) -> str:
         """The dotted name of the normalisation in the network."""
-        return f"{self.block_name}.{self.path[1]}" if self.block_name else self.path[1]
+        return self.name_of(self.path[1])
+
+    def part(self, place: int) -> Any:
+        """Return the module at a place of the path, None where the block has no such module."""
+        try:
+            return self.block.get_submodule(self.path[place])
+        except AttributeError:
+            return None
 
     @property
     def conv(self) -> nn.Conv2d:
         """The convolution whose output shrinks."""
-        return getattr(self.block, self.path[0])
+        return self.part(0)
 
     @property
     def norm(self) -> nn.Module:
         """The normalisation, or normalisation and compactor."""
-        return getattr(self.block, self.path[1])
+        return self.part(1)
 
     @property
     def following(self) -> nn.Conv2d:
         """The convolution whose input shrinks."""
-        return getattr(self.block, self.path[-1])
+        return self.part(-1)
 
     @property
     def compactor(self) -> Compactor | None:
         """The compactor, once it is in."""
-        norm = getattr(self.block, self.path[1], None)
-        return norm[-1] if isinstance(norm, nn.Sequential) and isinstance(norm[-1], Compactor) else None
+        norm = self.part(1)
+        last = norm[-1] if isinstance(norm, nn.Sequential) and len(norm) > 0 else None
+        return last if isinstance(last, Compactor) else None
 
 
 def register_block(
@@ -97,21 +110,32 @@ def register_block(
 ) -> None:
     """Let :func:`insert_compactors` know a block of your own.
 
-    A chain is a sequence of attribute names of the block, ``(convolution, normalisation, ..., next convolution)``, in
-    the order of the forward pass and complete: modules between normalisation and next convolution are checked to
-    treat each channel alone and to keep zeros zero; activations called as functions cannot be checked and must do
-    the same. Nothing else may read the first convolution's output.
+    A chain is a sequence of names of modules of the block, ``(convolution, normalisation, ..., next convolution)``,
+    dotted where they lie deeper (``"body.0"``), in the order of the forward pass and complete: modules between
+    normalisation and next convolution are checked to treat each channel alone and to keep zeros zero; activations
+    called as functions cannot be checked and must do the same. Nothing else may read the first convolution's output.
 
     Args:
         block_type: the block's class; subclasses have to be registered themselves.
         inner: the chains of ``positions="inner"``.
         all_positions: those of ``positions="all"``, in forward order, the inner ones among them. Default: the same.
 
+    Raises:
+        ValueError: ``block_type`` is no class of modules; ``inner`` is empty or has chains that ``all_positions``
+            lacks; a chain is a string or shorter than three names.
+
     Example:
         >>> from torch import nn
         >>> class Block(nn.Module): ...
         >>> register_block(Block, inner=[("reduce", "norm1", "act", "expand")])
     """
+    if not (isinstance(block_type, type) and issubclass(block_type, nn.Module)):
+        raise ValueError(f"block_type must be a class of modules, got {block_type!r}")
+    if not inner:
+        raise ValueError("inner must name at least one chain, got none")
+    for chain in (*inner, *(all_positions or ())):
+        if isinstance(chain, str):
+            raise ValueError(f"a chain is a sequence of names, such as ({chain!r}, ...), got {chain!r} itself")
     inner_chains = tuple(tuple(chain) for chain in inner)
     all_chains = inner_chains if all_positions is None else tuple(tuple(chain) for chain in all_positions)
     for chain in all_chains + inner_chains:
@@ -170,14 +194,25 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
     for chain in chains:
         norm, weight = chain.norm, chain.conv.weight
         compactor = Compactor(chain.conv.out_channels, device=weight.device, dtype=weight.dtype)
-        setattr(chain.block, chain.path[1], nn.Sequential(norm, compactor).train(norm.training))
+        replace_module(chain.block, chain.path[1], nn.Sequential(norm, compactor).train(norm.training))
         compactors[chain.name] = compactor
     return compactors
 
 
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a dotted name."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
 def find_compactors(model: nn.Module) -> dict[str, Compactor]:
     """Return the compactors of a network as :func:`insert_compactors` did, or an empty dictionary."""
-    return {chain.name: chain.compactor for chain in find_chains(model, "all") if chain.compactor is not None}
+    return {chain.name: chain.compactor for chain in compacted_chains(model)}
+
+
+def compacted_chains(model: nn.Module) -> list[Any]:
+    """Return the chains with a compactor in the order of the forward pass."""
+    return [chain for chain in find_chains(model, "all") if chain.compactor is not None]
 
 
 def find_chains(model: nn.Module, positions: str) -> list[Chain]:
@@ -201,11 +236,11 @@ def check_chain(chain: Chain) -> None:
 
     if chain.compactor is not None:
         refuse("there is one already")
-    for name in chain.path:
-        if not hasattr(chain.block, name):
+    for place, name in enumerate(chain.path):
+        if chain.part(place) is None:
             refuse(f"{type(chain.block).__name__} has no attribute {name!r}")
-    for name in (chain.path[0], chain.path[-1]):
-        conv = getattr(chain.block, name)
+    for place in (0, -1):
+        name, conv = chain.path[place], chain.part(place)
         if type(conv) is not nn.Conv2d:
             refuse(f"{name} is {type(conv).__name__}, expected nn.Conv2d itself")
         if conv.groups != 1:
@@ -218,8 +253,8 @@ def check_chain(chain: Chain) -> None:
             f"{type(chain.norm).__name__} cannot be merged into a convolution; expected nn.BatchNorm2d with running "
             "statistics, nn.SyncBatchNorm or torchvision's FrozenBatchNorm2d"
         )
-    for name in chain.path[2:-1]:
-        module = getattr(chain.block, name)
+    for place in range(2, len(chain.path) - 1):
+        name, module = chain.path[place], chain.part(place)
         if not keeps_channels_apart(module, chain.conv.weight):
             refuse(
                 f"{name} ({type(module).__name__}) stands before the next convolution, and does not work on fewer "

@@ -1,10 +1,11 @@
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
-from .compactor import Compactor, find_chains, find_compactors, is_batch_norm
+from .compactor import Compactor, compacted_chains, find_compactors, is_batch_norm, replace_module
 
 
 def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) -> nn.Module:
@@ -18,7 +19,7 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
 
     computed in float64, and the normalisation becomes ``nn.Identity``. For rows that are zero this is exact, since the
     compactor has no bias and the activation of zero is zero. The network is of the class it was of and has no class
-    of this subpackage in it. It is a copy in eval mode; the one given stays as it is.
+    of this subpackage in it. It is a copy in eval mode, without forward hooks; the one given stays as it is.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval"
     (CVPR 2023). The authors' merging fails for a block that keeps one channel; this one does not.
@@ -33,7 +34,8 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
 
     Raises:
         ValueError: in training mode, without compactors, for a compactor with values that are not finite, for a
-            threshold above all rows of all compactors, for ``fold_norms`` of a network that cannot be traced.
+            threshold below 0 or above all rows of all compactors, for ``fold_norms`` of a network that cannot be
+            traced.
 
     Example:
         >>> from pml_distill.capacity import insert_compactors
@@ -46,16 +48,18 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
     """
     check_compactors(model, threshold)
     merged: dict[int, Any] = {}
-    for chain in find_chains(model, "all"):
-        if chain.compactor is None:
-            continue
-        norm: Any = chain.norm
+    for chain in compacted_chains(model):
         rows = kept_rows(chain.compactor, threshold)
         conv = merged.get(id(chain.conv), chain.conv)
         following = merged.get(id(chain.following), chain.following)
-        merged[id(chain.conv)] = merge(conv, norm[0], chain.compactor.weight[rows])
+        merged[id(chain.conv)] = merge(conv, chain.norm[0], chain.compactor.weight[rows])
         merged[id(chain.following)] = with_values(following, following.weight[:, rows], following.bias)
         merged[id(chain.norm)] = nn.Identity().eval()
+    # Hooks serve the network that they were put on, and may hold on to much more.
+    for module in model.modules():
+        for name, hooks in vars(module).items():
+            if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                merged[id(hooks)] = OrderedDict()
     # What stands in the memo is taken for the copy, so that nothing that hangs on a compactor is copied.
     exported = copy.deepcopy(model, merged)
     if fold_norms:
@@ -74,6 +78,8 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
     broken = [name for name, rows in norms.items() if not rows.isfinite().all()]
     if broken:
         raise ValueError(f"the compactor behind {', '.join(broken)} has values that are not finite")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, but is {threshold}")
     largest = {name: rows.max().item() for name, rows in norms.items()}
     if all(value < threshold for value in largest.values()):
         listed = ", ".join(f"{name} {value:.3g}" for name, value in largest.items())
@@ -109,7 +115,7 @@ def merge(conv: nn.Conv2d, norm: Any, rows: torch.Tensor | None = None) -> nn.Co
 
 @torch.no_grad()
 def with_values(conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
-    """Return a convolution as the one given, with other weights."""
+    """Return a convolution as the one given, with other weights; frozen if its weight is, and in the same layout."""
     new = nn.Conv2d(
         weight.shape[1] * conv.groups,
         weight.shape[0],
@@ -126,7 +132,9 @@ def with_values(conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> n
     new.weight.copy_(weight)
     if new.bias is not None and bias is not None:
         new.bias.copy_(bias)
-    return new
+    if not conv.weight.is_contiguous() and conv.weight.is_contiguous(memory_format=torch.channels_last):
+        new = new.to(memory_format=torch.channels_last)
+    return new.requires_grad_(conv.weight.requires_grad)
 
 
 def fold(model: nn.Module) -> None:
@@ -149,9 +157,3 @@ def fold(model: nn.Module) -> None:
         if type(conv) is nn.Conv2d and is_batch_norm(norm) and once:
             replace_module(model, names[0], merge(conv, norm))
             replace_module(model, names[1], nn.Identity().eval())
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at a dotted name."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)

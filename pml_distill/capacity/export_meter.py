@@ -1,12 +1,11 @@
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..utils.eval_mode import eval_mode
-from .compactor import find_chains
+from .compactor import compacted_chains
 from .export import kept_rows
 
 
@@ -54,7 +53,7 @@ class ExportMeter:
     """
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...]):
-        self.chains: list[Any] = [chain for chain in find_chains(model, "all") if chain.compactor is not None]
+        self.chains = compacted_chains(model)
         if not self.chains:
             raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it first")
         self.model = model

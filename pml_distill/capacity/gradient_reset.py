@@ -31,7 +31,7 @@ class GradientReset(nn.Module):
         metric: ``"cosine"`` (features at unit length) or ``"euclidean"`` (as they come); for the neighbours. Channels
             are ranked by the product either way.
         accumulate: whether marks stay. Otherwise each update stands alone.
-        refresh_interval: after so many updates all marks are taken back; None for never.
+        refresh_interval: after so many updates all marks are taken back, with ``accumulate``; None for never.
 
     Attributes:
         mask: (C,) bool, False where a channel is marked. With queue, place and count it is part of the state dict.
@@ -69,9 +69,14 @@ class GradientReset(nn.Module):
             raise ValueError(f"ratio must be from 0 to 1, but is {ratio}.")
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, but is {metric!r}.")
-        if refresh_interval is not None and refresh_interval < 1:
-            raise ValueError(f"refresh_interval must be None or at least 1, but is {refresh_interval}.")
-        self.neighbors, self.metric = min(neighbors, queue_size), metric
+        if refresh_interval is not None and (refresh_interval < 1 or not accumulate):
+            raise ValueError(
+                f"refresh_interval must be None, or at least 1 with accumulate=True, but is {refresh_interval} with "
+                f"accumulate={accumulate}."
+            )
+        if neighbors > queue_size:
+            raise ValueError(f"neighbors must be at most queue_size, {queue_size}, but is {neighbors}.")
+        self.neighbors, self.metric = neighbors, metric
         self.lowest = int(num_channels * ratio)
         self.accumulate, self.refresh_interval = accumulate, refresh_interval
         self.register_buffer("mask", torch.ones(num_channels, dtype=torch.bool))
@@ -84,6 +89,9 @@ class GradientReset(nn.Module):
     def update(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Let a batch enter the queue, mark channels, and return the mask, False where gradients shall be reset.
 
+        Rows with values that are not finite have no say, neither of the batch nor of the queue; a batch without any
+        other row marks nothing.
+
         Args:
             student: (B, C) pooled features behind the compactor.
             teacher: (B, C) pooled features of the teacher at the same place, of the same samples.
@@ -94,42 +102,49 @@ class GradientReset(nn.Module):
                 f"student and teacher features must both have shape (batch, {channels}), but have "
                 f"{tuple(student.shape)} and {tuple(teacher.shape)}."
             )
-        student, teacher = student.to(self.queue.dtype), teacher.to(self.queue.dtype)
+        working = torch.promote_types(self.queue.dtype, torch.float32)
+        student, teacher = student.to(working), teacher.to(working)
         if self.metric == "cosine":
             student, teacher = F.normalize(student), F.normalize(teacher)
         self.enqueue(teacher)
         nearest, found = self.nearest(teacher)
-        products = self.queue[nearest].mul_(student[:, None]).abs_()
+        products = (self.queue[nearest] * student[:, None]).abs_()
         lowest = products.topk(self.lowest, dim=2, largest=False, sorted=False).indices
         # A neighbour that is not there yet, in a queue shorter than ``neighbors``, has no say.
+        found = found & student.isfinite().all(dim=1, keepdim=True)
         votes = found[:, :, None].expand_as(lowest)
         counts = torch.zeros(channels, dtype=torch.long, device=votes.device)
         counts.index_add_(0, lowest.flatten(), votes.flatten().long())
-        kept = counts < found.sum()
+        total = found.sum()
+        kept = (counts < total) | (total == 0)
         if not self.accumulate:
             self.mask.copy_(kept)
-            return self.mask
+            return kept
         if self.refresh_interval is not None:
             self.mask |= self.updates % self.refresh_interval == 0
         self.mask &= kept
         self.updates += 1
-        return self.mask
+        return self.mask.clone()
 
     def enqueue(self, teacher: torch.Tensor) -> None:
         """Put the last rows of a batch over the oldest of the queue."""
         size = len(self.queue)
         teacher = teacher[-size:]
         places = (self.position + torch.arange(len(teacher), device=self.queue.device)) % size
-        self.queue.index_copy_(0, places, teacher)
+        self.queue.index_copy_(0, places, teacher.to(self.queue.dtype))
         self.position.copy_((self.position + len(teacher)) % size)
         self.count.copy_((self.count + len(teacher)).clamp(max=size))
 
     def nearest(self, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the places (B, neighbors) of the nearest rows, and which of them are filled."""
-        closeness = teacher @ self.queue.t()
+        """Return the places (B, neighbors) of the nearest rows, and which of them are filled and finite."""
+        # Squares of raw features leave the range of float16.
+        queue = self.queue if self.metric == "cosine" else self.queue.to(teacher.dtype)
+        with torch.autocast(queue.device.type, enabled=False):
+            closeness = teacher.to(queue.dtype) @ queue.t()
         if self.metric == "euclidean":
-            closeness = closeness.mul_(2).sub_(self.queue.square().sum(dim=1))
+            closeness = closeness.mul_(2).sub_(queue.square().sum(dim=1))
         empty = torch.arange(len(self.queue), device=self.queue.device) >= self.count
         closeness = closeness.masked_fill_(empty, -torch.inf)
+        closeness = closeness.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
         values, places = closeness.topk(self.neighbors, dim=1)
         return places, values > -torch.inf

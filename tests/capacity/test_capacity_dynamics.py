@@ -5,15 +5,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
+import timm
 import torch
 import torchvision
 from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pml_distill.capacity import CapacityDynamics, insert_compactors
-from pml_distill.losses import AbsoluteTeacherLoss
+from pml_distill.losses import AbsoluteTeacherLoss, PooledFeatureLoss
 from pml_distill.models import SmallResNet
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
@@ -104,6 +107,130 @@ def test_a_teacher_run_on_other_images_does_not_count():
     assert all(torch.allclose(a.queue, b.queue, atol=1e-6) for a, b in zip(dynamics.resets, expected[3].resets))
 
 
+def test_the_exported_network_has_no_hooks_and_the_training_goes_on(tmp_path):
+    student, _, optimizer, dynamics = setting()
+    steps(student, dynamics, optimizer, 1)
+    small = dynamics.export()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
+    torch.save(small, tmp_path / "small.pth")
+    backward(student, images())
+    small.train()(images(seed=1))
+    dynamics()
+    assert all(reset.count == 16 for reset in dynamics.resets)
+
+
+def test_only_whole_passes_of_the_student_itself_count():
+    student, _, _, dynamics = setting()
+    average = torch.optim.swa_utils.AveragedModel(student)
+    backward(student, images())
+    average.train()(images(seed=1))
+    student.layer1(torch.randn(8, 4, 8, 8))
+    with torch.no_grad():
+        student(images(seed=2))
+    dynamics()
+    expected = setting()
+    backward(expected[0], images())
+    expected[3]()
+    for reset, other in zip(dynamics.resets, expected[3].resets):
+        assert reset.count == 8 and torch.equal(reset.mask, other.mask)
+
+
+def test_a_student_called_by_keyword_counts():
+    student, _, _, dynamics = setting()
+    student(images=images()).square().sum().backward()
+    dynamics()
+    assert all(reset.count == 8 for reset in dynamics.resets)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_no_mask(reentrant):
+    student, _, _, dynamics = setting()
+    first = student.layer2[0]
+    first.forward = functools.partial(torch.utils.checkpoint.checkpoint, first.forward, use_reentrant=reentrant)
+    expected = setting()
+    for model, hook in ((student, dynamics), (expected[0], expected[3])):
+        backward(model, images())
+        hook()
+    assert all(torch.equal(a.mask, b.mask) for a, b in zip(dynamics.resets, expected[3].resets))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_frozen_teacher_of_any_precision_runs_once(dtype):
+    student = network()
+    teacher = FrozenTeacher(network(1, False), dtype=dtype)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    dynamics = CapacityDynamics(student, teacher, optimizer, SHAPE, reset_epoch=0, queue_size=8)
+    calls = []
+    teacher.trunk.register_forward_hook(lambda *_: calls.append(1))
+    batch = images()
+    for given in (True, False):
+        calls.clear()
+        backward(student, batch)
+        if given:
+            teacher(batch)
+        dynamics()
+        assert calls == [1] and dynamics.resets[0].count == 8
+
+
+def test_the_teacher_is_put_into_eval_mode_and_a_pass_in_training_mode_does_not_count():
+    student, teacher, _, dynamics = setting()
+    assert not teacher.training
+    modes = []
+    teacher.register_forward_hook(lambda *_: modes.append(teacher.training))
+    batch = images()
+    backward(student, batch)
+    teacher.train()(batch)
+    dynamics()
+    assert modes == [True, False] and all(reset.count == 8 for reset in dynamics.resets)
+
+
+class Pair(torch.nn.Module):
+    """Two blocks that run in the opposite order, or one that runs twice."""
+
+    def __init__(self, twice=False):
+        super().__init__()
+        self.second, self.first = (SmallResNet(4).layer2 for _ in range(2))
+        self.second[0].conv1 = torch.nn.Conv2d(8, 8, 3, 2, 1)
+        self.second[0].downsample[0] = torch.nn.Conv2d(8, 8, 1, 2)
+        self.stages = [self.first, self.second] + [self.second[1]] * twice
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def pair(twice=False):
+    torch.manual_seed(0)
+    student, teacher = Pair(twice), Pair(twice)
+    insert_compactors(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    dynamics = CapacityDynamics(student, teacher, optimizer, (4, 16, 16), reset_epoch=0, queue_size=8)
+    return student, teacher, dynamics
+
+
+def test_features_belong_to_the_block_they_come_from_in_whatever_order_blocks_run():
+    student, teacher, dynamics = pair()
+    seen = {}
+    for name in dynamics.compactors:
+        hook = functools.partial(lambda name, _m, _i, output: seen.__setitem__(name, output.mean(dim=(2, 3))), name)
+        teacher.get_submodule(name).register_forward_hook(hook)
+    batch = torch.randn(8, 4, 16, 16)
+    backward(student, batch)
+    with torch.no_grad():
+        teacher(batch)
+    dynamics()
+    assert next(iter(dynamics.compactors)) == "second.0.bn1" and next(iter(seen)) == "first.0.bn1"
+    for name, reset in zip(dynamics.compactors, dynamics.resets):
+        assert torch.allclose(reset.queue, torch.nn.functional.normalize(seen[name]), atol=1e-6)
+
+
+def test_a_block_that_runs_twice_is_refused():
+    student, _, _ = pair(twice=True)
+    with pytest.raises(ValueError, match="second.1.bn1 runs more than once in a pass"):
+        student(torch.randn(8, 4, 16, 16))
+
+
 def test_accumulated_batches_enter_together():
     whole, parts = setting(), setting()
     for model in (whole[0], parts[0]):
@@ -158,6 +285,34 @@ def test_a_step_that_the_scaler_skips_shrinks_nothing(fused):
     assert all(torch.equal(a, b) for a, b in zip(before, dynamics.weights)) and dynamics.steps == 0
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_without_the_dynamics_is_refused_unless_the_scaler_skips_it(fused):
+    student, _, optimizer, dynamics = setting(optimizer=functools.partial(torch.optim.SGD, fused=fused))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(student(images()).square().sum() * torch.inf).backward()
+    dynamics()
+    scaler.step(optimizer)
+    backward(student, images())
+    with pytest.raises(RuntimeError, match=r"call dynamics\(\) between backward and step, or give it to the trainer"):
+        optimizer.step()
+    dynamics()
+    optimizer.step()
+    assert dynamics.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"), [({}, torch.float64), ({"queue_dtype": torch.bfloat16}, torch.bfloat16)]
+)
+def test_the_queue_has_the_precision_of_the_student_or_the_given_one(kwargs, expected):
+    student, teacher = network().double(), network(1, False).double()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    dynamics = CapacityDynamics(student, teacher, optimizer, SHAPE, reset_epoch=0, queue_size=8, ratio=0.8, **kwargs)
+    backward(student, images().double())
+    dynamics()
+    assert all(reset.queue.dtype == expected and reset.count == 8 for reset in dynamics.resets)
+    assert any(not reset.mask.all() for reset in dynamics.resets)
+
+
 def test_a_loss_of_nan_is_found_and_not_taken_for_small_rows():
     student, _, optimizer, dynamics = setting(False, lasso_weight=1.0)
     (student(images()).square().sum() * torch.nan).backward()
@@ -180,6 +335,24 @@ def test_the_budget_is_met_within_two_percent_and_kept(budget):
     settled, first = dynamics.measure(), student.conv1.weight.detach().clone()
     steps(student, dynamics, optimizer, 5, seed=100)
     assert dynamics.measure() == settled and not torch.equal(first, student.conv1.weight)
+
+
+class Readings(TorchDispatchMode):
+    """Counts what waits for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count = getattr(self, "count", 0) + (func in waits)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_the_device_at_each_compactor():
+    student, _, optimizer, dynamics = setting(target_params=0.5, budget_steps=1000)
+    backward(student, images())
+    with Readings() as readings:
+        dynamics()
+        dynamics.after_step(optimizer)
+    assert dynamics.steps == 1 and readings.count <= 1
 
 
 @pytest.mark.parametrize(
@@ -277,7 +450,19 @@ def test_a_state_resumes_the_run():
         ),
         (
             lambda s, t, o: CapacityDynamics(s, torch.nn.Linear(2, 2), o, SHAPE),
-            r"teacher, a Linear, has no modules \['layer1.0.bn1'",
+            r"student has layer1.0 \(pml_distill.models.small_resnet.BasicBlock\), the teacher, a Linear, has nothing",
+        ),
+        (lambda s, t, o: CapacityDynamics(s, s, o, SHAPE), "teacher is the student"),
+        (lambda s, t, o: CapacityDynamics(s, FrozenTeacher(s), o, SHAPE), "teacher is the student"),
+        (lambda s, t, o: CapacityDynamics(s, lambda x: x, o, SHAPE), "must be a network.* but is a function"),
+        (
+            lambda s, t, o: CapacityDynamics(torch.compile(s, backend="eager"), t, o, SHAPE),
+            "but is of type OptimizedModule, behind which its passes cannot be seen",
+        ),
+        (lambda s, t, o: CapacityDynamics(torch.nn.DataParallel(s), t, o, SHAPE), "but is of type DataParallel"),
+        (
+            lambda s, t, o: CapacityDynamics(s, SmallResNet(8), o, SHAPE),
+            "teacher has 8 channels behind layer1.0.bn1, the student 4",
         ),
         (
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_params=0.5, target_flops=0.5),
@@ -289,6 +474,21 @@ def test_a_state_resumes_the_run():
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, proximal=False),
             "needs proximal=True",
         ),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, lasso_weight=0),
+            "target_flops multiplies lasso_weight step by step, so that it must be above 0, but is 0",
+        ),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, lasso_weight=-1),
+            "lasso_weight must be finite and at least 0, but is -1",
+        ),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, threshold=1), "threshold must be above 0 .* but is 1"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, threshold=float("nan")), "threshold must be .* but is nan"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, reset_epoch=-1), "reset_epoch must be at least 0, but is -1"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, queue_size=1), "neighbors must be at most queue_size, 1"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE).table(), "no epoch has ended yet"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE).block_table(), "no epoch has ended yet"),
+        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE).plot("none.png"), "no epoch has ended yet"),
     ],
 )
 def test_wrong_arguments_are_refused(make, message):
@@ -297,13 +497,48 @@ def test_wrong_arguments_are_refused(make, message):
         make(student, network(1, False), torch.optim.SGD(student.parameters(), lr=0.1))
 
 
-def test_a_teacher_of_another_width_and_a_compactor_with_nan_are_named():
-    student = network()
+def test_a_refused_teacher_is_left_as_it_is_and_no_hook_stays():
+    student, teacher = network(), SmallResNet(8)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    dynamics = CapacityDynamics(student, SmallResNet(8), optimizer, SHAPE, reset_epoch=0, queue_size=8)
-    backward(student, images())
-    with pytest.raises(ValueError, match=r"\(batch, 4\), but have \(8, 4\) and \(8, 8\)"):
-        dynamics()
+    with pytest.raises(ValueError, match="the student 4"):
+        CapacityDynamics(student, teacher, optimizer, SHAPE, reset_epoch=0, queue_size=8)
+    assert teacher.training and not optimizer._optimizer_step_post_hooks and not student._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kwargs", [{"queue_size": 32}, {"teacher": False}])
+def test_a_state_of_other_settings_is_refused(kwargs):
+    *_, dynamics = setting()
+    *_, other = setting(**kwargs)
+    for source, target in ((dynamics, other), (other, dynamics)):
+        with pytest.raises(ValueError, match="the state was taken with another queue_size"):
+            target.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (
+            "resnet18",
+            "resnet50",
+            r"has layer1.0 \(torchvision.*BasicBlock\), the teacher.* layer1.0 \(torch.*Bottlen",
+        ),
+        ("resnet18", "resnet34", r"has layer2.0 \(.*BasicBlock\), the teacher, a ResNet, has layer1.2 \(.*BasicBlock"),
+        ("resnet34", "resnet18", r"has layer1.2 \(.*BasicBlock\), the teacher, a ResNet, has layer2.0 \(.*BasicBlock"),
+        ("resnet50", "wide_resnet50_2", "teacher has 128 channels behind layer1.0.bn2, the student 64"),
+        ("resnet50", "timm", r"\(torchvision.models.resnet.Bottleneck\), .* layer1.0 \(timm.models.resnet.Bottleneck"),
+    ],
+)
+def test_a_teacher_with_other_blocks_is_refused(student, teacher, message):
+    student = torchvision.models.get_model(student, num_classes=4)
+    insert_compactors(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    teacher = timm.create_model("resnet50") if teacher == "timm" else torchvision.models.get_model(teacher)
+    with pytest.raises(ValueError, match=message):
+        CapacityDynamics(student, teacher, optimizer, (3, 32, 32), queue_size=8)
+
+
+def test_a_compactor_with_nan_is_named():
+    *_, dynamics = setting()
     dynamics.weights[0].data[0] = torch.nan
     with pytest.raises(ValueError, match=r"compactors behind \['layer1.0.bn1'\] have values that are not finite"):
         dynamics.end_epoch()
@@ -320,11 +555,14 @@ def worker(rank, folder):
     dynamics = CapacityDynamics(
         student, network(1, False), optimizer, SHAPE, reset_epoch=0, queue_size=64, ratio=0.8, lasso_weight=0.5
     )
+    gather, calls = torch.distributed.all_gather, []
+    torch.distributed.all_gather = lambda *args: (calls.append(1), gather(*args))
     for step in range(3):
         optimizer.zero_grad()
         student(images(8, seed=step)[4 * rank : 4 * rank + 4]).square().sum().backward()
         dynamics()
         optimizer.step()
+    assert len(calls) == 3
     torch.save([[r.mask for r in dynamics.resets], dynamics.weights], f"{folder}/{rank}.pth")
     # No process leaves while another still talks to it.
     torch.distributed.barrier()
@@ -498,3 +736,108 @@ def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 16) and not trainer.gradient_clippers
     assert not torch.equal(outputs[1], small.eval()(images())) and len(dynamics.history) == 2
     assert "parameters have become" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["layer1.0.conv1", "layer1.0.bn1", "layer1.0.bn1.0"])
+def test_an_export_that_takes_away_what_the_trainer_taps_is_refused_after_the_first_epoch(name):
+    student, teacher, optimizer, dynamics = setting()
+
+    def train(tapped):
+        DistillationTrainer(
+            models={"trunk": student},
+            optimizers={"trunk_optimizer": optimizer},
+            batch_size=8,
+            loss_funcs={"feature_distillation_loss": PooledFeatureLoss()},
+            dataset=torch.utils.data.TensorDataset(images(16), torch.arange(16) % 4),
+            teacher=FrozenTeacher(teacher),
+            student_features=[tapped],
+            teacher_features=["layer1.0"],
+            gradient_clippers={"trunk_grad_clipper": dynamics},
+            end_of_epoch_hook=dynamics.end_of_epoch_hook(export_after=2),
+            data_device=torch.device("cpu"),
+            dataloader_num_workers=0,
+        ).train(1, 3)
+
+    before = list(optimizer.param_groups[0]["params"])
+    with pytest.raises(ValueError, match=rf"student_features names \['{name}'\], which the export merges"):
+        train(name)
+    assert all(a is b for a, b in zip(before, optimizer.param_groups[0]["params"])) and not dynamics.history
+    train("layer1.0")
+    assert len(dynamics.history) == 2
+
+
+def test_the_first_line_of_a_resumed_run_comes_with_the_whole_table_and_other_processes_are_silent(capsys, monkeypatch):
+    *_, dynamics = setting(False)
+    hook = dynamics.end_of_epoch_hook()
+    hook(None), hook(None)
+    assert capsys.readouterr().out.count("lasso weight") == 1
+    *_, other = setting(False)
+    other.load_state_dict(dynamics.state_dict())
+    other.end_of_epoch_hook()(None)
+    lines = capsys.readouterr().out.splitlines()
+    assert "lasso weight" in lines[0] and [line.split()[1] for line in lines[2:]] == ["1", "2", "3"]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    other.end_of_epoch_hook()(None)
+    assert capsys.readouterr().out == ""
+
+
+def replaced(student, groups):
+    """The optimizer and the small network after an export in a trainer."""
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    dynamics = CapacityDynamics(student, None, optimizer, (3, 32, 32))
+    trainer = types.SimpleNamespace(
+        models={"trunk": student}, optimizers={"trunk_optimizer": optimizer}, gradient_clippers={}
+    )
+    return optimizer, dynamics.replace_student(trainer)
+
+
+def test_after_the_export_each_parameter_is_in_the_group_that_it_was_in():
+    student = torchvision.models.resnet18(num_classes=8)
+    insert_compactors(student)
+    decayed = [p for p in student.parameters() if p.ndim > 1 and p is not student.conv1.weight]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    optimizer, small = replaced(
+        student, [{"params": decayed, "weight_decay": 1e-3}, {"params": others, "weight_decay": 0.0}]
+    )
+    expected = [[p for p in small.parameters() if p.ndim > 1 and p is not small.conv1.weight]]
+    expected += [[p for p in small.parameters() if p.ndim <= 1]]
+    assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == [[id(p) for p in g] for g in expected]
+    assert any(p is small.layer1[0].conv1.bias for p in optimizer.param_groups[1]["params"])
+
+
+def test_the_bias_of_a_merged_convolution_goes_with_its_weight_where_the_normalisation_has_none():
+    student = torchvision.models.resnet18(num_classes=8, norm_layer=torchvision.ops.misc.FrozenBatchNorm2d)
+    insert_compactors(student)
+    body = [p for name, p in student.named_parameters() if not name.startswith("fc")]
+    optimizer, small = replaced(student, [{"params": list(student.fc.parameters())}, {"params": body}])
+    names = {id(p): name for name, p in small.named_parameters()}
+    assert sorted(names[id(p)] for p in optimizer.param_groups[0]["params"]) == ["fc.bias", "fc.weight"]
+    assert "layer1.0.conv1.bias" in [names[id(p)] for p in optimizer.param_groups[1]["params"]]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_a_renewed_distributed_wrapper_keeps_its_settings(tmp_path, capsys):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = torch.distributed.new_group([0])
+        wrapper = torch.nn.parallel.DistributedDataParallel(
+            network(),
+            process_group=group,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
+        wrapper.broadcast_buffers = False
+        optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.01)
+        dynamics = CapacityDynamics(wrapper, None, optimizer, SHAPE)
+        trainer = types.SimpleNamespace(
+            models={"trunk": wrapper}, optimizers={"trunk_optimizer": optimizer}, gradient_clippers={}
+        )
+        small, renewed = dynamics.replace_student(trainer), trainer.models["trunk"]
+        assert renewed.module is small and renewed.process_group is group and not renewed.broadcast_buffers
+        assert renewed.find_unused_parameters and renewed.gradient_as_bucket_view
+        backward(renewed, images())
+        optimizer.step()
+        assert "So is its DistributedDataParallel" in capsys.readouterr().out
+    finally:
+        torch.distributed.destroy_process_group()

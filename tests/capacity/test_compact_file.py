@@ -99,6 +99,33 @@ def test_files_of_other_architectures_are_refused(small, tmp_path):
         load_compact(path, SmallResNet())
 
 
+def test_another_pooling_is_not_taken_for_the_architectures_own(tmp_path):
+    def changed():
+        model = torchvision.models.resnet18()
+        model.maxpool = torch.nn.MaxPool2d(2, 2)
+        return model
+
+    model = changed()
+    insert_compactors(model)
+    small = export(model.eval())
+    save_compact(small, tmp_path / "small")
+    with pytest.raises(ValueError, match="names no architecture"):
+        load_compact(tmp_path / "small")
+    with pytest.raises(
+        ValueError,
+        match=r"maxpool is MaxPool2d\(kernel_size=3, .* in the network, MaxPool2d\(kernel_size=2, .* in the file",
+    ):
+        load_compact(tmp_path / "small", torchvision.models.resnet18())
+    with torch.no_grad():
+        assert torch.equal(load_compact(tmp_path / "small", changed())(images()), small(images()))
+
+
+def test_a_model_that_is_no_network_is_refused(small, tmp_path):
+    save_compact(small, tmp_path / "small")
+    with pytest.raises(ValueError, match="model must be a network or None, got 'resnet18'"):
+        load_compact(tmp_path / "small", "resnet18")
+
+
 def test_other_files_are_refused(tmp_path):
     safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "plain")
     with pytest.raises(ValueError, match="plain is not from save_compact: expected format"):

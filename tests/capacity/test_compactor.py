@@ -7,7 +7,7 @@ import torchvision
 from networks import NETWORKS, images, network
 from torch import nn
 
-from pml_distill.capacity import Compactor, find_compactors, insert_compactors, register_block
+from pml_distill.capacity import Compactor, export, find_compactors, insert_compactors, register_block
 
 
 @pytest.mark.parametrize("positions", ["inner", "all"])
@@ -95,6 +95,27 @@ def test_blocks_can_be_registered():
     assert list(insert_compactors(model)) == ["0.norm", "1.norm"]
 
 
+def test_names_of_registered_blocks_may_be_dotted():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            act = nn.ReLU()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), act, nn.Conv2d(8, 8, 1), act)
+
+        def forward(self, x):
+            return self.body(x)
+
+    register_block(Deep, inner=[("body.0", "body.1", "body.2", "body.3")])
+    model = nn.Sequential(Deep()).eval()
+    compactors = insert_compactors(model)
+    assert list(compactors) == ["0.body.1"] and list(find_compactors(model)) == ["0.body.1"]
+    compactors["0.body.1"].weight.data[2:] = 0
+    small = export(model)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images()), model(images()), rtol=1e-5, atol=1e-5)
+    assert small[0].body[0].out_channels == 2 and small[0].body[3].in_channels == 2
+
+
 @pytest.mark.parametrize("act", [nn.Sigmoid(), nn.Softmax(dim=1), nn.PReLU(6), nn.ChannelShuffle(2)])
 def test_modules_that_need_all_channels_or_lift_zeros_are_refused(act):
     class Mine(Block): ...
@@ -134,6 +155,16 @@ def test_errors_name_the_argument():
         register_block(Block, inner=[("reduce", "norm")])
     with pytest.raises(ValueError, match="all_positions must contain the inner chains"):
         register_block(Block, inner=[("reduce", "norm", "expand")], all_positions=[])
+    with pytest.raises(ValueError, match="inner must name at least one chain"):
+        register_block(Block, inner=[])
+    with pytest.raises(ValueError, match="a chain is a sequence of names, .* got 'reduce' itself"):
+        register_block(Block, inner=("reduce", "norm", "expand"))
+    with pytest.raises(ValueError, match=r"block_type must be a class of modules, got ReLU\(\)"):
+        register_block(nn.ReLU(), inner=[("reduce", "norm", "expand")])
+    model = torchvision.models.resnet18()
+    model.layer1[0].bn1 = nn.Sequential()
+    with pytest.raises(ValueError, match="behind layer1.0.bn1: Sequential cannot be merged into a convolution"):
+        insert_compactors(model)
     register_block(Block, inner=[("reduce", "bn", "expand")])
     with pytest.raises(ValueError, match="Block has no attribute 'bn'"):
         insert_compactors(nn.Sequential(Block(nn.ReLU())))

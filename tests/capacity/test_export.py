@@ -156,6 +156,22 @@ def test_the_type_stays(dtype):
     assert {parameter.dtype for parameter in small.parameters()} == {dtype}
 
 
+def test_frozen_weights_stay_frozen_and_channels_last_stays():
+    model = network("torchvision resnet18").to(memory_format=torch.channels_last)
+    model.layer1.requires_grad_(False)
+    for compactor in insert_compactors(model).values():
+        compactor.weight.requires_grad_(True)
+    small = export(model, fold_norms=True)
+    assert not any(p.requires_grad for p in small.layer1.parameters())
+    assert all(p.requires_grad for p in small.layer2.parameters())
+    for module in small.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            # A 1x1 kernel is both, and which one its strides say decides the layout of the output.
+            assert module.weight.is_contiguous() == (module.kernel_size == (1, 1))
+    assert network("torchvision resnet18").conv1.weight.is_contiguous()
+
+
 def test_errors_say_what_to_do():
     model = network("SmallResNet")
     with pytest.raises(ValueError, match="SmallResNet has no compactors: call insert_compactors"):
@@ -166,6 +182,8 @@ def test_errors_say_what_to_do():
     model.eval()
     with pytest.raises(ValueError, match="threshold=2 would empty every block.*layer1.0.bn1 1,.*layer3.1.bn1 1"):
         export(model, threshold=2)
+    with pytest.raises(ValueError, match="threshold must be at least 0, but is nan"):
+        export(model, threshold=float("nan"))
     compactors["layer2.1.bn1"].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="the compactor behind layer2.1.bn1 has values that are not finite"):
         export(model)

@@ -94,6 +94,52 @@ def test_half_precision_halves_the_queue_and_works(dtype):
     assert reset.queue.dtype == dtype and mask.dtype == torch.bool
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rows_that_are_not_finite_have_no_say_now_or_later(metric, value, side):
+    reset = GradientReset(16, 32, 2, ratio=0.8, metric=metric, accumulate=False)
+    batch = {"student": rows(6), "teacher": rows(6, seed=1)}
+    finite = torch.tensor([0, 1, 4, 5])
+    gallery = batch["teacher"][finite] if side == "teacher" else batch["teacher"].clone()
+    expected = by_definition(gallery, batch["student"][finite], batch["teacher"][finite], 2, 12, metric)
+    batch[side][2:4, 5] = value
+    assert torch.equal(reset.update(**batch), expected) and not expected.all()
+    later = rows(6, seed=2), rows(6, seed=3)
+    assert torch.equal(reset.update(*later), by_definition(torch.cat([gallery, later[1]]), *later, 2, 12, metric))
+
+
+def test_a_batch_that_says_nothing_marks_nothing():
+    for batch in ((rows(0), rows(0)), (rows(4), torch.full((4, 16), torch.nan)), (rows(4) * torch.nan, rows(4))):
+        for accumulate in (True, False):
+            assert GradientReset(16, 32, accumulate=accumulate).update(*batch).all()
+
+
+def test_a_half_queue_finds_the_neighbours_of_features_whose_squares_it_cannot_hold():
+    student, teacher = rows(8) * 100, rows(8, seed=1) * 100
+    half, whole = (GradientReset(16, 32, ratio=0.8, metric="euclidean") for _ in range(2))
+    assert torch.equal(half.half().update(student, teacher), whole.update(student, teacher))
+
+
+def test_autocast_of_the_caller_changes_no_neighbour():
+    reset, other = GradientReset(64, 500), GradientReset(64, 500)
+    for each in (reset, other):
+        each.update(rows(480, 64).abs(), rows(480, 64, seed=1).abs())
+    teacher = torch.nn.functional.normalize(rows(64, 64, seed=2).abs())
+    with torch.autocast("cpu", torch.bfloat16):
+        places, _ = reset.nearest(teacher)
+    assert torch.equal(places, other.nearest(teacher)[0])
+
+
+def test_a_mask_once_returned_stays_as_it_is():
+    for accumulate in (True, False):
+        reset = GradientReset(16, 64, ratio=0.8, accumulate=accumulate)
+        mask = reset.update(rows(2), rows(2, seed=1))
+        before = mask.clone()
+        reset.update(rows(2, seed=2), rows(2, seed=3))
+        assert torch.equal(mask, before) and not torch.equal(mask, reset.mask)
+
+
 def test_a_checkpoint_holds_queue_and_marks():
     first, second = GradientReset(16, 10, ratio=0.8), GradientReset(16, 10, ratio=0.8)
     for step in range(3):
@@ -139,7 +185,15 @@ def test_the_proximal_step_shortens_rows_and_makes_short_ones_zero():
         (lambda: GradientReset(4, neighbors=0), "neighbors must be at least 1, but is 0"),
         (lambda: GradientReset(4, ratio=1.5), "ratio must be from 0 to 1, but is 1.5"),
         (lambda: GradientReset(4, metric="l2"), "metric must be one of cosine, euclidean, but is 'l2'"),
-        (lambda: GradientReset(4, refresh_interval=0), "refresh_interval must be None or at least 1, but is 0"),
+        (
+            lambda: GradientReset(4, refresh_interval=0),
+            "refresh_interval must be None, or at least 1 with accumulate=True, but is 0 with accumulate=True",
+        ),
+        (
+            lambda: GradientReset(4, accumulate=False, refresh_interval=3),
+            "refresh_interval must be None, or at least 1 with accumulate=True, but is 3 with accumulate=False",
+        ),
+        (lambda: GradientReset(4, queue_size=2, neighbors=3), "neighbors must be at most queue_size, 2, but is 3"),
         (lambda: GradientReset(4).update(rows(2), rows(2)), r"\(batch, 4\), but have \(2, 16\) and \(2, 16\)"),
     ],
 )

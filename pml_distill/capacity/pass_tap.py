@@ -1,0 +1,66 @@
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Pass(NamedTuple):
+    """One forward pass: what went in, and the pooled outputs of the modules by name."""
+
+    images: torch.Tensor
+    features: dict[str, torch.Tensor]
+
+
+class PassTap:
+    """Keeps, pass by pass, what goes into a network and the spatial means of what comes out of some of its modules.
+
+    A pass is one call of ``entry`` from its beginning to its end. Modules that run outside of one are not heard, such
+    as a stage called alone, or a block that is computed once more in the backward pass (activation checkpointing).
+
+    Args:
+        entry: what is called with the images.
+        modules: modules inside of it with outputs (B, C, H, W), by name.
+        wanted: asked at the beginning of a pass whether to keep it.
+
+    Attributes:
+        passes: those kept since the last ``take``.
+    """
+
+    def __init__(self, entry: nn.Module, modules: dict[str, nn.Module], wanted: Callable[[], bool]):
+        self.passes: list[Pass] = []
+        self.current: Pass | None = None
+
+        def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            # A copy of the network, such as a moving average of it, has its hooks too.
+            if module is entry:
+                self.current = Pass((*args, *kwargs.values())[0], {}) if wanted() else None
+
+        def collect(name: str, output: torch.Tensor) -> None:
+            if self.current is None:
+                return
+            if name in self.current.features:
+                raise ValueError(
+                    f"{name} runs more than once in a pass; gradient resetting needs blocks that run once."
+                )
+            dtype = torch.promote_types(output.dtype, torch.float32)
+            self.current.features[name] = output.detach().mean(dim=(2, 3), dtype=dtype)
+
+        def finish(*_: Any) -> None:
+            if self.current is not None:
+                self.passes.append(self.current)
+            self.current = None
+
+        self.handles = [
+            entry.register_forward_pre_hook(start, with_kwargs=True),
+            entry.register_forward_hook(finish),
+            *(
+                module.register_forward_hook(lambda _m, _i, output, name=name: collect(name, output))
+                for name, module in modules.items()
+            ),
+        ]
+
+    def take(self) -> list[Pass]:
+        """Return the passes and forget them."""
+        passes, self.passes = self.passes, []
+        return passes
