@@ -70,7 +70,7 @@ SETTINGS = {
     ("relative teacher, 8 nearest", WITH): (0.3, 0.02),
     ("relative teacher, 32 nearest", WITHOUT): (1.0, 0.02),
     ("relative teacher, 32 nearest", WITH): (1.0, 0.02),
-    ("triplets in the teacher's space", WITHOUT): (1.0, 0.02),
+    ("triplets in the teacher's space", WITHOUT): (0.3, 0.02),
     ("triplets in the teacher's space", WITH): (1.0, 0.02),
     ("multi-similarity", WITHOUT): (0.0, 0.01),
     ("multi-similarity", WITH): (0.0, 0.02),
