@@ -45,7 +45,7 @@ from pml_distill.capacity import (
 )
 from pml_distill.datasets import Glyphs
 from pml_distill.distances import EuclideanDistance
-from pml_distill.losses import MutualDistanceLoss
+from pml_distill.losses import AbsoluteTeacherLoss
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
 from pml_distill.utils import model_cost
@@ -267,7 +267,7 @@ class Run:
         teacher = None if method in (TEACHER, HEAVY, SCRATCH) else self.teacher()
         loss_funcs, loss_weights = {"metric_loss": MultiSimilarityLoss()}, {"metric_loss": 1.0}
         if teacher is not None:
-            loss_funcs["distillation_loss"], loss_weights["distillation_loss"] = MutualDistanceLoss(), 1.5
+            loss_funcs["distillation_loss"], loss_weights["distillation_loss"] = AbsoluteTeacherLoss(), 3.0
         dynamics = self.dynamics(model, method, teacher, optimizer, steps) if shrinking else None
         curve = []
 
