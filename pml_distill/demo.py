@@ -67,8 +67,8 @@ class Distillation:
         """Whether a student that learns all it can stands in the teacher's own space, for asymmetric retrieval."""
         loss = self.make()
         entry = next(entry for entry in catalogue() if entry.name == type(loss).__name__)
-        # Equal logits leave the embeddings free, and a queue of the student's own compares relations alone.
-        return entry.aligned and entry.family != "logits" and loss.equal_widths
+        # A queue of the student's own compares relations alone.
+        return entry.aligned and loss.equal_widths
 
 
 @dataclass(frozen=True)

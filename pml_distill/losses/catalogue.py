@@ -31,7 +31,8 @@ CATALOGUE = (
     CatalogueEntry("AbsoluteTeacherLoss", "pointwise", ("equal widths",), True, "B D", "Yu et al. 2019"),
     CatalogueEntry("CosineTeacherLoss", "pointwise", ("equal widths",), True, "B D", "Budnik & Avrithis 2021"),
     CatalogueEntry("RegressionTeacherLoss", "pointwise", ("equal widths",), True, "B D", "Budnik & Avrithis 2021"),
-    CatalogueEntry("LogitDistillationLoss", "logits", ("equal widths", "logits"), True, "B D", "Hinton et al. 2015"),
+    # Equal logits leave the embeddings free.
+    CatalogueEntry("LogitDistillationLoss", "logits", ("equal widths", "logits"), False, "B D", "Hinton et al. 2015"),
     CatalogueEntry("AsymmetricRegressionLoss", "pairwise", ("equal widths",), True, "B² D", "Suma & Tolias 2023"),
     CatalogueEntry("RelativeTeacherLoss", "pairwise", (), False, "B² D", "Yu et al. 2019"),
     CatalogueEntry("SimilarityRegressionLoss", "pairwise", (), False, "B² D", "Chen et al. 2018"),
