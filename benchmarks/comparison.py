@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from pml_distill.utils.report import format_table, mean_and_error
@@ -119,7 +120,9 @@ def plot(
         axes.bar(places, means, width, yerr=errors, capsize=3, label=method, color=color)
     for (name, level), color in zip(levels.items(), ("#e45756", "#54a24b")):
         axes.axhline(level, color=color, linestyle="--", linewidth=1.5, label=f"{name} {level:.3f}")
-    axes.set_xticks(range(len(conditions)), conditions)
+    axes.set_xticks(
+        range(len(conditions)), [fill(c, 70 // len(conditions), break_long_words=False) for c in conditions]
+    )
     axes.set_ylabel("MAP@R")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
