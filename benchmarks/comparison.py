@@ -60,10 +60,11 @@ def complete(
 ) -> list[dict[str, str]]:
     """Run the jobs that have no row in the file yet, tell of each, and return the rows of all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns, missing = (*jobs[0], *metrics), without_row(path, jobs)
-    if not path.exists():
-        path.write_text(",".join(columns) + "\n")
+    missing = without_row(path, jobs)
     if missing:
+        columns = (*missing[0], *metrics)
+        if not path.exists():
+            path.write_text(",".join(columns) + "\n")
         with multiprocessing.get_context("spawn").Pool(min(processes, len(missing))) as pool:
             for row in pool.imap_unordered(run, missing):
                 append(path, row, columns)

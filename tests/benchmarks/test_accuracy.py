@@ -1,5 +1,6 @@
 """The benchmark of PML's losses: its jobs, what it resumes and chooses, a run of each kind, and its tables."""
 
+import dataclasses
 import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_it_goes_on_from_the_csv_and_mends_a_torn_line(tmp_path, threads):
     assert finish(path) == []
 
 
+def test_a_preset_may_have_a_single_size_and_a_single_distillation_loss(tmp_path, threads):
+    quick = dataclasses.replace(SMALL, students=("8",), distillations=("mutual_distance",))
+    order = finish(tmp_path / "accuracy.csv", quick)
+    assert len(order) == accuracy.number_of_jobs(quick) == 1 + 2 + 4 * (2 + 2)
+
+
 def test_holm_corrects_as_by_hand():
     corrected = accuracy_report.holm([0.01, float("nan"), 0.04, 0.03])
     assert [corrected[i] for i in (0, 2, 3)] == pytest.approx([0.03, 0.06, 0.06])
@@ -133,7 +140,11 @@ def test_the_report_of_an_unfinished_csv_says_how_much_is_there(tmp_path, thread
     jobs.append(accuracy.new_job(full, "glyphs", "test", "multi_similarity", "none", "8", alone, 0))
     comparison.complete(path, jobs, pretended, 1, accuracy.COLUMNS, lambda row: None)
     text = accuracy_report.markdown(comparison.finished(path))
-    assert f"4 of the {accuracy.number_of_jobs(full):,} runs of the preset `full`" in text
+    assert f"4 of the {accuracy.number_of_jobs(accuracy.PRESETS['quick'])} runs of the preset `quick`" in text
+    more = accuracy.trial_jobs(full, "glyphs", ("none", "mutual_distance"))
+    comparison.complete(path, more, pretended, 1, accuracy.COLUMNS, lambda row: None)
+    text = accuracy_report.markdown(comparison.finished(path))
+    assert f"{4 + len(more)} of the {accuracy.number_of_jobs(full):,} runs of the preset `full`" in text
     assert "| multi_similarity" in text and "not beaten" not in text
 
 
