@@ -6,7 +6,8 @@ nox.options.sessions = ["lint", "types", "docs"]
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # Lower bounds of setup.cfg; torchvision is the one that belongs to that torch. torch 2.4 has no build for Python 3.13.
-LOWEST = ["torch==2.4.0", "torchvision==0.19.0", "pytorch-metric-learning==2.8.1"]
+# The ONNX exporter of torch 2.4 works with no later onnxscript.
+LOWEST = ["torch==2.4.0", "torchvision==0.19.0", "pytorch-metric-learning==2.8.1", "onnxscript<0.4"]
 CPU = {"OMP_NUM_THREADS": "1"}
 
 

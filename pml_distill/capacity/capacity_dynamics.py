@@ -1,7 +1,7 @@
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
@@ -308,13 +308,29 @@ class CapacityDynamics:
         """Zero the shortest rows that are too many; those at zero stay there from now on."""
         going, norms = self.rows_to_go()
         counts = [len(weight) for weight in self.weights]
+        gone_rows, all_lengths = going.split(counts), norms.split(counts)
+        self.fill_up(gone_rows, all_lengths)
         self.alive = []
-        for weight, gone, lengths in zip(self.weights, going.split(counts), norms.split(counts)):
+        for weight, gone, lengths in zip(self.weights, gone_rows, all_lengths):
             alive = ~gone & (lengths >= self.threshold)
             alive[lengths.argmax()] = True
             self.alive.append(alive.to(weight.dtype).view(-1, 1, 1, 1))
             weight.mul_(self.alive[-1])
         self.met = True
+
+    def fill_up(self, gone_rows: Sequence[torch.Tensor], all_lengths: Sequence[torch.Tensor]) -> None:
+        """Let the longest row that goes from each compactor stay where the target allows it.
+
+        The last of all rows to go may cost more than what was missing.
+        """
+        widths = {name: int((~gone).sum()) for name, gone in zip(self.compactors, gone_rows)}
+        longest = [torch.where(gone, lengths, 0).max(dim=0) for gone, lengths in zip(gone_rows, all_lengths)]
+        candidates = zip(self.compactors, gone_rows, longest)
+        for name, gone, (length, row) in sorted(candidates, key=lambda c: float(c[2].values), reverse=True):
+            wider = {n: max(1, width + (n == name)) for n, width in widths.items()}
+            if length >= self.threshold and getattr(self.meter.cost(wider), self.measured) <= self.target:
+                gone[row] = False
+                widths[name] += 1
 
     def size(self, threshold: float) -> int:
         """Return the parameters or FLOPs, whichever has a target, without the rows under a threshold."""
