@@ -323,14 +323,15 @@ class CapacityDynamics:
 
         The last of all rows to go may cost more than what was missing.
         """
+        for gone, lengths in zip(gone_rows, all_lengths):
+            gone[lengths.argmax()] = False  # stays in any case
         widths = {name: int((~gone).sum()) for name, gone in zip(self.compactors, gone_rows)}
         longest = [torch.where(gone, lengths, 0).max(dim=0) for gone, lengths in zip(gone_rows, all_lengths)]
         candidates = zip(self.compactors, gone_rows, longest)
         for name, gone, (length, row) in sorted(candidates, key=lambda c: float(c[2].values), reverse=True):
-            wider = {n: max(1, width + (n == name)) for n, width in widths.items()}
+            wider = widths | {name: widths[name] + 1}
             if length >= self.threshold and getattr(self.meter.cost(wider), self.measured) <= self.target:
-                gone[row] = False
-                widths[name] += 1
+                gone[row], widths = False, wider
 
     def size(self, threshold: float) -> int:
         """Return the parameters or FLOPs, whichever has a target, without the rows under a threshold."""

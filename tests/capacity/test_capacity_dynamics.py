@@ -337,6 +337,19 @@ def test_the_budget_is_met_within_two_percent_and_kept(budget):
     assert dynamics.measure() == settled and not torch.equal(first, student.conv1.weight)
 
 
+@torch.no_grad()
+def test_a_budget_is_filled_up_with_rows_that_still_fit():
+    _, _, _, dynamics = setting(budget_steps=10, target_params=0.5)
+    # The short rows, of narrow layers, go first, so that the last one to go is of a wide layer.
+    for place, weight in enumerate(dynamics.weights):
+        weight.mul_(torch.linspace(0.5, 0.6, len(weight)).view(-1, 1, 1, 1) + place)
+    going, _ = dynamics.rows_to_go()
+    kept = [int((~part).sum()) for part in going.split([len(weight) for weight in dynamics.weights])]
+    before = dynamics.meter.cost({name: max(1, width) for name, width in zip(dynamics.compactors, kept)}).parameters
+    dynamics.settle()
+    assert before < dynamics.measure().parameters <= dynamics.target
+
+
 class Readings(TorchDispatchMode):
     """Counts what waits for the device."""
 
