@@ -1,38 +1,27 @@
 import math
 import os
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils.distributed import is_distributed
 from torch import nn
-from tqdm import tqdm
 
 from ..teachers import FrozenTeacher
 from ..trainers.base_distillation_trainer import unwrapped
 from ..utils.eval_mode import eval_mode
-from ..utils.report import format_table
-from .compactor import compacted_chains, find_chains, find_compactors
+from ..utils.report import format_table, write
+from .compactor import find_compactors
+from .correspondence import check_correspondence, check_networks
 from .export import export
 from .export_meter import ExportedCost, ExportMeter
 from .gradient_reset import GradientReset
 from .group_lasso import add_lasso_gradient, shrink_rows
 from .pass_tap import PassTap
-
-# Settings of DistributedDataParallel that are arguments and attributes of one name.
-WRAPPER_SETTINGS = (
-    "device_ids",
-    "output_device",
-    "dim",
-    "process_group",
-    "find_unused_parameters",
-    "gradient_as_bucket_view",
-    "static_graph",
-    "mixed_precision",
-)
+from .size_budget import SizeBudget
+from .student_replacement import key_in, replace_student
 
 
 class CapacityDynamics:
@@ -111,8 +100,6 @@ class CapacityDynamics:
     """
 
     teacher: Any
-    target: Any
-    budget_steps: Any
     resets: Any
 
     def __init__(
@@ -149,10 +136,16 @@ class CapacityDynamics:
         self.meter = ExportMeter(self.student, image_shape)
         self.weights = [compactor.weight for compactor in self.compactors.values()]
         self.threshold, self.reset_epoch, self.proximal = threshold, reset_epoch, proximal
-        self.lasso_weight, self.epoch, self.steps, self.met = lasso_weight, 1, 0, False
+        self.lasso_weight, self.epoch, self.steps = lasso_weight, 1, 0
         self.history: list[dict[str, Any]] = []
         self.check_optimizer(optimizer)
-        self.set_budget(target_params, target_flops, budget_steps)
+        self.budget = None
+        if target_params is not None or target_flops is not None:
+            if not proximal:
+                raise ValueError("a target needs proximal=True; with the lasso as a gradient no row reaches zero.")
+            if not lasso_weight:
+                raise ValueError("a target multiplies lasso_weight step by step, so that it must be above 0, but is 0.")
+            self.budget = SizeBudget(self.compactors, self.meter, target_params, target_flops, budget_steps, threshold)
         self.resets = nn.ModuleList(
             GradientReset(len(w), queue_size, neighbors, ratio, metric, accumulate, refresh_interval).to(
                 w.device, queue_dtype or w.dtype
@@ -174,31 +167,6 @@ class CapacityDynamics:
             raise ValueError(
                 f"optimizer does not train the compactors behind {missing}; make it after insert_compactors, of "
                 "student.parameters()."
-            )
-
-    def set_budget(self, params: float | None, flops: float | None, steps: int | None) -> None:
-        """Check and keep the target."""
-        if params is not None and flops is not None:
-            raise ValueError(f"give target_params ({params}) or target_flops ({flops}), not both.")
-        self.measured = "flops" if params is None else "parameters"
-        share = flops if params is None else params
-        self.target, self.budget_steps, self.first_longest = None, steps, 0.0
-        if share is None:
-            return
-        name = "target_flops" if params is None else "target_params"
-        if not 0 < share < 1:
-            raise ValueError(f"{name} is the share that shall remain and must lie between 0 and 1, but is {share}.")
-        if steps is None or steps < 1:
-            raise ValueError(f"{name} needs budget_steps, the steps after which it is met, but that is {steps}.")
-        if not self.proximal:
-            raise ValueError(f"{name} needs proximal=True; with the lasso as a gradient no row reaches zero.")
-        if not self.lasso_weight:
-            raise ValueError(f"{name} multiplies lasso_weight step by step, so that it must be above 0, but is 0.")
-        whole, least = self.size(0.0), self.size(math.inf)
-        self.target = share * whole
-        if self.target < least:
-            raise ValueError(
-                f"{name} is {share}, but one channel behind each compactor leaves {least / whole:.3f} of the network."
             )
 
     def tap(self) -> None:
@@ -264,81 +232,22 @@ class CapacityDynamics:
         self.steps += 1
         if not self.proximal:
             return
-        if self.met:
-            for weight, alive in zip(self.weights, self.alive):
-                weight.mul_(alive)
+        if self.budget is not None and self.budget.met:
+            self.budget.hold()
             return
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        before = [weight.clone() for weight in self.weights] if self.target is not None else []
+        before = [weight.clone() for weight in self.weights] if self.budget is not None else []
         for weight in self.weights:
             shrink_rows(weight, rates[id(weight)] * self.lasso_weight)
-        if self.target is not None:
-            self.keep_to_budget(before)
-
-    def keep_to_budget(self, before: list[torch.Tensor]) -> None:
-        """Make the lasso stronger or weaker, or settle what stays once the target is met or the time is over."""
-        size, over = getattr(self.measure(), self.measured), self.steps >= self.budget_steps
-        if size <= self.target or over:
-            if size < self.target:
-                # Rows vanish together; one by one they come nearer to the target.
-                for weight, previous in zip(self.weights, before):
-                    weight.copy_(previous)
-            self.settle()
-        elif self.steps % max(1, self.budget_steps // 100) == 0:
-            going, norms = self.rows_to_go()
-            longest = float(norms[going].max())
-            self.first_longest = self.first_longest or longest
-            planned = self.first_longest * (1 - self.steps / self.budget_steps)
-            self.lasso_weight *= 1.25 if longest > planned else 1 / 1.25
-
-    def rows_to_go(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which rows of all compactors have to go, shortest first, until the target is met, and all lengths."""
-        norms = torch.cat([compactor.row_norms() for compactor in self.compactors.values()])
-        order, counts = norms.argsort(stable=True), [len(weight) for weight in self.weights]
-        owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[order.cpu()]
-
-        def meets(number: int) -> bool:
-            widths = torch.bincount(owners[number:], minlength=len(counts)).clamp(min=1).tolist()
-            return getattr(self.meter.cost(dict(zip(self.compactors, widths))), self.measured) <= self.target
-
-        number = bisect_left(range(len(order)), True, key=meets)
-        return torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, order[:number], True), norms
-
-    def settle(self) -> None:
-        """Zero the shortest rows that are too many; those at zero stay there from now on."""
-        going, norms = self.rows_to_go()
-        counts = [len(weight) for weight in self.weights]
-        gone_rows, all_lengths = going.split(counts), norms.split(counts)
-        self.fill_up(gone_rows, all_lengths)
-        self.alive = []
-        for weight, gone, lengths in zip(self.weights, gone_rows, all_lengths):
-            alive = ~gone & (lengths >= self.threshold)
-            alive[lengths.argmax()] = True
-            self.alive.append(alive.to(weight.dtype).view(-1, 1, 1, 1))
-            weight.mul_(self.alive[-1])
-        self.met = True
-
-    def fill_up(self, gone_rows: Sequence[torch.Tensor], all_lengths: Sequence[torch.Tensor]) -> None:
-        """Let the longest row that goes from each compactor stay where the target allows it.
-
-        The last of all rows to go may cost more than what was missing.
-        """
-        for gone, lengths in zip(gone_rows, all_lengths):
-            gone[lengths.argmax()] = False  # stays in any case
-        widths = {name: int((~gone).sum()) for name, gone in zip(self.compactors, gone_rows)}
-        longest = [torch.where(gone, lengths, 0).max(dim=0) for gone, lengths in zip(gone_rows, all_lengths)]
-        candidates = zip(self.compactors, gone_rows, longest)
-        for name, gone, (length, row) in sorted(candidates, key=lambda c: float(c[2].values), reverse=True):
-            wider = widths | {name: widths[name] + 1}
-            if length >= self.threshold and getattr(self.meter.cost(wider), self.measured) <= self.target:
-                gone[row], widths = False, wider
-
-    def size(self, threshold: float) -> int:
-        """Return the parameters or FLOPs, whichever has a target, without the rows under a threshold."""
-        return getattr(self.meter.measure(threshold), self.measured)
+        if self.budget is not None:
+            self.lasso_weight *= self.budget.follow(self.steps, self.widths(), before)
 
     def measure(self) -> ExportedCost:
         """Return what the network would cost if it were exported now."""
+        return self.meter.cost(self.widths())
+
+    def widths(self) -> dict[str, int]:
+        """Return how many rows of each compactor would stay if the network were exported now."""
         lengths = [compactor.row_norms().detach() for compactor in self.compactors.values()]
         # All at once: each reading waits for the device.
         widths, finite = torch.stack(
@@ -347,7 +256,7 @@ class CapacityDynamics:
         broken = [name for name, whole in zip(self.compactors, finite) if not whole]
         if broken:
             raise ValueError(f"the compactors behind {broken} have values that are not finite.")
-        return self.meter.cost({name: max(1, width) for name, width in zip(self.compactors, widths)})
+        return {name: max(1, width) for name, width in zip(self.compactors, widths)}
 
     def end_epoch(self) -> None:
         """Enter the sizes into the history and go on to the next epoch."""
@@ -372,7 +281,7 @@ class CapacityDynamics:
             nonlocal begun
             if self.handles:
                 if export_after is not None:
-                    self.key_in(trainer)
+                    key_in(trainer, self.student)
                 self.end_epoch()
                 write(self.table().splitlines()[-1] if begun else self.table())
                 begun = True
@@ -398,54 +307,11 @@ class CapacityDynamics:
             ValueError: the trainer has no model that is this student, or its ``student_features`` are outputs of
                 modules that are merged.
         """
-        key = self.key_in(trainer)
-        wrapper, small = trainer.models[key], self.export().train()
-        old, new = dict(self.student.named_parameters()), dict(small.named_parameters())
-        gone, origins = {id(p) for p in old.values()}, self.origins(new)
-        for optimizer in trainer.optimizers.values():
-            for group in optimizer.param_groups:
-                own = {id(p) for p in group["params"]}
-                kept = [p for p in group["params"] if id(p) not in gone]
-                group["params"] = kept + [p for name, p in new.items() if id(old[origins[name]]) in own]
-            for parameter in old.values():
-                optimizer.state.pop(parameter, None)
-        before, after = (sum(p.numel() for p in parameters.values()) for parameters in (old, new))
-        message = f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed."
-        trainer.models[key] = small
-        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-            trainer.models[key] = rewrapped(wrapper, small)
-            message += " So is its DistributedDataParallel, without communication hooks."
-        write(message)
+        small = self.export().train()
+        replace_student(trainer, self.student, small)
         trainer.gradient_clippers = {k: c for k, c in trainer.gradient_clippers.items() if c is not self}
         self.close()
         return small
-
-    def key_in(self, trainer: Any) -> str:
-        """Return the student's key in ``trainer.models``, or raise ``ValueError`` for what forbids to replace it."""
-        keys = [key for key, model in trainer.models.items() if unwrapped(model) is self.student]
-        if not keys:
-            raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
-        merged = [chain.name_of(part) for chain in compacted_chains(self.student) for part in chain.path[:2]]
-        tapped = [
-            name
-            for name in getattr(trainer, "student_features", ())
-            if keys[0] == "trunk" and any(f"{name}.".startswith(f"{place}.") for place in merged)
-        ]
-        if tapped:
-            raise ValueError(
-                f"student_features names {tapped}, which the export merges into other modules; name the outputs of "
-                "blocks, or train to the end without export_after and call export() then."
-            )
-        return keys[0]
-
-    def origins(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the student's parameter in whose group each parameter of the exported network belongs."""
-        old, found = dict(self.student.named_parameters()), {name: name for name in names}
-        for chain in compacted_chains(self.student):
-            conv, norm = chain.name_of(chain.path[0]), f"{chain.name}.0.bias"
-            if f"{conv}.bias" not in old:
-                found[f"{conv}.bias"] = norm if norm in old else f"{conv}.weight"
-        return found
 
     def table(self) -> str:
         """Return the history as a Markdown table; ``ValueError`` before the first epoch has ended, as the next two."""
@@ -522,8 +388,7 @@ class CapacityDynamics:
             "lasso_weight": self.lasso_weight,
             "epoch": self.epoch,
             "steps": self.steps,
-            "alive": self.alive if self.met else None,
-            "first_longest": self.first_longest,
+            "budget": None if self.budget is None else self.budget.state_dict(),
             "history": self.history,
         }
 
@@ -537,10 +402,9 @@ class CapacityDynamics:
                 f"none now, or the other way round: {error}"
             ) from error
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
-        self.met, self.history = state["alive"] is not None, list(state["history"])
-        self.first_longest = state["first_longest"]
-        if self.met:
-            self.alive = [alive.to(weight) for alive, weight in zip(state["alive"], self.weights)]
+        self.history = list(state["history"])
+        if self.budget is not None and state["budget"] is not None:
+            self.budget.load_state_dict(state["budget"])
 
 
 def widths_in(row: dict[str, Any]) -> dict[str, int]:
@@ -548,61 +412,9 @@ def widths_in(row: dict[str, Any]) -> dict[str, int]:
     return {name: width for block in row["blocks"].values() for name, width in block["widths"].items()}
 
 
-def check_networks(student: Any, teacher: Any) -> None:
-    """Raise ``ValueError`` for what hides the passes of the student, or is no network."""
-    if isinstance(student, nn.DataParallel) or hasattr(student, "_orig_mod"):
-        raise ValueError(
-            f"student must be the network itself, or in DistributedDataParallel, but is of type "
-            f"{type(student).__name__}, behind which its passes cannot be seen."
-        )
-    if not isinstance(teacher, nn.Module | None):
-        raise ValueError(f"teacher must be a network, a FrozenTeacher or None, but is a {type(teacher).__name__}.")
-
-
-def check_correspondence(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise ``ValueError`` for the first block of the student that the teacher has not at the same place."""
-    if teacher is student:
-        raise ValueError("teacher is the student; give it a network of its own.")
-    for own, other in zip_longest(find_chains(student, "all"), find_chains(teacher, "all")):
-        described = ["nothing" if c is None else f"{c.block_name} ({class_name(c.block)})" for c in (own, other)]
-        if described[0] != described[1]:
-            raise ValueError(
-                f"student and teacher must be made of the same blocks, but where the student has {described[0]}, the "
-                f"teacher, a {type(teacher).__name__}, has {described[1]}."
-            )
-        widths = own.conv.out_channels, other.conv.out_channels
-        if own.compactor is not None and widths[0] != widths[1]:
-            raise ValueError(f"teacher has {widths[1]} channels behind {own.name}, the student {widths[0]}.")
-
-
-def class_name(module: nn.Module) -> str:
-    """Return the full name of a module's class: libraries call different blocks alike."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def rewrapped(wrapper: nn.parallel.DistributedDataParallel, module: nn.Module) -> nn.parallel.DistributedDataParallel:
-    """Return another module in the same wrapper."""
-    settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
-    new = nn.parallel.DistributedDataParallel(module, **settings)
-    # As an argument it is deprecated in newer versions, and under another name not known to older ones.
-    new.broadcast_buffers = wrapper.broadcast_buffers
-    return new
-
-
-def write(text: str) -> None:
-    """Print beside a progress bar, in the first process only."""
-    if not distributed() or torch.distributed.get_rank() == 0:
-        tqdm.write(text)
-
-
-def distributed() -> bool:
-    """Return whether there are several processes that know each other."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def gathered(features: torch.Tensor) -> torch.Tensor:
     """Return the rows of all processes, the same on each."""
-    if not distributed():
+    if not is_distributed():
         return features
     parts = [torch.empty_like(features) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, features.contiguous())

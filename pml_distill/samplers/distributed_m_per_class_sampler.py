@@ -3,6 +3,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
+from pytorch_metric_learning.utils.distributed import is_distributed
 from torch.utils.data import Sampler
 
 
@@ -48,7 +49,7 @@ class DistributedMPerClassSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rank, num_processes, seed = 0, 1, [int(torch.randint(2**62, ()))]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             rank, num_processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
             torch.distributed.broadcast_object_list(seed)
         own = self.batch_size // self.m

@@ -1,10 +1,18 @@
-"""Results as a table and as pictures."""
+"""Results as text, as a table and as pictures."""
 
 import os
 import statistics
 from collections.abc import Sequence
 
 import torch
+from pytorch_metric_learning.utils.distributed import is_distributed
+from tqdm import tqdm
+
+
+def write(text: str) -> None:
+    """Print beside a progress bar, in the first process only."""
+    if not is_distributed() or torch.distributed.get_rank() == 0:
+        tqdm.write(text)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -343,11 +343,11 @@ def test_a_budget_is_filled_up_with_rows_that_still_fit():
     # The short rows, of narrow layers, go first, so that the last one to go is of a wide layer.
     for place, weight in enumerate(dynamics.weights):
         weight.mul_(torch.linspace(0.5, 0.6, len(weight)).view(-1, 1, 1, 1) + place)
-    going, _ = dynamics.rows_to_go()
+    going, _ = dynamics.budget.rows_to_go()
     kept = [int((~part).sum()) for part in going.split([len(weight) for weight in dynamics.weights])]
     before = dynamics.meter.cost({name: max(1, width) for name, width in zip(dynamics.compactors, kept)}).parameters
-    dynamics.settle()
-    assert before < dynamics.measure().parameters <= dynamics.target
+    dynamics.budget.settle()
+    assert before < dynamics.measure().parameters <= dynamics.budget.target
 
 
 class Readings(TorchDispatchMode):
@@ -450,7 +450,7 @@ def test_a_state_resumes_the_run():
         part.load_state_dict(state)
     steps(other[0], other[3], other[2], 10, seed=6)
     assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), other[0].state_dict().values()))
-    assert dynamics.met and other[3].met and dynamics.lasso_weight == other[3].lasso_weight
+    assert dynamics.budget.met and other[3].budget.met and dynamics.lasso_weight == other[3].lasso_weight
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_a_state_resumes_the_run():
         ),
         (
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, lasso_weight=0),
-            "target_flops multiplies lasso_weight step by step, so that it must be above 0, but is 0",
+            "a target multiplies lasso_weight step by step, so that it must be above 0, but is 0",
         ),
         (
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, lasso_weight=-1),

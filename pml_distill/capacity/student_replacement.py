@@ -1,0 +1,80 @@
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..trainers.base_distillation_trainer import unwrapped
+from ..utils.report import write
+from .compactor import compacted_chains
+
+# Settings of DistributedDataParallel that are arguments and attributes of one name.
+WRAPPER_SETTINGS = (
+    "device_ids",
+    "output_device",
+    "dim",
+    "process_group",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+    "mixed_precision",
+)
+
+
+def replace_student(trainer: Any, student: nn.Module, small: nn.Module) -> None:
+    """Put the exported network in the student's place in a trainer, see ``CapacityDynamics.replace_student``."""
+    key = key_in(trainer, student)
+    wrapper = trainer.models[key]
+    old, new = dict(student.named_parameters()), dict(small.named_parameters())
+    gone, sources = {id(p) for p in old.values()}, origins(student, new)
+    for optimizer in trainer.optimizers.values():
+        for group in optimizer.param_groups:
+            own = {id(p) for p in group["params"]}
+            kept = [p for p in group["params"] if id(p) not in gone]
+            group["params"] = kept + [p for name, p in new.items() if id(old[sources[name]]) in own]
+        for parameter in old.values():
+            optimizer.state.pop(parameter, None)
+    before, after = (sum(p.numel() for p in parameters.values()) for parameters in (old, new))
+    message = f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed."
+    trainer.models[key] = small
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        trainer.models[key] = rewrapped(wrapper, small)
+        message += " So is its DistributedDataParallel, without communication hooks."
+    write(message)
+
+
+def key_in(trainer: Any, student: nn.Module) -> str:
+    """Return the student's key in ``trainer.models``, or raise ``ValueError`` for what forbids to replace it."""
+    keys = [key for key, model in trainer.models.items() if unwrapped(model) is student]
+    if not keys:
+        raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
+    merged = [chain.name_of(part) for chain in compacted_chains(student) for part in chain.path[:2]]
+    tapped = [
+        name
+        for name in getattr(trainer, "student_features", ())
+        if keys[0] == "trunk" and any(f"{name}.".startswith(f"{place}.") for place in merged)
+    ]
+    if tapped:
+        raise ValueError(
+            f"student_features names {tapped}, which the export merges into other modules; name the outputs of "
+            "blocks, or train to the end without export_after and call export() then."
+        )
+    return keys[0]
+
+
+def origins(student: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return the student's parameter in whose group each parameter of the exported network belongs."""
+    old, found = dict(student.named_parameters()), {name: name for name in names}
+    for chain in compacted_chains(student):
+        conv, norm = chain.name_of(chain.path[0]), f"{chain.name}.0.bias"
+        if f"{conv}.bias" not in old:
+            found[f"{conv}.bias"] = norm if norm in old else f"{conv}.weight"
+    return found
+
+
+def rewrapped(wrapper: nn.parallel.DistributedDataParallel, module: nn.Module) -> nn.parallel.DistributedDataParallel:
+    """Return another module in the same wrapper."""
+    settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
+    new = nn.parallel.DistributedDataParallel(module, **settings)
+    # As an argument it is deprecated in newer versions, and under another name not known to older ones.
+    new.broadcast_buffers = wrapper.broadcast_buffers
+    return new
