@@ -14,9 +14,13 @@ The losses shown are of the joint batch times the number of processes, by which 
 """
 
 import argparse
+import gc
 import os
 
 import torch
+
+# Before there is a process group: imported by DDP, its functions would hold the group, and its threads outlive it.
+import torch.distributed.nn
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch.nn.parallel import DistributedDataParallel
@@ -44,15 +48,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    options = parse()
-    gpus = torch.cuda.is_available()
-    torch.distributed.init_process_group("nccl" if gpus else "gloo")
+def train(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    """Return the student that all processes have trained together."""
     rank, num_processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
-
     torch.manual_seed(0)  # the same weights everywhere
     dataset = Glyphs("train", augment=not options.plain_images)
     teacher, student = SmallResNet(32), SmallResNet(8)
@@ -60,7 +58,7 @@ def main() -> None:
         teacher.load_state_dict(torch.load(options.teacher, map_location="cpu"))
     if options.batch_norm == "sync":
         student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    trunk = DistributedDataParallel(student.to(device), device_ids=[device] if gpus else None)
+    trunk = DistributedDataParallel(student.to(device), device_ids=[device] if device.type == "cuda" else None)
     frozen = FrozenTeacher(teacher.to(device))
     if options.cache:
         dataset = SeededViews(dataset, views=options.views)
@@ -86,10 +84,23 @@ def main() -> None:
         dataloader_num_workers=0,
     )
     trainer.train(num_epochs=options.epochs)
-    if rank == 0:
+    return student
+
+
+def main() -> None:
+    options = parse()
+    gpus = torch.cuda.is_available()
+    torch.distributed.init_process_group("nccl" if gpus else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    student = train(options, device)
+    if torch.distributed.get_rank() == 0:
         torch.save(student.state_dict(), options.out)
-    # No process leaves while another still talks to it.
+    # No process leaves while another still talks to it, nor while the wrapper of the student, in a cycle with the
+    # trainer, holds the group.
     torch.distributed.barrier()
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
