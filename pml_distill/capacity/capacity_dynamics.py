@@ -139,13 +139,19 @@ class CapacityDynamics:
         self.lasso_weight, self.epoch, self.steps = lasso_weight, 1, 0
         self.history: list[dict[str, Any]] = []
         self.check_optimizer(optimizer)
+        if target_params is not None and target_flops is not None:
+            raise ValueError(f"give target_params ({target_params}) or target_flops ({target_flops}), not both.")
         self.budget = None
-        if target_params is not None or target_flops is not None:
+        for name, share in (("target_params", target_params), ("target_flops", target_flops)):
+            if share is None:
+                continue
             if not proximal:
-                raise ValueError("a target needs proximal=True; with the lasso as a gradient no row reaches zero.")
+                raise ValueError(f"{name} needs proximal=True; with the lasso as a gradient no row reaches zero.")
             if not lasso_weight:
-                raise ValueError("a target multiplies lasso_weight step by step, so that it must be above 0, but is 0.")
-            self.budget = SizeBudget(self.compactors, self.meter, target_params, target_flops, budget_steps, threshold)
+                raise ValueError(
+                    f"{name} multiplies lasso_weight step by step, so that it must be above 0, but is {lasso_weight}."
+                )
+            self.budget = SizeBudget(self.compactors, self.meter, name, share, budget_steps, threshold)
         self.resets = nn.ModuleList(
             GradientReset(len(w), queue_size, neighbors, ratio, metric, accumulate, refresh_interval).to(
                 w.device, queue_dtype or w.dtype

@@ -18,32 +18,29 @@ class SizeBudget:
     Args:
         compactors: by name, as :func:`find_compactors` returns them.
         meter: of the network.
-        params: share of the network's parameters that shall remain, from 0 to 1; or None.
-        flops: share of its FLOPs. Exactly one of both.
+        target: ``"target_params"`` or ``"target_flops"``, what is counted.
+        share: of the network's parameters or FLOPs that shall remain, from 0 to 1.
         steps: after how many steps.
         threshold: rows shorter than this count as gone.
 
     Raises:
-        ValueError: both targets, one out of range or out of reach, or without ``steps``.
+        ValueError: ``share`` is out of range or out of reach, or there are no ``steps``.
     """
 
     def __init__(
         self,
         compactors: dict[str, Compactor],
         meter: ExportMeter,
-        params: float | None,
-        flops: float | None,
+        target: str,
+        share: float,
         steps: int | None,
         threshold: float,
     ):
-        if params is not None and flops is not None:
-            raise ValueError(f"give target_params ({params}) or target_flops ({flops}), not both.")
-        name, share = ("target_params", params) if flops is None else ("target_flops", flops)
-        if share is None or not 0 < share < 1:
-            raise ValueError(f"{name} is the share that shall remain and must lie between 0 and 1, but is {share}.")
+        if not 0 < share < 1:
+            raise ValueError(f"{target} is the share that shall remain and must lie between 0 and 1, but is {share}.")
         if steps is None or steps < 1:
-            raise ValueError(f"{name} needs budget_steps, the steps after which it is met, but that is {steps}.")
-        self.measured = "parameters" if flops is None else "flops"
+            raise ValueError(f"{target} needs budget_steps, the steps after which it is met, but that is {steps}.")
+        self.measured = {"target_params": "parameters", "target_flops": "flops"}[target]
         self.compactors, self.meter, self.steps, self.threshold = compactors, meter, steps, threshold
         self.weights = [compactor.weight for compactor in compactors.values()]
         self.counts = [len(weight) for weight in self.weights]
@@ -51,7 +48,7 @@ class SizeBudget:
         self.target = share * whole
         if self.target < least:
             raise ValueError(
-                f"{name} is {share}, but one channel behind each compactor leaves {least / whole:.3f} of the network."
+                f"{target} is {share}, but one channel behind each compactor leaves {least / whole:.3f} of the network."
             )
         self.first_longest = 0.0
         self.alive: list[torch.Tensor] | None = None

@@ -489,7 +489,7 @@ def test_a_state_resumes_the_run():
         ),
         (
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, lasso_weight=0),
-            "a target multiplies lasso_weight step by step, so that it must be above 0, but is 0",
+            "target_flops multiplies lasso_weight step by step, so that it must be above 0, but is 0",
         ),
         (
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, lasso_weight=-1),
