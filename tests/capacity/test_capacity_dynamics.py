@@ -10,6 +10,9 @@ import types
 import pytest
 import timm
 import torch
+
+# Before there is a process group: imported by DDP, its functions would hold the group, and its threads outlive it.
+import torch.distributed.nn
 import torchvision
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch.utils._python_dispatch import TorchDispatchMode

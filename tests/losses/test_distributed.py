@@ -1,6 +1,9 @@
 """Two real gloo processes: DistributedLossWrapper gives the loss and gradient of the joined batch."""
 
 import torch
+
+# Before there is a process group: imported by DDP, its functions would hold the group, and its threads outlive it.
+import torch.distributed.nn
 import torch.multiprocessing
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from test_contract import LOSSES, embeddings

@@ -1,6 +1,11 @@
 """Two real gloo processes through the trainer end like one process with the joined batch, feature losses included."""
 
+import gc
+
 import torch
+
+# Before there is a process group: imported by DDP, its functions would hold the group, and its threads outlive it.
+import torch.distributed.nn
 import torch.multiprocessing
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
@@ -61,6 +66,7 @@ def worker(rank, folder):
     torch.save(results, folder / f"{rank}.pth")
     # No process leaves while another still talks to it.
     torch.distributed.barrier()
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
