@@ -45,13 +45,13 @@ class Condition:
 
 
 CONDITIONS = {
-    "batch 32": Condition(0.01, batch_size=32),
+    "batch 32": Condition(0.005, batch_size=32),
     "batch 128": Condition(0.02),
     "batch 512": Condition(0.02, batch_size=512),
     "32 numbers": Condition(0.02, embedding_size=32),
     "no labels": Condition(0.02, labels=False),
 }
-RATES = (0.005, 0.01, 0.02, 0.04)
+RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
 
 
 class Conditioned(Demo):
