@@ -176,12 +176,12 @@ def sizes(rows: Rows) -> list[tuple[str, Rows]]:
 
 def coverage(rows: Rows, setup: tuple[str, ...]) -> str:
     """Say how much is there of the smallest preset that a setup may be of."""
-    from accuracy import PRESETS, number_of_jobs
+    from accuracy import PRESETS, epochs, number_of_jobs
 
     done = len(where(rows, **dict(zip(SETUP, setup))))
     for name, preset in sorted(PRESETS.items(), key=lambda item: number_of_jobs(item[1])):
         total = number_of_jobs(preset)
-        if (str(preset.epochs), str(preset.batch_size), preset.precision) == setup[1:] and done <= total:
+        if (str(epochs(preset, setup[0])), str(preset.batch_size), preset.precision) == setup[1:] and done <= total:
             return f"{done:,} of the {total:,} runs of the preset `{name}`."
     return f"{done:,} runs."
 
