@@ -51,7 +51,7 @@ CONDITIONS = {
     "32 numbers": Condition(0.02, embedding_size=32),
     "no labels": Condition(0.02, labels=False),
 }
-RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
+RATES = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)
 
 
 class Conditioned(Demo):
