@@ -45,7 +45,7 @@ class Condition:
 
 
 CONDITIONS = {
-    "batch 32": Condition(0.005, batch_size=32),
+    "batch 32": Condition(0.0025, batch_size=32),
     "batch 128": Condition(0.02),
     "batch 512": Condition(0.02, batch_size=512),
     "32 numbers": Condition(0.02, embedding_size=32),
