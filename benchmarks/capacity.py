@@ -12,6 +12,7 @@ optimizer:
 Whoever is taught also sees the training images mirrored and turned, without labels.
 
     python benchmarks/capacity.py --out capacity                      # a ResNet-18 of a quarter of its width, CPU
+    python benchmarks/capacity.py --out wide --width 32 --compare price   # of half of its width, three networks alone
     python benchmarks/capacity.py --out capacity50 --network resnet50 --positions all --target-flops 0.22
     python benchmarks/capacity.py --out capacity101 --gpu             # ResNet-101 at full width
     python benchmarks/capacity.py --out marks --compare marks         # how long the marks of gradient resetting stay
@@ -69,6 +70,7 @@ MILDER = "capacity dynamics, milder target"
 ALONE, REFRESHED = "marks of each step alone", "marks taken back every epoch"
 COMPARISONS = {
     "size": (TEACHER, HEAVY, HEAVY_DISTILLED, DYNAMIC, MILDER, SCRATCH, DISTILLED, LASSO),
+    "price": (TEACHER, HEAVY, DYNAMIC),
     "marks": (TEACHER, DYNAMIC, REFRESHED, ALONE, LASSO),
     "lasso": (
         TEACHER,
