@@ -1,5 +1,7 @@
+import inspect
 import json
 import sys
+import textwrap
 
 import pytest
 import safetensors.torch
@@ -65,9 +67,9 @@ def test_can_be_read_without_this_package(tmp_path):
     small = export(pruned("torchvision resnet50"))
     path = tmp_path / "small.safetensors"
     save_compact(small, path)
-    lines = save_compact.__doc__.split("alone::\n\n")[1].split("\n\n    The file is written")[0]
+    lines = inspect.getdoc(save_compact).split("alone::\n\n")[1].split("\n\nThe file is written")[0]
     names = {"path": path, "safetensors": safetensors, "json": json, "torchvision": torchvision, "torch": torch}
-    exec("\n".join(line[8:] for line in lines.splitlines()), names)
+    exec(textwrap.dedent(lines), names)
     with torch.no_grad():
         assert torch.equal(names["model"](images()), small(images()))
     with safetensors.safe_open(path, "pt") as file:
