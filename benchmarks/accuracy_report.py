@@ -187,7 +187,7 @@ def coverage(rows: Rows, setup: tuple[str, ...]) -> str:
 
 
 def markdown(rows: Rows) -> str:
-    """Return for each setup the gains, where nothing is gained, and all figures."""
+    """Return for each setup the gains, where no gain is shown, and all figures."""
     parts = []
     for setup in setups(rows):
         own = where(rows, **dict(zip(SETUP, setup)))
@@ -202,7 +202,7 @@ def markdown(rows: Rows) -> str:
             parts.append(gains_table(tested))
             said = negatives(tested)
             if said:
-                parts.append("Where nothing is gained:\n\n" + "\n".join(f"- {sentence}" for sentence in said))
+                parts.append("Where no gain is shown:\n\n" + "\n".join(f"- {sentence}" for sentence in said))
         for size, tested in sizes(own):
             parts.append(f"### All figures of student {size}")
             parts.append(table(tested))
