@@ -257,35 +257,40 @@ def draw_bars(path: Path, tested: Rows, best: dict[str, str], teacher: Rows) -> 
     if level:
         axes.axhline(mean_and_error(list(level.values()))[0], color="#e45756", linestyle="--", label="teacher")
     axes.set_xticks(range(len(best)), [f"{loss}\n+ {distillation}" for loss, distillation in best.items()], fontsize=7)
-    finish(figure, axes, path)
+    finish(figure, axes, path, loc="outside upper center", ncols=3)
     return path
 
 
 def draw_sizes(path: Path, by_size: list[tuple[str, Rows]], best: dict[str, str]) -> Path:
+    """Draw a color for each metric loss, dashed where it is alone."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.subplots()
     for number, (metric_loss, distillation) in enumerate(best.items()):
-        for name, style in ((NONE, "--"), (distillation, "-")):
+        for name, style in ((distillation, "-"), (NONE, "--")):
             points = []
             for _, rows in by_size:
                 own = where(rows, metric_loss=metric_loss, distillation=name)
                 if own:
                     points.append((int(own[0]["parameters"]), *mean_and_error(list(values(own).values()))))
             x, means, errors = zip(*points)
-            label = f"{metric_loss} alone" if name == NONE else f"{metric_loss} + {name}"
-            axes.errorbar(x, means, errors, linestyle=style, marker="o", color=f"C{number}", capsize=3, label=label)
+            label = None if name == NONE else f"{metric_loss}\n+ {name}"
+            axes.errorbar(x, means, errors, linestyle=style, marker=".", color=f"C{number}", capsize=3, label=label)
+    axes.plot([], [], "--", color="gray", label="alone")
     axes.set_xscale("log")
+    parameters = [int(rows[0]["parameters"]) for _, rows in by_size]
+    axes.set_xticks(parameters, [f"{count:,}" for count in parameters])
+    axes.minorticks_off()
     axes.set_xlabel("parameters of the student")
-    finish(figure, axes, path)
+    finish(figure, axes, path, loc="outside right upper")
     return path
 
 
-def finish(figure, axes, path: Path) -> None:
+def finish(figure, axes, path: Path, **legend: str | int) -> None:
     axes.set_ylabel("MAP@R on unseen classes")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, **legend)
     figure.savefig(path, dpi=130)
 
 
