@@ -12,7 +12,7 @@ from pml_distill.models import SmallResNet
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_ddp.py"
 # Small steps: among the near-equal embeddings of an untrained network float32 leaves few digits of a distance.
-OPTIONS = ("--steps", "10", "--lr", "0.005", "--batch-norm", "frozen", "--plain-images", "--batch-size", "32", "--out")
+OPTIONS = ("--steps", "10", "--lr", "0.01", "--batch-norm", "frozen", "--plain-images", "--batch-size", "32", "--out")
 
 
 @pytest.fixture(scope="module")
