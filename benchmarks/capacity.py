@@ -348,6 +348,7 @@ class Run:
             end_of_epoch_hook=None if dynamics is None else dynamics.end_of_epoch_hook(end_of_epoch),
             data_device=self.device,
             dataloader_num_workers=0,
+            amp_dtype=torch.bfloat16 if self.options.bfloat16 else None,
         ).train(1, epochs)
         if dynamics is None:
             return model, curve, {}
@@ -407,6 +408,7 @@ def main() -> None:
     parser.add_argument("--budget-share", type=float, default=0.4, help="of the training, until the target is met")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=0.3)
+    parser.add_argument("--bfloat16", action="store_true", help="train under autocast; teachers and tests stay float32")
     parser.add_argument("--processes", type=int, default=2, help="one seed in each")
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
