@@ -8,15 +8,32 @@ from pathlib import Path
 import pytest
 import torch
 
+from pml_distill.datasets import Glyphs
 from pml_distill.models import SmallResNet
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_ddp.py"
-# Small steps: among the near-equal embeddings of an untrained network float32 leaves few digits of a distance.
-OPTIONS = ("--steps", "10", "--lr", "0.01", "--batch-norm", "frozen", "--plain-images", "--batch-size", "32", "--out")
+OPTIONS = ("--steps", "10", "--lr", "0.002", "--batch-norm", "frozen", "--plain-images", "--batch-size", "32")
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
+def options(tmp_path_factory):
+    """The example's options, with a teacher whose batch norm has seen images.
+
+    The embeddings of one that has not lie so close together that float32 leaves few digits of their distances.
+    """
+    torch.manual_seed(0)
+    teacher, glyphs = SmallResNet(32), Glyphs("train")
+    images = torch.stack([glyphs[i][0] for i in range(0, len(glyphs), len(glyphs) // 256)])
+    with torch.no_grad():
+        for _ in range(30):
+            teacher(images)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save(teacher.state_dict(), path)
+    return *OPTIONS, "--teacher", str(path), "--out"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, options):
     """The student's weights after ten steps of one process, without torchrun."""
     path = tmp_path_factory.mktemp("single") / "student.pth"
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -24,20 +41,20 @@ def single(tmp_path_factory):
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(sys, "argv", [str(SCRIPT), *OPTIONS, str(path)])
+        patch.setattr(sys, "argv", [str(SCRIPT), *options, str(path)])
         runpy.run_path(str(SCRIPT), run_name="__main__")
     return torch.load(path)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("cached", [False, True])
-def test_ten_steps_equal_those_of_one_process(tmp_path, single, processes, cached):
+def test_ten_steps_equal_those_of_one_process(tmp_path, options, single, processes, cached):
     path = tmp_path / "student.pth"
     cache = ["--views", "1", "--cache", str(tmp_path / "cache")] if cached else []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        ["env", *(f"{k}={v}" for k, v in environment.items()), *command, str(SCRIPT), *cache, *OPTIONS, str(path)],
+        ["env", *(f"{k}={v}" for k, v in environment.items()), *command, str(SCRIPT), *cache, *options, str(path)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -52,4 +69,4 @@ def test_ten_steps_equal_those_of_one_process(tmp_path, single, processes, cache
         return max((one[k].double() - other[k].double()).abs().max().item() for k in one)
 
     assert largest(several, single) < 1e-5
-    assert largest(start, single) > 1e-3
+    assert largest(start, single) > 1e-2
