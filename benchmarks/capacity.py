@@ -13,6 +13,7 @@ Whoever is taught also sees the training images mirrored and turned, without lab
 
     python benchmarks/capacity.py --out capacity                      # a ResNet-18 of a quarter of its width, CPU
     python benchmarks/capacity.py --out wide --width 32 --compare price   # of half of its width, only heavy and shrunk
+    python benchmarks/capacity.py --out full --width 64 --bfloat16 --compare price   # ResNet-18 itself, two hours
     python benchmarks/capacity.py --out capacity50 --network resnet50 --positions all --target-flops 0.22
     python benchmarks/capacity.py --out capacity101 --gpu             # ResNet-101 at full width
     python benchmarks/capacity.py --out marks --compare marks         # how long the marks of gradient resetting stay
