@@ -6,11 +6,13 @@ The tables of the site come from the same functions when it is built.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 from comparison import finished
 
 from pml_distill.demo import LOSSES
@@ -46,15 +48,35 @@ def unique(rows: Rows, column: str) -> list[str]:
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-def paired(own: dict[str, float], other: dict[str, float]) -> tuple[list[float], float]:
-    """Return the differences in the seeds that both have, and the p-value of the paired t-test, two-sided."""
-    from scipy.stats import ttest_rel
+def paired(
+    own: dict[str, float], other: dict[str, float], beside: Sequence[dict[str, float]] = ()
+) -> tuple[list[float], float]:
+    """Return the differences in the seeds that both have, and the p-value of the paired t-test, two-sided.
 
-    seeds = [seed for seed in own if seed in other]
-    differences = [own[seed] - other[seed] for seed in seeds]
-    if len(seeds) < 2:
+    With the figures of other methods ``beside`` them the variance is pooled over all: that of a randomised block design
+    whose blocks are the seeds. So few seeds tell little of the variance of a single difference.
+    """
+    from scipy.stats import t
+
+    differences = [own[seed] - other[seed] for seed in own if seed in other]
+    variance, freedom = residual_variance([own, other, *beside])
+    if not differences or not freedom:
         return differences, float("nan")
-    return differences, float(ttest_rel([own[seed] for seed in seeds], [other[seed] for seed in seeds]).pvalue)
+    error = math.sqrt(2 * variance / len(differences))
+    return differences, float(2 * t.sf(abs(fmean(differences)) / error, freedom))
+
+
+def residual_variance(methods: Sequence[dict[str, float]]) -> tuple[float, int]:
+    """Return the variance that a sum of a method's and a seed's effect leaves, and its degrees of freedom."""
+    seeds = sorted(set().union(*methods))
+    cells = [(place, len(methods) + seeds.index(seed)) for place, own in enumerate(methods) for seed in own]
+    design = np.zeros((len(cells), len(methods) + len(seeds)))
+    for row, cell in enumerate(cells):
+        design[row, cell] = 1
+    figures = np.array([figure for own in methods for figure in own.values()])
+    effects, _, rank, _ = np.linalg.lstsq(design, figures)
+    freedom = len(cells) - int(rank)
+    return float(np.square(figures - design @ effects).sum()) / max(1, freedom), freedom
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -71,10 +93,11 @@ def comparisons(rows: Rows) -> list[Comparison]:
     found = []
     for metric_loss in unique(rows, "metric_loss"):
         own = where(rows, metric_loss=metric_loss)
-        alone = values(where(own, distillation=NONE))
-        for distillation in unique(own, "distillation"):
-            gains, p = paired(values(where(own, distillation=distillation)), alone)
-            if distillation != NONE and gains:
+        taught = {name: values(where(own, distillation=name)) for name in unique(own, "distillation")}
+        alone = taught.pop(NONE, {})
+        for distillation, figures in taught.items():
+            gains, p = paired(figures, alone, [f for name, f in taught.items() if name != distillation])
+            if gains:
                 found.append((metric_loss, distillation, gains, p))
     return [Comparison(*c[:3], p) for c, p in zip(found, holm([c[3] for c in found]))]
 
@@ -135,32 +158,39 @@ def shown(numbers: Sequence[float], form: str = ".3f") -> str:
     return f"{mean:{form}}" + (f" ± {error:.3f}" if error == error else "")
 
 
-def negatives(rows: Rows) -> list[str]:
-    """Say where nothing was gained, of the test rows of one setup and one size."""
-    said = [
-        f"{c.metric_loss} alone is not beaten by itself with {c.distillation}: {shown(c.gains, '+.3f')}, p = {c.p:.2g}."
-        for c in comparisons(rows)
-        if c.p >= LEVEL or (c.p == c.p and sum(c.gains) < 0)
-    ]
+def negatives(rows: Rows, best: dict[str, str]) -> list[str]:
+    """Say where nothing was gained, of the test rows of one setup and one size.
+
+    Against the best loss alone stands each other one with its ``best`` distillation loss.
+    """
+    lost: dict[str, list[str]] = {}
+    for c in comparisons(rows):
+        if nothing_gained(c.gains, c.p):
+            lost.setdefault(c.metric_loss, []).append(f"{c.distillation} ({shown(c.gains, '+.3f')}, p = {c.p:.2g})")
+    said = [f"{name} alone is not beaten by itself with {', '.join(others)}." for name, others in lost.items()]
     alone = {name: values(where(rows, metric_loss=name, distillation=NONE)) for name in unique(rows, "metric_loss")}
     alone = {name: own for name, own in alone.items() if own}
     if not alone:
         return said
-    best = max(alone, key=lambda name: mean_and_error(list(alone[name].values()))[0])
-    found = []
-    for metric_loss in alone:
-        for distillation in unique(rows, "distillation"):
-            own = values(where(rows, metric_loss=metric_loss, distillation=distillation))
-            gains, p = paired(own, alone[best])
-            if distillation != NONE and p == p:
-                found.append((metric_loss, distillation, gains, p))
-    for (metric_loss, distillation, gains, _), p in zip(found, holm([p for *_, p in found])):
-        if metric_loss != best and (p >= LEVEL or sum(gains) < 0):
-            said.append(
-                f"{best}, the best loss alone, is not beaten by {metric_loss} with {distillation}: "
-                f"{shown(gains, '+.3f')}, p = {p:.2g}."
-            )
+    winner = max(alone, key=lambda name: mean_and_error(list(alone[name].values()))[0])
+    others = {name: distillation for name, distillation in best.items() if name != winner}
+    tests = [paired(values(where(rows, metric_loss=n, distillation=d)), alone[winner]) for n, d in others.items()]
+    behind = [
+        f"{name} with {distillation} ({shown(gains, '+.3f')}, p = {p:.2g})"
+        for (name, distillation), (gains, _), p in zip(others.items(), tests, holm([p for _, p in tests]))
+        if nothing_gained(gains, p)
+    ]
+    if behind:
+        said.append(
+            f"{winner}, the best loss alone, is not beaten by others with the distillation loss best beside them "
+            f"on the validation classes: {', '.join(behind)}."
+        )
     return said
+
+
+def nothing_gained(gains: Sequence[float], p: float) -> bool:
+    """Whether there was a test, and it shows no gain."""
+    return p >= LEVEL or (p == p and sum(gains) < 0)
 
 
 def setups(rows: Rows) -> list[tuple[str, ...]]:
@@ -200,7 +230,7 @@ def markdown(rows: Rows) -> str:
         for size, tested in sizes(own):
             parts.append(f"### Student {size}, {int(tested[0]['parameters']):,} parameters")
             parts.append(gains_table(tested))
-            said = negatives(tested)
+            said = negatives(tested, best_distillations(own))
             if said:
                 parts.append("Where no gain is shown:\n\n" + "\n".join(f"- {sentence}" for sentence in said))
         for size, tested in sizes(own):
@@ -209,12 +239,16 @@ def markdown(rows: Rows) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def best_distillation(rows: Rows, metric_loss: str) -> str | None:
-    """Return the distillation loss with the best trial among those that have been tested."""
-    tested = unique(where(rows, split="test", metric_loss=metric_loss), "distillation")
-    tried = [row for row in where(rows, split="val", metric_loss=metric_loss) if row["distillation"] in tested]
-    tried = [row for row in tried if row["distillation"] != NONE]
-    return max(tried, key=lambda row: float(row[MAP]))["distillation"] if tried else None
+def best_distillations(rows: Rows) -> dict[str, str]:
+    """Return for each metric loss the distillation loss with the best trial among those that have been tested."""
+    best = {}
+    for metric_loss in unique(where(rows, split="val"), "metric_loss"):
+        tested = unique(where(rows, split="test", metric_loss=metric_loss), "distillation")
+        tried = [row for row in where(rows, split="val", metric_loss=metric_loss) if row["distillation"] in tested]
+        tried = [row for row in tried if row["distillation"] != NONE]
+        if tried:
+            best[metric_loss] = max(tried, key=lambda row: float(row[MAP]))["distillation"]
+    return best
 
 
 def pictures(rows: Rows, folder: Path) -> list[Path]:
@@ -224,8 +258,7 @@ def pictures(rows: Rows, folder: Path) -> list[Path]:
     for setup in setups(rows):
         own = where(rows, **dict(zip(SETUP, setup)))
         by_size, name = sizes(own), "_".join(("accuracy", *setup[:3]))
-        best = {loss: best_distillation(own, loss) for loss in unique(where(own, split="val"), "metric_loss")}
-        best = {loss: distillation for loss, distillation in best.items() if distillation}
+        best = best_distillations(own)
         if not best or not by_size:
             continue
         tuned = where(own, split="val", distillation=next(iter(best.values())))[0]["student"]

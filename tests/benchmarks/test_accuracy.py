@@ -110,6 +110,14 @@ def test_the_paired_difference_is_that_of_the_seeds_in_common():
     assert p == pytest.approx(0.2048, abs=1e-4)  # t = 3 with one degree of freedom
 
 
+def test_other_methods_share_their_variance_with_a_comparison():
+    alone, taught, other = {"0": 0.0, "1": 1.0}, {"0": 1.0, "1": 3.0}, {"0": 2.0, "1": 2.0}
+    gains, p = accuracy_report.paired(taught, alone, [other])
+    assert gains == [1.0, 2.0]
+    # The squares of the residuals sum to 1, two degrees of freedom, t = 1.5 √2.
+    assert p == pytest.approx(1 - (4.5 / 6.5) ** 0.5)
+
+
 def test_the_report_shows_gains_and_where_there_are_none(tmp_path, threads):
     path = tmp_path / "accuracy.csv"
 
