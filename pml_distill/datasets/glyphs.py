@@ -2,6 +2,7 @@ import os
 import warnings
 import zipfile
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ class Glyphs(ClassDisjointImages):
     difference, averaged over the faces, is below 6 % of the fainter one's squared ink.
 
     Rendered without network in about two seconds at the first use and cached as
-    ``$XDG_CACHE_HOME/pml_distill/glyphs-v1.npz`` (by default under ``~/.cache``). A damaged cache is rendered
-    anew, with a warning.
+    ``$XDG_CACHE_HOME/pml_distill/glyphs-v1-matplotlib-3.11.2.npz`` (by default under ``~/.cache``), for each version
+    of matplotlib, whose faces and rendering differ. A damaged cache is rendered anew, with a warning.
 
     Args:
         split: ``"train"``, ``"val"`` (a fifth of the training classes), ``"train+val"`` or ``"test"`` (half of
@@ -63,7 +64,7 @@ class Glyphs(ClassDisjointImages):
 def cached_glyphs() -> tuple[np.ndarray, np.ndarray, str]:
     """Return images (N, 64, 64), labels (N,) and the characters, from the cache if it is whole."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pml_distill"
-    path = folder / f"glyphs-v{VERSION}.npz"
+    path = folder / f"glyphs-v{VERSION}-matplotlib-{version('matplotlib')}.npz"
     if path.exists():
         try:
             with np.load(path) as archive:

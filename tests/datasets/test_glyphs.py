@@ -1,4 +1,6 @@
+import re
 import warnings
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -96,14 +98,25 @@ def test_a_damaged_cache_is_rendered_anew_with_a_warning(tmp_path, monkeypatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     images, labels, characters = cached_glyphs()
     (path,) = (tmp_path / "pml_distill").iterdir()
-    assert path.name == "glyphs-v1.npz"
+    assert path.name == f"glyphs-v1-matplotlib-{version('matplotlib')}.npz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(UserWarning, match="glyphs-v1.npz is damaged"):
+    with pytest.warns(UserWarning, match=f"{re.escape(path.name)} is damaged"):
         again = cached_glyphs()
     assert np.array_equal(images, again[0]) and np.array_equal(labels, again[1]) and characters == again[2]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cached_glyphs()
+
+
+def test_another_matplotlib_does_not_use_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cached_glyphs()
+    (path,) = (tmp_path / "pml_distill").iterdir()
+    rendered, time = path.read_bytes(), path.stat().st_mtime_ns
+    monkeypatch.setattr("pml_distill.datasets.glyphs.version", lambda package: "3.6.0")
+    cached_glyphs()
+    assert {p.name for p in path.parent.iterdir()} == {path.name, "glyphs-v1-matplotlib-3.6.0.npz"}
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (rendered, time)
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
