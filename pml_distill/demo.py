@@ -349,6 +349,7 @@ class Demo:
         def end_of_testing(tester: GlobalEmbeddingSpaceTester) -> None:
             hooks.end_of_testing_hook(tester)
             record_keeper.save_records()
+            record_keeper.tensorboard_writer.close()
             tester.embeddings = tester.embeddings_and_labels["test"][0]
 
         tester = GlobalEmbeddingSpaceTester(

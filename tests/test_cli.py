@@ -1,8 +1,10 @@
 import csv
 import json
+import threading
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pml_distill import cli
 from pml_distill.demo import LOSSES, Demo, DemoConfig
@@ -35,6 +37,11 @@ def test_demo_writes_table_csv_pictures_and_logs(finished):
         assert min(Image.open(finished / name).size) > 100
     logs = finished / "seed0" / "relative_teacher" / "logs"
     assert (logs / "loss_histories.csv").exists() and any("TEST_vs_self" in p.name for p in logs.iterdir())
+    events = EventAccumulator(str(finished / "seed0" / "relative_teacher" / "tensorboard")).Reload()
+    logged = {tag.split("/")[-1]: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    assert logged["mean_average_precision_at_r_level0"] == pytest.approx(float(rows[4]["mean_average_precision_at_r"]))
+    # A writer that is not closed keeps its thread and its file open.
+    assert not any("Writer" in type(thread).__name__ for thread in threading.enumerate())
 
 
 def test_what_aligns_the_spaces_is_known_of_every_loss():
