@@ -50,7 +50,7 @@ EMBEDDING_SIZE = 128
 BATCH_SIZE = 128
 PER_CLASS = 4
 TEACHER_WIDTH, STUDENT_WIDTH = 32, 8
-#: The best for either network alone, on the validation classes.
+#: On the validation classes the student alone does best from 2e-2 to 3e-2; the teacher was given what trains it well.
 TEACHER_RATE, STUDENT_RATE = 3e-3, 2e-2
 DATASETS = {"glyphs": Glyphs, "digits": Digits}
 
