@@ -330,7 +330,7 @@ def finish(figure, axes, path: Path, **legend: str | int) -> None:
 def report(rows: Rows, out: Path) -> str:
     """Write table.md and the pictures into a folder; return the tables."""
     text = markdown(rows)
-    (out / "table.md").write_text(text)
+    (out / "table.md").write_text(text, encoding="utf-8")
     pictures(rows, out)
     return text
 

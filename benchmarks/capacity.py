@@ -156,7 +156,7 @@ def report(rows: list[dict[str, str]], folder: Path) -> str:
         line["images/s"] = f"{mean_and_error([float(row['images_per_second']) for row in group])[0]:.0f}"
         lines.append(line)
     table = format_table(lines)
-    (folder / "capacity.md").write_text(table + "\n")
+    (folder / "capacity.md").write_text(table + "\n", encoding="utf-8")
     return table
 
 

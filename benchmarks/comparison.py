@@ -89,7 +89,7 @@ def table(
         for method in (*others, alone, taught):
             own = {metric: by_seed(rows, metric, method=method, **{column: condition}) for metric in METRICS}
             line = {column: condition, "method": method, "seeds": str(len(own[METRICS[0]]))}
-            for metric, name in zip(METRICS, ("precision@1", "MAP@R", "student → teacher", "agreement")):
+            for metric, name in zip(METRICS, ("precision@1", "MAP@R", "student to teacher", "agreement")):
                 line[name] = "{:.3f} ± {:.3f}".format(*mean_and_error(list(own[metric].values())))
             line["gain in MAP@R"] = ""
             if method == taught:

@@ -139,7 +139,7 @@ def main() -> None:
         if condition.labels or method != ALONE
     ]
     text = table(complete(path, jobs, work, processes))
-    (given.out / "table.md").write_text(text + "\n")
+    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -8,7 +8,7 @@ clean image of the same sample, and the absolute teacher is added.
     python benchmarks/cross_quality.py
 
 write search.csv, and results.csv, table.md and map_at_r.png, into the folder. A finished run has a row and is not
-computed again; an interrupted one goes on from its last epoch. "student → teacher" is retrieval of the teacher's
+computed again; an interrupted one goes on from its last epoch. "student to teacher" is retrieval of the teacher's
 embeddings of clean images by degraded queries. The settings below are the best of the search, on images of low
 resolution.
 """
@@ -119,7 +119,7 @@ def main() -> None:
             jobs.append(job(split, quality, LOOKING, seed))
     rows = complete(path, jobs, work, processes)
     text = table(rows, "quality", DEGRADATIONS, ALONE, TAUGHT, LOOKING)
-    (given.out / "table.md").write_text(text + "\n")
+    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
     levels = {"teacher on clean images": mean_and_error(list(by_seed(rows, METRICS[1], method=CLEAN).values()))[0]}
     plot(given.out / "map_at_r.png", rows, "quality", DEGRADATIONS, (LOOKING, ALONE, TAUGHT), levels)
     print(text)

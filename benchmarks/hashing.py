@@ -129,7 +129,7 @@ def report(rows: list[dict[str, str]], folder: Path) -> str:
         line["ms/image"] = f"{mean_and_error([float(row['latency_ms']) for row in group])[0]:.2f}"
         lines.append(line)
     table = format_table(lines)
-    (folder / "hashing.md").write_text(table + "\n")
+    (folder / "hashing.md").write_text(table + "\n", encoding="utf-8")
     return table
 
 

@@ -143,7 +143,7 @@ def main() -> None:
     jobs = [job(split, *key, seed, *setting) for key, setting in SETTINGS.items() for seed in range(seeds)]
     rows = complete(path, jobs, work, processes)
     text = table(rows, "comparison", tuple(COMPARISONS), WITHOUT, WITH)
-    (given.out / "table.md").write_text(text + "\n")
+    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
     levels = {"teacher": mean_and_error(list(by_seed(rows, METRICS[1], method="teacher").values()))[0]}
     plot(given.out / "map_at_r.png", rows, "comparison", tuple(COMPARISONS), (WITHOUT, WITH), levels)
     print(text)

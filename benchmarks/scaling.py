@@ -280,7 +280,7 @@ def main() -> None:
     shown = [{key: f"{v:.3g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in rows]
     table = format_table([{"name": row["name"]} | row for row in shown])
     print(table)
-    (options.out / "scaling.md").write_text(table + "\n")
+    (options.out / "scaling.md").write_text(table + "\n", encoding="utf-8")
     draw(rows, options.out / "scaling.png", options.widths[-1])
 
 

@@ -122,7 +122,7 @@ def main() -> None:
     jobs = [job(split, *key, seed, setting) for key, setting in SETTINGS.items() for seed in range(seeds)]
     rows = complete(path, jobs, work, given.processes)
     text = table(rows, "labels", tuple(FRACTIONS), ALONE, DISTILLED)
-    (given.out / "table.md").write_text(text + "\n")
+    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
     teacher = mean_and_error(list(by_seed(rows, METRICS[1], method="teacher").values()))[0]
     levels = {"teacher, all labels": teacher}
     plot(given.out / "map_at_r.png", rows, "labels", tuple(FRACTIONS), (ALONE, DISTILLED), levels)

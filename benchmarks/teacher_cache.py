@@ -135,7 +135,7 @@ def main() -> None:
     columns = ("ms", "to_student_alone", "images_per_second", "peak_mib", "written_ms_per_view")
     table = format_table([{"step": r["step"]} | {c: f"{r[c]:.2f}" for c in columns} for r in rows])
     print(table)
-    (options.out / "teacher_cache.md").write_text(table + "\n")
+    (options.out / "teacher_cache.md").write_text(table + "\n", encoding="utf-8")
     draw(rows, options.out / "teacher_cache.png")
 
 

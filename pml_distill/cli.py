@@ -100,7 +100,7 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
                 "network": "student alone" if name == "student" else name,
                 "precision@1": shown(values(name, "precision_at_1")),
                 "MAP@R": shown(values(name, metric)),
-                "student → teacher": shown(values(name, "asymmetric_map_at_r")),
+                "student to teacher": shown(values(name, "asymmetric_map_at_r")),
                 "aligned": ("yes" if LOSSES[name].aligned else "no") if name in LOSSES else "",
                 "gap recovered": shown([100 * gap for gap in gaps], 0) + " %",
                 "agreement": shown(values(name, "neighbor_agreement")),
@@ -123,7 +123,7 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
         ]
     text = format_table(table)
     print(text)
-    (demo.out / "table.md").write_text(text + "\n")
+    (demo.out / "table.md").write_text(text + "\n", encoding="utf-8")
     with open(demo.out / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(records[0]))
         writer.writeheader()
@@ -147,7 +147,7 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
         {"student alone": demo.embeddings("student", 0).cpu(), f"student with {best}": demo.embeddings(best, 0).cpu()},
         queries,
     )
-    print("\nstudent → teacher: MAP@R of the student's queries in the teacher's gallery. Losses that do not align")
+    print("\nstudent to teacher: MAP@R of the student's queries in the teacher's gallery. Losses that do not align")
     print("the two spaces (aligned: no), such as those on relations alone, have no reason to raise it.")
     print(f"Averaged over {seeds} seed{'s' * (seeds > 1)}. In {demo.out}: table.md, results.csv, map_at_r.png,")
     print("neighbors.png, and the record-keeper and tensorboard logs of every run in its folder.")

@@ -182,16 +182,17 @@ class Demo:
     def claim_folder(self) -> None:
         """Write the configuration into the folder, or check that it is the one there."""
         path, ours = self.out / "config.json", asdict(self.config)
-        if path.exists():
-            theirs = json.loads(path.read_text())
-            if theirs != ours:
-                raise ValueError(
-                    f"out folder {self.out} holds a demo with {theirs}, not {ours}; choose another folder."
-                )
-            return
-        if any(self.out.iterdir()):
-            raise ValueError(f"out folder {self.out} is not empty and holds no demo; choose another folder.")
-        path.write_text(json.dumps(ours, indent=2))
+        # Looked for before the configuration: another process may claim the folder meanwhile.
+        others = any(not other.name.startswith(path.name) for other in self.out.iterdir())
+        if not path.exists():
+            if others:
+                raise ValueError(f"out folder {self.out} is not empty and holds no demo; choose another folder.")
+            unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            unfinished.write_text(json.dumps(ours, indent=2))
+            os.replace(unfinished, path)
+        theirs = json.loads(path.read_text())
+        if theirs != ours:
+            raise ValueError(f"out folder {self.out} holds a demo with {theirs}, not {ours}; choose another folder.")
 
     def results(self) -> list[dict]:
         """Return the finished runs."""

@@ -1,8 +1,10 @@
 import csv
 import json
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -145,3 +147,20 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(tmp_path):
     assert broken.results() == []
     assert demo("broken").run("teacher", 0) == whole
     assert json.loads((tmp_path / "broken" / "config.json").read_text())["epochs"] == 2
+
+
+def test_two_processes_may_claim_a_folder_at_once(tmp_path, monkeypatch):
+    """The other one claims it just after this one has looked into it."""
+    iterdir = Path.iterdir
+
+    def claimed_meanwhile(folder):
+        found = list(iterdir(folder))
+        if not found and folder == tmp_path:
+            monkeypatch.setattr(Path, "iterdir", iterdir)
+            Demo(DemoConfig("digits"), tmp_path, torch.device("cpu"))
+            (tmp_path / "seed0").mkdir()
+        return found
+
+    monkeypatch.setattr(Path, "iterdir", claimed_meanwhile)
+    Demo(DemoConfig("digits"), tmp_path, torch.device("cpu"))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "seed0"}

@@ -182,13 +182,16 @@ class CapacityDynamics:
         self.teacher.eval()
         taught = {name: teacher.get_submodule(name) for name in self.compactors}
         self.taps = {
-            # A pass without gradients, as when batch norms are brought up to date, is no part of a step.
+            # A pass without gradients, as when batch norms are brought up to date, is no part of a step; nor is one of
+            # the teacher over a gallery, while the student is tested.
             "student": PassTap(
                 self.student,
                 dict(self.compactors),
                 lambda: self.resetting and self.student.training and torch.is_grad_enabled(),
             ),
-            "teacher": PassTap(self.teacher, taught, lambda: self.resetting and not teacher.training),
+            "teacher": PassTap(
+                self.teacher, taught, lambda: self.resetting and self.student.training and not teacher.training
+            ),
         }
 
     @property
@@ -400,6 +403,9 @@ class CapacityDynamics:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken, or raise ``ValueError`` if it was under other settings."""
+        if (self.budget is None) != (state["budget"] is None):
+            with_one, without = ("state", "dynamics") if self.budget is None else ("dynamics", "state")
+            raise ValueError(f"the {with_one} has target_params or target_flops, but the {without} has none.")
         try:
             self.resets.load_state_dict(state["resets"])
         except RuntimeError as error:
@@ -409,7 +415,7 @@ class CapacityDynamics:
             ) from error
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.history = list(state["history"])
-        if self.budget is not None and state["budget"] is not None:
+        if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
 
 

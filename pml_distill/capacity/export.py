@@ -116,7 +116,9 @@ def merge(conv: nn.Conv2d, norm: Any, rows: torch.Tensor | None = None) -> nn.Co
 @torch.no_grad()
 def with_values(conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
     """Return a convolution as the one given, with other weights; frozen if its weight is, and in the same layout."""
-    new = nn.Conv2d(
+    # Weights drawn only to be replaced would take numbers from the global generator.
+    new = nn.utils.skip_init(
+        nn.Conv2d,
         weight.shape[1] * conv.groups,
         weight.shape[0],
         conv.kernel_size,
@@ -126,8 +128,8 @@ def with_values(conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> n
         conv.groups,
         bias is not None,
         conv.padding_mode,
-        conv.weight.device,
-        conv.weight.dtype,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
     ).eval()
     new.weight.copy_(weight)
     if new.bias is not None and bias is not None:

@@ -128,10 +128,16 @@ class SizeBudget:
                 gone[row], widths = False, wider
 
     def state_dict(self) -> dict[str, object]:
-        """Return the progress."""
-        return {"alive": self.alive, "first_longest": self.first_longest}
+        """Return the progress and the plan."""
+        return {"alive": self.alive, "first_longest": self.first_longest, "plan": self.plan()}
+
+    def plan(self) -> dict[str, object]:
+        """Return what is counted, how much of it shall remain, and when."""
+        return {"measured": self.measured, "target": self.target, "budget_steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Go on where ``state_dict`` was taken, or raise ``ValueError`` if it was under another plan."""
+        if state["plan"] != self.plan():
+            raise ValueError(f"the state is of the budget {state['plan']}, but this one is {self.plan()}.")
         self.first_longest, alive = state["first_longest"], state["alive"]
         self.alive = None if alive is None else [own.to(weight) for own, weight in zip(alive, self.weights)]

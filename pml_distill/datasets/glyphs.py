@@ -2,7 +2,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from importlib.metadata import version
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ class Glyphs(ClassDisjointImages):
     difference, averaged over the faces, is below 6 % of the fainter one's squared ink.
 
     Rendered without network in about two seconds at the first use and cached as
-    ``$XDG_CACHE_HOME/pml_distill/glyphs-v1-matplotlib-3.11.2.npz`` (by default under ``~/.cache``), for each version
-    of matplotlib, whose faces and rendering differ. A damaged cache is rendered anew, with a warning.
+    ``$XDG_CACHE_HOME/pml_distill/glyphs-v1-matplotlib-3.11.2-freetype-2.14.3.npz`` (by default under ``~/.cache``):
+    other versions have other faces or draw them otherwise. A damaged cache is rendered anew, with a warning.
 
     Args:
         split: ``"train"``, ``"val"`` (a fifth of the training classes), ``"train+val"`` or ``"test"`` (half of
@@ -63,24 +63,40 @@ class Glyphs(ClassDisjointImages):
 
 def cached_glyphs() -> tuple[np.ndarray, np.ndarray, str]:
     """Return images (N, 64, 64), labels (N,) and the characters, from the cache if it is whole."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pml_distill"
-    path = folder / f"glyphs-v{VERSION}-matplotlib-{version('matplotlib')}.npz"
-    if path.exists():
+    try:
+        path = cache_path()
+        cached = path.exists()
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"Glyphs are not cached, there is no place for them ({error}).", stacklevel=3)
+        return render_glyphs()
+    if cached:
         try:
             with np.load(path) as archive:
                 return archive["images"], archive["labels"], str(archive["characters"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             warnings.warn(f"The cache {path} is damaged ({error}); it is rendered anew.", stacklevel=3)
     images, labels, characters = render_glyphs()
-    unfinished = folder / f"{path.name}.{os.getpid()}.tmp"
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             np.savez_compressed(file, images=images, labels=labels, characters=np.array(characters))
         os.replace(unfinished, path)
     except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         warnings.warn(f"Glyphs are not cached, {path} cannot be written ({error}).", stacklevel=3)
     return images, labels, characters
+
+
+def cache_path() -> Path:
+    """Return where the images are cached that this matplotlib renders."""
+    import matplotlib
+    from matplotlib import ft2font
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pml_distill"
+    versions = f"matplotlib-{matplotlib.__version__}-freetype-{ft2font.__freetype_version__}"
+    return folder / f"glyphs-v{VERSION}-{versions}.npz"
 
 
 def render_glyphs() -> tuple[np.ndarray, np.ndarray, str]:

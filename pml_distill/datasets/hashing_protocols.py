@@ -129,7 +129,7 @@ class MultiLabelList(torch.utils.data.Dataset):
         self.root, self.transform = Path(root), transform
         self.paths: list[str] = []
         rows: list[list[float]] = []
-        for number, line in enumerate(Path(list_file).read_text().splitlines(), start=1):
+        for number, line in enumerate(Path(list_file).read_text(encoding="utf-8").splitlines(), start=1):
             path, *columns = line.split() or [""]
             if not path:
                 continue

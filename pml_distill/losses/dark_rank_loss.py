@@ -223,7 +223,11 @@ def remaining_probabilities(scores: torch.Tensor, logsumexp: torch.Tensor) -> to
     length, queries = scores.shape
     probabilities = scores.new_zeros(2**length, queries)
     probabilities[-1] = 1
-    for subsets, added, supersets in subset_levels(length, scores.device):
+    levels = subset_levels(length, scores.device)
+    if any(type(subsets) is not torch.Tensor for subsets, _, _ in levels):
+        # Made while a program is exported, and of no use outside.
+        subset_levels.cache_clear()
+    for subsets, added, supersets in levels:
         picked = (scores[added] - logsumexp[supersets]).exp()
         probabilities[subsets] = (probabilities[supersets] * picked).sum(dim=1)
     return probabilities

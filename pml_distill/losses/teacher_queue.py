@@ -2,7 +2,7 @@ import torch
 
 
 class TeacherQueue(torch.nn.Module):
-    """The last embeddings seen, first in first out: candidates beyond the batch.
+    """The last embeddings seen, first in first out: candidates beyond the batch. It follows them to their device.
 
     Rows, write position and count are buffers, so that a checkpoint holds them and a resumed run goes on where it
     stopped. Under ``DistributedLossWrapper`` a loss sees the joined batch, and so does its queue: every process
@@ -47,6 +47,8 @@ class TeacherQueue(torch.nn.Module):
             embeddings: (B, width), what enters; of a batch larger than the queue, its end.
             include_batch: whether the batch is among the rows that are returned, or is not yet.
         """
+        if self.rows.device != embeddings.device:
+            self.to(embeddings.device)
         size, width = self.rows.shape
         if embeddings.shape[1] != width:
             raise ValueError(

@@ -235,6 +235,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         RuntimeError: another process holds it, or another writer of this one.
+        OSError: the file system knows no locks.
     """
     import fcntl
 
@@ -246,6 +247,8 @@ def locked(folder: Path) -> Iterator[None]:
             # Unlike those of flock, these locks are not kept alive by dataloader workers that outlive a kill.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
             raise RuntimeError(
                 f"Another process is writing the teacher cache in {folder}; wait for it or choose another folder."
             ) from error

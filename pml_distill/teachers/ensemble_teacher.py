@@ -57,7 +57,9 @@ class EnsembleTeacher(torch.nn.Module):
     def forward(self, data: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return the joint embeddings, (B, sum of the widths)."""
         parts = [teacher(data, index) for teacher in self.teachers]
-        parts = [F.normalize(part.to(torch.promote_types(part.dtype, torch.float32))) for part in parts]
+        # A cached teacher answers where the data are, a frozen one where it is itself.
+        device = parts[0].device
+        parts = [F.normalize(part.to(device, torch.promote_types(part.dtype, torch.float32))) for part in parts]
         return torch.cat([weight**0.5 * part for part, weight in zip(parts, self.weights)], dim=1)
 
     def extra_repr(self) -> str:

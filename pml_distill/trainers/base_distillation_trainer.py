@@ -7,7 +7,7 @@ import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory, MultipleLosses
 from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
 from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper, is_distributed
 from pytorch_metric_learning.utils.loss_tracker import LossTracker
 from tqdm import tqdm
 
@@ -248,26 +248,26 @@ class BaseDistillationTrainer(BaseTrainer):
             labels = c_f.process_label(labels, self.label_hierarchy_level, self.label_mapper)
         if "subset_batch_miner" in self.mining_funcs:
             kept = self.mine_subset(data, labels)
-            data = on_views(data, lambda view: view[kept])
-            labels, index = (None if x is None else x[kept] for x in (labels, index))
+            data = on_views(data, lambda view: view[kept.to(view.device)])
+            labels, index = (None if x is None else x[kept.to(x.device)] for x in (labels, index))
         return data, labels, index
 
     @torch.no_grad()
     def mine_subset(self, data: torch.Tensor | Views, labels: torch.Tensor | None) -> torch.Tensor:
         """Return the rows that ``subset_batch_miner`` keeps, judged in eval mode, and the unlabelled ones."""
         self.set_to_eval()
-        embeddings = self.compute_embeddings(data.student if isinstance(data, Views) else data)
-        rows = labeled_rows(labels)
-        if rows is None:
-            kept = self.mining_funcs["subset_batch_miner"](embeddings, labels)
-        else:
+        try:
+            embeddings = self.compute_embeddings(data.student if isinstance(data, Views) else data)
+            rows = labeled_rows(labels)
+            if rows is None:
+                return self.mining_funcs["subset_batch_miner"](embeddings, labels)
             dropped = torch.zeros(len(embeddings), dtype=torch.bool).index_fill(0, rows, True)
             if len(rows):
                 mined = self.mining_funcs["subset_batch_miner"](*only_labeled(embeddings, labels))
                 dropped[rows[mined.to(rows.device)]] = False
-            kept = (~dropped).nonzero().flatten()
-        self.set_to_train()
-        return kept
+            return (~dropped).nonzero().flatten()
+        finally:
+            self.set_to_train()
 
     def backward(self) -> None:
         """Scale the loss for float16 and go back, unless all weights are 0 in this step."""
@@ -299,13 +299,15 @@ class BaseDistillationTrainer(BaseTrainer):
         """Write all that an undisturbed continuation needs, replacing an older file only once complete.
 
         Models, losses, miners, optimizers, schedulers, gradient clippers that have a state, scaler, epoch, the random
-        states of Python, NumPy and torch, and the place in the data. Call it last in the end-of-epoch hook.
+        states of Python, NumPy and torch, and the place in the data. Call it last in the end-of-epoch hook. Of several
+        processes each has its own random state and place, and writes a file of its own.
         """
         state: dict[str, Any] = {
             name: {key: unwrapped(value).state_dict() for key, value in stateful(getattr(self, name))} for name in SAVED
         }
         state.update(
             epoch=self.epoch,
+            rank=process_rank(),
             scaler=self.scaler.state_dict(),
             random_state=get_random_state(),
             data_position=None if self.dataloader is None else self.dataloader.position(),
@@ -314,7 +316,7 @@ class BaseDistillationTrainer(BaseTrainer):
         )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
+        unfinished = path.with_name(f"{path.name}.{process_rank()}.tmp")
         torch.save(state, unfinished)
         os.replace(unfinished, path)
 
@@ -325,9 +327,15 @@ class BaseDistillationTrainer(BaseTrainer):
         weights of a run that was never interrupted.
 
         Raises:
-            ValueError: the checkpoint is of a trainer with other models, optimizers, schedulers or losses.
+            ValueError: the checkpoint is of a trainer with other models, optimizers, schedulers or losses, or of
+                another process.
         """
         state = torch.load(path, map_location=self.data_device, weights_only=True)
+        if state["rank"] != process_rank():
+            raise ValueError(
+                f"path {path} was written by process {state['rank']}, but this is process {process_rank()}; let each "
+                "save to and load from a path of its own."
+            )
         for name in SAVED:
             ours = dict(stateful(getattr(self, name)))
             if state[name].keys() != ours.keys():
@@ -343,7 +351,8 @@ class BaseDistillationTrainer(BaseTrainer):
 
     def memories(self) -> list[tuple[str, CrossBatchMemory]]:
         """Return the losses that are cross-batch memories."""
-        return [(key, loss) for key, loss in self.loss_funcs.items() if isinstance(loss, CrossBatchMemory)]
+        losses = [(key, without_wrapper(loss)) for key, loss in self.loss_funcs.items()]
+        return [(key, loss) for key, loss in losses if isinstance(loss, CrossBatchMemory)]
 
     def initialize_dataloader(self) -> None:
         """Build the loader, at the place in the data where the checkpoint was written."""
@@ -512,8 +521,18 @@ def only_labeled(rows: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch
 
 def needs_labels(loss: Any) -> bool:
     """Whether a loss that is given a teacher is one of PML's own."""
-    loss = loss.loss if isinstance(loss, DistributedLossWrapper) else loss
+    loss = without_wrapper(loss)
     return isinstance(loss, BaseMetricLossFunction) and not isinstance(loss, BaseDistillationLoss)
+
+
+def process_rank() -> int:
+    """Return the number of this process, 0 if it is alone."""
+    return torch.distributed.get_rank() if is_distributed() else 0
+
+
+def without_wrapper(loss: Any) -> Any:
+    """Return what a ``DistributedLossWrapper`` wraps, another loss as it is."""
+    return loss.loss if isinstance(loss, DistributedLossWrapper) else loss
 
 
 def all_or_none(labels: torch.Tensor | None) -> torch.Tensor | None:

@@ -52,5 +52,5 @@ def timed(model: torch.nn.Module, images: torch.Tensor) -> float:
     start = time.perf_counter()
     model(images)
     if images.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(images.device)
     return time.perf_counter() - start

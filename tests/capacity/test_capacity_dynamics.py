@@ -110,6 +110,16 @@ def test_a_teacher_run_on_other_images_does_not_count():
     assert all(torch.allclose(a.queue, b.queue, atol=1e-6) for a, b in zip(dynamics.resets, expected[3].resets))
 
 
+def test_nothing_is_kept_of_a_gallery_that_the_teacher_embeds_while_the_student_is_tested():
+    student, teacher, _, dynamics = setting()
+    backward(student, images())
+    dynamics()
+    student.eval()
+    with torch.no_grad():
+        teacher.eval()(images(seed=5))
+    assert not dynamics.taps["teacher"].passes
+
+
 def test_the_exported_network_has_no_hooks_and_the_training_goes_on(tmp_path):
     student, _, optimizer, dynamics = setting()
     steps(student, dynamics, optimizer, 1)
@@ -528,6 +538,23 @@ def test_a_state_of_other_settings_is_refused(kwargs):
     for source, target in ((dynamics, other), (other, dynamics)):
         with pytest.raises(ValueError, match="the state was taken with another queue_size"):
             target.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_params": 0.6}, r"state is of the budget \{'measured': 'parameters', 'target': .* but this one is"),
+        ({"target_params": None, "target_flops": 0.5}, "'measured': 'parameters'.* but this one is .*'flops'"),
+        ({"budget_steps": 13}, "'budget_steps': 12.*'budget_steps': 13"),
+        ({"target_params": None, "budget_steps": None}, "the state has target_params or target_flops, but the dynam"),
+    ],
+)
+def test_a_state_of_another_budget_is_refused(changes, message):
+    kwargs = {"target_params": 0.5, "budget_steps": 12}
+    state = setting(**kwargs)[3].state_dict()
+    other = setting(**{**kwargs, **changes})[3]
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

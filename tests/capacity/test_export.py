@@ -205,6 +205,13 @@ def test_folding_says_when_it_cannot_trace():
     export(model)
 
 
+def test_it_draws_no_random_numbers():
+    model = pruned("torchvision resnet18", "all")
+    state = torch.get_rng_state()
+    export(model, fold_norms=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("name", ["torchvision resnet18", "timm resnet50"])
 def test_exported_programs_and_onnx_give_the_same(name, tmp_path):
     import onnxruntime

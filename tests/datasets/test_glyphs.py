@@ -1,7 +1,7 @@
 import re
 import warnings
-from importlib.metadata import version
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_a_damaged_cache_is_rendered_anew_with_a_warning(tmp_path, monkeypatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     images, labels, characters = cached_glyphs()
     (path,) = (tmp_path / "pml_distill").iterdir()
-    assert path.name == f"glyphs-v1-matplotlib-{version('matplotlib')}.npz"
+    assert path.name.startswith(f"glyphs-v1-matplotlib-{matplotlib.__version__}-freetype-")
     path.write_bytes(damage(path.read_bytes()))
     with pytest.warns(UserWarning, match=f"{re.escape(path.name)} is damaged"):
         again = cached_glyphs()
@@ -113,9 +113,12 @@ def test_another_matplotlib_does_not_use_its_cache(tmp_path, monkeypatch):
     cached_glyphs()
     (path,) = (tmp_path / "pml_distill").iterdir()
     rendered, time = path.read_bytes(), path.stat().st_mtime_ns
-    monkeypatch.setattr("pml_distill.datasets.glyphs.version", lambda package: "3.6.0")
+    monkeypatch.setattr(matplotlib, "__version__", "3.6.0")
     cached_glyphs()
-    assert {p.name for p in path.parent.iterdir()} == {path.name, "glyphs-v1-matplotlib-3.6.0.npz"}
+    monkeypatch.setattr("matplotlib.ft2font.__freetype_version__", "2.6.1")
+    cached_glyphs()
+    others = {p.name for p in path.parent.iterdir()} - {path.name}
+    assert len(others) == 2 and "glyphs-v1-matplotlib-3.6.0-freetype-2.6.1.npz" in others
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (rendered, time)
 
 
@@ -125,6 +128,27 @@ def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="not cached"):
         assert len(Glyphs("test")) == cached
+
+
+def test_without_a_place_for_the_cache_it_is_rendered(monkeypatch):
+    def none(*args):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", none)
+    with pytest.warns(UserWarning, match="not cached, there is no place for them"):
+        images, _, _ = cached_glyphs()
+    assert len(images) == len(render_glyphs()[0])
+
+
+@both
+def test_the_default_dtype_changes_nothing(dataset):
+    expected = dataset("test")[3][0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(dataset("test")[3][0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @both

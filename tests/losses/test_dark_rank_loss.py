@@ -216,3 +216,17 @@ def test_errors_name_the_argument(arguments, message):
 def test_a_whole_batch_too_long_for_soft_is_refused():
     with pytest.raises(ValueError, match="list_length is 19"):
         DarkRankLoss("soft", list_length=None)(embeddings(20), ref_emb=embeddings(20))
+
+
+def test_an_export_leaves_nothing_behind_in_the_loss():
+    class WithLoss(torch.nn.Module):
+        def forward(self, student, teacher):
+            return loss(student, ref_emb=teacher)
+
+    # A list length that no other test uses: nothing is cached for it yet.
+    loss, pair = DarkRankLoss(list_length=11), (embeddings(20).float(), embeddings(20, seed=1).float())
+    program = torch.export.export(WithLoss(), pair, strict=False)
+    after = loss(pair[0], ref_emb=pair[1])
+    fresh = DarkRankLoss(list_length=11)(embeddings(20), ref_emb=embeddings(20, seed=1))
+    assert after.item() == pytest.approx(fresh.item(), rel=1e-5)
+    assert program.module()(*pair).item() == pytest.approx(after.item(), rel=1e-5)

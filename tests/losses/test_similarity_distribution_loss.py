@@ -179,6 +179,11 @@ def test_a_checkpoint_resumes_the_queue():
     assert torch.equal(first.queue.rows, second.queue.rows)
 
 
+def test_the_queue_follows_the_embeddings_to_their_device():
+    rows, filled = TeacherQueue(4, 2).candidates(torch.zeros(3, 2, device="meta"))
+    assert rows.device.type == filled.device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

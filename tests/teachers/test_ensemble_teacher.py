@@ -34,6 +34,12 @@ def test_any_callable_serves_and_gets_the_index():
     assert torch.allclose(result[:, 4:], 0.5**0.5 * torch.nn.functional.normalize(table[index]))
 
 
+def test_teachers_that_answer_on_other_devices_are_joined_on_that_of_the_first():
+    parts = [lambda data, index: torch.ones(2, 3, device="meta"), lambda data, index: torch.ones(2, 4)]
+    joint = EnsembleTeacher(parts)(torch.zeros(2, 1))
+    assert joint.shape == (2, 7) and joint.device.type == "meta"
+
+
 def test_in_a_trainer_it_stays_frozen_and_in_eval_mode():
     parts, trunk = teachers(), torch.nn.Linear(6, 5)
     joint = EnsembleTeacher(parts)

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,6 +305,15 @@ def test_two_writers_are_refused(tmp_path):
     TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
 
 
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def without(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", without)
+    with pytest.raises(OSError, match="No locks available"):
+        TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
+
+
 def test_a_second_writer_in_one_process_is_refused(tmp_path):
     with block_file.locked(tmp_path):
         with pytest.raises(RuntimeError, match="This process is already writing the teacher cache in"):
@@ -353,6 +364,21 @@ def test_other_versions_and_transforms_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("pml_distill.teachers.fingerprint.version", lambda name: "0.1")
     with pytest.raises(ValueError, match="version of torch: .* in the cache, 0.1 now"):
         CachedTeacher(tmp_path, make_dataset())
+
+
+def test_a_set_in_a_transform_is_the_same_in_every_process():
+    code = """
+from pml_distill.teachers.fingerprint import described
+class Only:
+    def __init__(self):
+        self.names = {"bird", "cat", "dog"}
+print(described(Only()))
+"""
+    texts = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        texts.append(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True))
+    assert texts[0] == texts[1] and "'bird', 'cat', 'dog'" in texts[0]
 
 
 class Flip:

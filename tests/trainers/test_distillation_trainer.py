@@ -227,6 +227,19 @@ def test_subset_batch_miner(make_trainer):
     assert len(data) == len(labels) == 8 and index is None
 
 
+def test_networks_are_in_training_mode_after_a_miner_has_failed(make_trainer):
+    class Failing(torch.nn.Module):
+        def forward(self, embeddings, labels):
+            raise KeyError("no such pair")
+
+    trainer = make_trainer(mining_funcs={"subset_batch_miner": Failing()})
+    trainer.initialize_dataloader()
+    trainer.set_to_train()
+    with pytest.raises(KeyError):
+        trainer.get_batch()
+    assert trainer.models["trunk"].training
+
+
 def test_tuple_miner_without_labels_is_an_error(make_trainer):
     class Unlabelled(Blobs):
         def __getitem__(self, i):
@@ -376,6 +389,16 @@ def test_checkpoint_knows_the_place_in_a_cross_batch_memory(make_trainer, tmp_pa
     assert ours.has_been_filled and (ours.queue_idx, True) == (theirs.queue_idx, theirs.has_been_filled)
 
 
+def test_checkpoint_knows_it_inside_of_a_distributed_wrapper_too(make_trainer, tmp_path):
+    ours, theirs = (CrossBatchMemory(ContrastiveLoss(), 5, memory_size=48) for _ in range(2))
+    ours.queue_idx, ours.has_been_filled = 16, True
+    loss_funcs = {"metric_loss": DistributedLossWrapper(ours)}
+    make_trainer(loss_funcs=loss_funcs).save_checkpoint(tmp_path / "state.pth")
+    loss_funcs = {"metric_loss": DistributedLossWrapper(theirs)}
+    make_trainer(loss_funcs=loss_funcs).load_checkpoint(tmp_path / "state.pth")
+    assert (theirs.queue_idx, theirs.has_been_filled) == (16, True)
+
+
 def test_plain_loop_saves_and_may_rest(make_trainer, blobs, tmp_path):
     trainer = make_trainer(loss_weights={"metric_loss": 0, "distillation_loss": 0})
     before = weights(trainer)
@@ -388,6 +411,13 @@ def test_plain_loop_saves_and_may_rest(make_trainer, blobs, tmp_path):
 def test_a_dataset_smaller_than_a_batch_is_named(make_trainer):
     with pytest.raises(ValueError, match="dataset has 64 samples, fewer than batch_size, 65"):
         make_trainer(batch_size=65).train(1, 1)
+
+
+def test_checkpoint_of_another_process_is_refused(make_trainer, tmp_path, monkeypatch):
+    make_trainer().save_checkpoint(tmp_path / "state.pth")
+    monkeypatch.setattr("pml_distill.trainers.base_distillation_trainer.process_rank", lambda: 1)
+    with pytest.raises(ValueError, match="state.pth was written by process 0, but this is process 1"):
+        make_trainer().load_checkpoint(tmp_path / "state.pth")
 
 
 def test_checkpoint_of_another_trainer_is_refused(make_trainer, tmp_path):
