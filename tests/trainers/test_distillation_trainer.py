@@ -392,10 +392,12 @@ def test_checkpoint_knows_the_place_in_a_cross_batch_memory(make_trainer, tmp_pa
 def test_checkpoint_knows_it_inside_of_a_distributed_wrapper_too(make_trainer, tmp_path):
     ours, theirs = (CrossBatchMemory(ContrastiveLoss(), 5, memory_size=48) for _ in range(2))
     ours.queue_idx, ours.has_been_filled = 16, True
-    loss_funcs = {"metric_loss": DistributedLossWrapper(ours)}
-    make_trainer(loss_funcs=loss_funcs).save_checkpoint(tmp_path / "state.pth")
-    loss_funcs = {"metric_loss": DistributedLossWrapper(theirs)}
-    make_trainer(loss_funcs=loss_funcs).load_checkpoint(tmp_path / "state.pth")
+    saving, loading = (
+        make_trainer(loss_funcs={"metric_loss": DistributedLossWrapper(m), "distillation_loss": RelativeTeacherLoss()})
+        for m in (ours, theirs)
+    )
+    saving.save_checkpoint(tmp_path / "state.pth")
+    loading.load_checkpoint(tmp_path / "state.pth")
     assert (theirs.queue_idx, theirs.has_been_filled) == (16, True)
 
 
