@@ -34,6 +34,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from comparison import claim
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -87,6 +88,11 @@ TURNED, WEIGHT = 1, 5.0
 FIELDS = (
     *("seed", "positions", "method", "map_at_r", "precision_at_1", "parameters", "flops", "latency_ms"),
     *("images_per_second", "training_seconds", "parameters_at_0.01", "map_at_r_at_0.01"),
+)
+#: What the runs in one folder have in common.
+SETTINGS = (
+    *("network", "width", "positions", "target_flops", "milder_flops", "budget_share", "epochs", "learning_rate"),
+    *("bfloat16", "gpu"),
 )
 CURVE_FIELDS = ("seed", "positions", "method", "epoch", "parameters", "map_at_r")
 
@@ -415,7 +421,7 @@ def main() -> None:
     options = parser.parse_args()
     options.network = options.network or ("resnet101" if options.gpu else "resnet18")
     options.width = options.width or (64 if options.gpu else 16)
-    options.out.mkdir(parents=True, exist_ok=True)
+    claim(options.out, {name: getattr(options, name) for name in SETTINGS})
     jobs = [(options, seed) for seed in range(options.seeds)]
     if options.gpu:
         for job in jobs:

@@ -1,8 +1,9 @@
-"""What accuracy.py, semi_supervised.py and cross_quality.py share: jobs in processes, rows, table, picture."""
+"""What the scripts that compare accuracy share: folders, jobs in processes, rows, table, picture."""
 
 import argparse
 import csv
 import io
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,17 @@ def options(description: str | None, out: str) -> argparse.Namespace:
     parser.add_argument("--processes", default=2, type=int, help="of one thread each")
     parser.add_argument("--search", action="store_true", help="try hyperparameters on the validation classes instead")
     return parser.parse_args()
+
+
+def claim(folder: Path, settings: dict) -> None:
+    """Write down what the runs in a folder have in common, or stop if it holds runs with other settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    theirs = json.loads(path.read_text()) if path.exists() else settings
+    if theirs != settings:
+        other = {key: value for key, value in theirs.items() if value != settings.get(key)}
+        raise SystemExit(f"--out {folder} holds runs with {other}; choose another folder.")
+    path.write_text(json.dumps(settings, indent=2))
 
 
 def finished(path: Path) -> list[dict[str, str]]:

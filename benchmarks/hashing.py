@@ -21,6 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from comparison import claim
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--distillation-steps", default=200, type=int)
     parser.add_argument("--steps", default=60, type=int, help="of hashing, for each backbone alike")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    claim(options.out, {name: getattr(options, name) for name in ("teacher_steps", "distillation_steps", "steps")})
     path, rows = options.out / "hashing.csv", []
     if path.exists():
         with open(path) as file:

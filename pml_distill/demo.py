@@ -43,6 +43,7 @@ from .losses import (
 )
 from .models import SmallResNet
 from .teachers import FrozenTeacher
+from .teachers.fingerprint import digest_of
 from .trainers import DistillationWithClassifier
 from .utils import asymmetric_accuracy, model_cost, neighbor_agreement
 
@@ -156,7 +157,7 @@ class Demo:
         batch_size, workers, amp_dtype, teacher_width, teacher_rate: how all networks are trained.
 
     Raises:
-        ValueError: ``out`` holds the runs of another configuration.
+        ValueError: ``out`` holds the runs of another configuration, or of data with other classes.
     """
 
     metrics: tuple[str, ...] = ("precision_at_1", "mean_average_precision_at_r")
@@ -169,8 +170,8 @@ class Demo:
     def __init__(self, config: DemoConfig, out: str | os.PathLike, device: torch.device):
         self.config, self.out, self.device = config, Path(out), device
         self.out.mkdir(parents=True, exist_ok=True)
-        self.claim_folder()
         self.train_set, self.test_set = self.load(config.train_split, True), self.load(config.test_split, False)
+        self.claim_folder()
         self.image_shape = tuple(self.test_set[0][0].shape)
         self.num_classes = len(set(self.train_set.labels.tolist()))
         logging.getLogger("PML").setLevel(logging.ERROR)
@@ -180,8 +181,10 @@ class Demo:
         return DATASETS[self.config.dataset](split)
 
     def claim_folder(self) -> None:
-        """Write the configuration into the folder, or check that it is the one there."""
-        path, ours = self.out / "config.json", asdict(self.config)
+        """Write configuration and data into the folder, or check that they are the ones there."""
+        # The labels too: which classes Glyphs has depends on the version of matplotlib.
+        labels = torch.cat([torch.as_tensor(data.labels) for data in (self.train_set, self.test_set)])
+        path, ours = self.out / "config.json", asdict(self.config) | {"labels": digest_of(labels)}
         # Looked for before the configuration: another process may claim the folder meanwhile.
         others = any(not other.name.startswith(path.name) for other in self.out.iterdir())
         if not path.exists():

@@ -67,6 +67,21 @@ def test_another_configuration_is_refused(finished, capsys):
     assert before and {p: p.read_text() for p in finished.rglob("result.json")} == before
 
 
+def test_a_folder_with_runs_on_other_classes_is_refused(tmp_path, monkeypatch):
+    Demo(DemoConfig("digits"), tmp_path, torch.device("cpu"))
+    load = Demo.load
+
+    def without_one(self, split, training):
+        data = load(self, split, training)
+        kept = data.labels != data.labels[0]
+        data.labels, data.pixels = data.labels[kept], data.pixels[kept]
+        return data
+
+    monkeypatch.setattr(Demo, "load", without_one)
+    with pytest.raises(ValueError, match="out folder .* holds a demo with .*'labels'.*; choose another folder"):
+        Demo(DemoConfig("digits"), tmp_path, torch.device("cpu"))
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(SystemExit):

@@ -1,0 +1,18 @@
+"""What the benchmarks that compare accuracy share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import comparison
+
+
+def test_a_folder_with_runs_of_other_settings_is_refused(tmp_path):
+    folder = tmp_path / "out"
+    comparison.claim(folder, {"steps": 60, "width": 16})
+    comparison.claim(folder, {"steps": 60, "width": 16})
+    with pytest.raises(SystemExit, match=r"out holds runs with {'steps': 60}; choose another folder"):
+        comparison.claim(folder, {"steps": 180, "width": 16})
