@@ -60,7 +60,7 @@ def paired(
 
     differences = [own[seed] - other[seed] for seed in own if seed in other]
     variance, freedom = residual_variance([own, other, *beside])
-    if not differences or not freedom:
+    if not differences or not freedom or not variance:
         return differences, float("nan")
     error = math.sqrt(2 * variance / len(differences))
     return differences, float(2 * t.sf(abs(fmean(differences)) / error, freedom))

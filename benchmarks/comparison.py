@@ -26,14 +26,17 @@ def options(description: str | None, out: str) -> argparse.Namespace:
 
 
 def claim(folder: Path, settings: dict) -> None:
-    """Write down what the runs in a folder have in common, or stop if it holds runs with other settings."""
+    """Write down what the runs in a folder have in common, or stop if it holds other runs or files."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
-    theirs = json.loads(path.read_text()) if path.exists() else settings
+    if not any(folder.iterdir()):
+        path.write_text(json.dumps(settings, indent=2))
+    if not path.exists():
+        raise SystemExit(f"--out {folder} is not empty and has no settings.json; choose another folder.")
+    theirs = json.loads(path.read_text())
     if theirs != settings:
         other = {key: value for key, value in theirs.items() if value != settings.get(key)}
         raise SystemExit(f"--out {folder} holds runs with {other}; choose another folder.")
-    path.write_text(json.dumps(settings, indent=2))
 
 
 def finished(path: Path) -> list[dict[str, str]]:

@@ -406,6 +406,8 @@ class CapacityDynamics:
         if (self.budget is None) != (state["budget"] is None):
             with_one, without = ("state", "dynamics") if self.budget is None else ("dynamics", "state")
             raise ValueError(f"the {with_one} has target_params or target_flops, but the {without} has none.")
+        if self.budget is not None:
+            self.budget.load_state_dict(state["budget"])
         try:
             self.resets.load_state_dict(state["resets"])
         except RuntimeError as error:
@@ -415,8 +417,6 @@ class CapacityDynamics:
             ) from error
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.history = list(state["history"])
-        if self.budget is not None:
-            self.budget.load_state_dict(state["budget"])
 
 
 def widths_in(row: dict[str, Any]) -> dict[str, int]:

@@ -110,6 +110,11 @@ def test_the_paired_difference_is_that_of_the_seeds_in_common():
     assert p == pytest.approx(0.2048, abs=1e-4)  # t = 3 with one degree of freedom
 
 
+def test_figures_that_are_all_the_same_have_no_p():
+    gains, p = accuracy_report.paired({"0": 0.0, "1": 0.0}, {"0": 0.0, "1": 0.0})
+    assert gains == [0, 0] and p != p
+
+
 def test_other_methods_share_their_variance_with_a_comparison():
     alone, taught, other = {"0": 0.0, "1": 1.0}, {"0": 1.0, "1": 3.0}, {"0": 2.0, "1": 2.0}
     gains, p = accuracy_report.paired(taught, alone, [other])

@@ -551,10 +551,11 @@ def test_a_state_of_other_settings_is_refused(kwargs):
 )
 def test_a_state_of_another_budget_is_refused(changes, message):
     kwargs = {"target_params": 0.5, "budget_steps": 12}
-    state = setting(**kwargs)[3].state_dict()
+    state = setting(**kwargs)[3].state_dict() | {"epoch": 7}
     other = setting(**{**kwargs, **changes})[3]
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
+    assert other.epoch == 1
 
 
 @pytest.mark.parametrize(
