@@ -230,7 +230,7 @@ def markdown(rows: Rows) -> str:
         for size, tested in sizes(own):
             parts.append(f"### Student {size}, {int(tested[0]['parameters']):,} parameters")
             parts.append(gains_table(tested))
-            said = negatives(tested, best_distillations(own))
+            said = negatives(tested, best_distillations(own, tested))
             if said:
                 parts.append("Where no gain is shown:\n\n" + "\n".join(f"- {sentence}" for sentence in said))
         for size, tested in sizes(own):
@@ -239,12 +239,12 @@ def markdown(rows: Rows) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def best_distillations(rows: Rows) -> dict[str, str]:
-    """Return for each metric loss the distillation loss with the best trial among those that have been tested."""
+def best_distillations(rows: Rows, tested: Rows) -> dict[str, str]:
+    """Return for each metric loss the distillation loss with the best trial among those ``tested``."""
     best = {}
     for metric_loss in unique(where(rows, split="val"), "metric_loss"):
-        tested = unique(where(rows, split="test", metric_loss=metric_loss), "distillation")
-        tried = [row for row in where(rows, split="val", metric_loss=metric_loss) if row["distillation"] in tested]
+        names = unique(where(tested, metric_loss=metric_loss), "distillation")
+        tried = [row for row in where(rows, split="val", metric_loss=metric_loss) if row["distillation"] in names]
         tried = [row for row in tried if row["distillation"] != NONE]
         if tried:
             best[metric_loss] = max(tried, key=lambda row: float(row[MAP]))["distillation"]
@@ -258,19 +258,16 @@ def pictures(rows: Rows, folder: Path) -> list[Path]:
     for setup in setups(rows):
         own = where(rows, **dict(zip(SETUP, setup)))
         by_size, name = sizes(own), "_".join(("accuracy", *setup[:3]))
-        best = best_distillations(own)
+        best = best_distillations(own, where(own, split="test"))
         if not best or not by_size:
             continue
         tuned = where(own, split="val", distillation=next(iter(best.values())))[0]["student"]
         drawn.append(draw_bars(folder / f"{name}.png", dict(by_size)[tuned], best, where(own, student=TEACHER)))
-        several = {loss: found for loss, found in best.items() if number_of_sizes(by_size, loss, found) > 1}
-        if several:
-            drawn.append(draw_sizes(folder / f"{name}_sizes.png", by_size, several))
+        everywhere = min((tested for _, tested in by_size), key=lambda tested: len(unique(tested, "distillation")))
+        best = best_distillations(own, everywhere)
+        if best and len(by_size) > 1:
+            drawn.append(draw_sizes(folder / f"{name}_sizes.png", by_size, best))
     return drawn
-
-
-def number_of_sizes(by_size: list[tuple[str, Rows]], metric_loss: str, distillation: str) -> int:
-    return sum(bool(where(rows, metric_loss=metric_loss, distillation=distillation)) for _, rows in by_size)
 
 
 def draw_bars(path: Path, tested: Rows, best: dict[str, str], teacher: Rows) -> Path:

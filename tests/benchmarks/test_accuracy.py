@@ -145,6 +145,20 @@ def test_the_report_shows_gains_and_where_there_are_none(tmp_path, threads):
         assert min(Image.open(tmp_path / name).size) > 100
 
 
+def test_the_best_is_chosen_among_those_tested(tmp_path, threads):
+    def run(job):
+        row = pretended(job)
+        row["mean_average_precision_at_r"] += 0.01 * (job["distillation"] == "rkd_angle" and job["split"] == "val")
+        return row
+
+    finish(tmp_path / "accuracy.csv", run=run)
+    rows = comparison.finished(tmp_path / "accuracy.csv")
+    tested = accuracy_report.where(rows, split="test", student="4")
+    assert set(accuracy_report.best_distillations(rows, tested).values()) == {"rkd_angle"}
+    unfinished = [row for row in tested if row["distillation"] != "rkd_angle"]
+    assert set(accuracy_report.best_distillations(rows, unfinished).values()) == {"mutual_distance"}
+
+
 def test_the_report_of_an_unfinished_csv_says_how_much_is_there(tmp_path, threads):
     path = tmp_path / "accuracy.csv"
     full = accuracy.PRESETS["full"]
