@@ -135,9 +135,10 @@ def described(transform: Any) -> str:
     text = repr(transform)
     for part in (transform, *getattr(transform, "transforms", ())):
         if type(part).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
+            attributes = dict(getattr(part, "__dict__", {}))
             # The order of a set differs from process to process.
-            attributes = getattr(part, "__dict__", {}).items()
-            text += f" { ({k: sorted(v, key=repr) if isinstance(v, (set, frozenset)) else v for k, v in attributes}) }"
+            attributes |= {k: sorted(v, key=repr) for k, v in attributes.items() if isinstance(v, (set, frozenset))}
+            text += f" {attributes}"
     return without_addresses(text)
 
 
