@@ -197,11 +197,10 @@ def soft_losses(
             filled = 2 ** (~missing).sum(dim=1) - 1
             subsets = torch.arange(2**length, device=student.device)
             remains = remains.masked_fill(subsets[:, None] & filled == 0, 0)
-            student_sum = student.masked_fill(missing.t(), 0).sum(dim=0)
     denominators = subset_logsumexp(student, empty if rest is None else rest)
-    if missing is None:
-        student_sum = student.sum(dim=0)
-    return (remains[1:] * denominators[1:]).sum(dim=0) - student_sum
+    if missing is not None:
+        student = student.masked_fill(missing.t(), 0)
+    return (remains[1:] * denominators[1:]).sum(dim=0) - student.sum(dim=0)
 
 
 def subset_logsumexp(scores: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

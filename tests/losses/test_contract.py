@@ -115,10 +115,16 @@ def degenerate_batches():
 
 
 @every_loss
-def test_gradients_are_correct(name):
+@pytest.mark.parametrize(
+    "indices_tuple",
+    [None, ([0, 0, 5], [1, 2, 3], [0, 2, 2], [4, 1, 6]), ([0, 0, 5, 2], [1, 2, 3, 0], [4, 6, 1, 5])],
+    ids=["all", "pairs", "triplets"],
+)
+def test_gradients_are_correct(name, indices_tuple):
     loss, teacher = LOSSES[name](), embeddings(7, seed=1, dtype=torch.float64)
     student = embeddings(7, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: loss(s, ref_emb=teacher), student)
+    chosen = indices_tuple and tuple(map(torch.tensor, indices_tuple))
+    assert torch.autograd.gradcheck(lambda s: loss(s, None, chosen, teacher), student)
 
 
 @every_loss
