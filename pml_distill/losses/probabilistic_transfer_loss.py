@@ -1,6 +1,6 @@
 import torch
 
-from .base_distillation_loss import BaseDistillationLoss, unit_rows
+from .base_distillation_loss import BaseDistillationLoss, cut_zero_rows
 
 EPSILON = 1e-7
 
@@ -11,8 +11,9 @@ class ProbabilisticTransferLoss(BaseDistillationLoss):
     .. math:: L_i = \sum_j p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \quad
         p_{ij} = \frac{1 + \cos(f_i, f_j)}{\sum_k 1 + \cos(f_i, f_k)}, \quad \epsilon = 10^{-7}
 
-    The Kullback-Leibler divergence of each row, the query itself among the candidates. The distance is not used;
-    the two widths may differ; the spaces do not end up aligned. With ``indices_tuple`` the candidates of a query
+    The Kullback-Leibler divergence of each row, the query itself among the candidates; the cosines are of rows that
+    are divided by their length plus :math:`\epsilon`. The distance is not used; the two widths may differ; the spaces
+    do not end up aligned. With ``indices_tuple`` the candidates of a query
     are itself and those it is paired with; queries without any are left out.
 
     Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018.
@@ -47,7 +48,8 @@ class ProbabilisticTransferLoss(BaseDistillationLoss):
 
 def probabilities(embeddings: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
     """Return the (B, B) probabilities of each row's candidates under the cosine kernel."""
-    unit = unit_rows(embeddings)
+    rows = cut_zero_rows(embeddings)
+    unit = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + EPSILON)
     kernel = (unit @ unit.t() + 1).clamp(min=0)
     if candidates is not None:
         kernel = kernel * candidates
