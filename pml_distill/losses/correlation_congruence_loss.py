@@ -16,9 +16,9 @@ class CorrelationCongruenceLoss(BaseDistillationLoss):
     count.
 
     Source: Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019. Multiply by
-    (B - 1) / B for the mean over all B^2 entries, whose diagonal is zero. Some repositories ship another figure
-    under this name, the mean over the batch of sum_c \|f_s - f_t\|_ic \|f_s - f_t\|_(i+1)c: it depends on the order of
-    the batch, is not the paper's, and is left out here.
+    (B - 1) / B for the mean over all B^2 entries, whose diagonal is zero where no row is. Some repositories ship
+    another figure under this name, the mean over the batch of sum_c \|f_s - f_t\|_ic \|f_s - f_t\|_(i+1)c: it depends
+    on the order of the batch, is not the paper's, and is left out here.
 
     Args:
         gamma: width of the kernel, positive.

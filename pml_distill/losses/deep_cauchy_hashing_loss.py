@@ -4,6 +4,9 @@ from pytorch_metric_learning.utils import common_functions as c_f
 
 from .base_hashing_loss import BaseHashingLoss, share_a_label
 
+# The least product of two lengths that the authors divide by.
+LEAST_PRODUCT = 1e-4
+
 
 class DeepCauchyHashingLoss(BaseHashingLoss):
     r"""Similar pairs within a small Hamming radius, by a likelihood with the tail of a Cauchy distribution (DCH).
@@ -18,7 +21,8 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
     similar and the dissimilar pairs, so that each kind weighs half. The batch's diagonal is among the similar
     pairs, as in the authors' code: a constant, since the cosine is capped. The cap also leaves dissimilar codes
     whose cosine exceeds 0.99 without repulsion. A zero row counts as orthogonal to all and gets no gradient
-    (NaN in the authors' code).
+    (NaN in the authors' code). For the cosine of rows so short that the product of their lengths is below 1e-4, the
+    inner product is divided by 1e-4 instead, as there.
 
     Source: Cao et al., "Deep Cauchy Hashing for Hamming Space Retrieval", CVPR 2018; the default weights are those
     of Reddy et al. 2022. The default mean is the authors' own scale.
@@ -58,13 +62,15 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         is_zero = (embeddings.detach() == 0).all(dim=1, keepdim=True)
         embeddings = torch.where(is_zero, embeddings.detach(), embeddings)
         similar = share_a_label(labels, labels)
-        distances = self.hamming(self.distance(embeddings), embeddings)
+        lengths = torch.linalg.vector_norm(embeddings, dim=1)
+        bits = embeddings.shape[1]
+        distances = self.hamming(self.distance(embeddings), lengths[:, None] * lengths, bits)
         likelihood = similar * (distances / self.gamma).log() + (self.gamma / distances).log1p()
         losses = self.balance(similar, likelihood.dtype) * likelihood
 
         # The cosine of |u| and (1, ..., 1).
-        cosines = self.distance.normalize(embeddings.abs()).sum(dim=1) / embeddings.shape[1] ** 0.5
-        off = self.hamming(cosines, embeddings)
+        cosines = self.distance.normalize(embeddings.abs()).sum(dim=1) / bits**0.5
+        off = self.hamming(cosines, lengths * bits**0.5, bits)
         rows = torch.arange(size, device=embeddings.device)
         pairs = (rows.repeat_interleave(size), rows.repeat(size))
         return {
@@ -76,9 +82,10 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
             },
         }
 
-    def hamming(self, cosines: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the relaxed Hamming distance, at least 0.005 K."""
-        return (1 - cosines.clamp(max=0.99)) * embeddings.shape[1] / 2
+    def hamming(self, cosines: torch.Tensor, products: torch.Tensor, bits: int) -> torch.Tensor:
+        """Return the relaxed Hamming distance, at least 0.005 K, for cosines and the products of the two lengths."""
+        cosines = cosines * (products / LEAST_PRODUCT).clamp(max=1)
+        return (1 - cosines.clamp(max=0.99)) * bits / 2
 
     @staticmethod
     def balance(similar: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -38,6 +38,19 @@ def test_deep_cauchy_equals_the_authors_loss(case, labels_of):
     check(loss(outputs, labels_of(case["y"])), outputs, case)
 
 
+def test_deep_cauchy_divides_by_at_least_the_authors_product_of_lengths():
+    generator = torch.Generator().manual_seed(0)
+    u = 1e-3 * torch.randn(6, 16, generator=generator, dtype=torch.float64)
+    similar = torch.eye(3, dtype=torch.float64).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    lengths = u.norm(dim=1)
+    near = 8 * (1 - (u @ u.T / (lengths[:, None] * lengths).clamp(min=1e-4)).clamp(max=0.99))
+    pairs = similar * (near / 20).log() + (20 / near).log1p()
+    pairs = pairs * torch.where(similar == 1, 1 / similar.mean(), 1 / (1 - similar.mean()))
+    off = 8 * (1 - (u.abs().sum(dim=1) / (lengths * 4).clamp(min=1e-4)).clamp(max=0.99))
+    expected = pairs.mean() + 0.1 * (off / 20).log1p().mean()
+    torch.testing.assert_close(DeepCauchyHashingLoss()(u, torch.arange(6) // 2), expected, rtol=1e-9, atol=0)
+
+
 @read("csq")
 def test_central_similarity_equals_the_authors_loss(case):
     loss = CentralSimilarityLoss(case["y"].shape[1], case["u"].shape[1], case["hp_lambda"].item())
