@@ -4,6 +4,7 @@ import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 
 from ..datasets import Views
+from ..utils.hash_accuracy_calculator import HashAccuracyCalculator
 
 Embeddings = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -33,7 +34,9 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
         **kwargs: those of PML's tester.
 
     Raises:
-        ValueError: ``teacher`` is no module; student and teacher have embeddings of different widths.
+        ValueError: ``teacher`` is no module; ``pca`` is given, which PML would fit to each network for itself; the
+            calculator is a ``HashAccuracyCalculator``, which ranks by itself; student and teacher have embeddings of
+            different widths.
 
     Example:
         >>> from pml_distill.datasets import Digits
@@ -51,6 +54,17 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
         if not isinstance(teacher, torch.nn.Module):
             raise ValueError(
                 f"teacher must be a module that embeds data, such as FrozenTeacher, but is a {type(teacher).__name__}."
+            )
+        if self.pca:
+            raise ValueError(
+                f"pca must be None, but is {self.pca}: it is fitted to each network for itself, and neither could "
+                "search the other's gallery."
+            )
+        if isinstance(self.accuracy_calculator, HashAccuracyCalculator):
+            raise ValueError(
+                "accuracy_calculator is a HashAccuracyCalculator, which ranks without the knn_func through which the "
+                "student asks in the teacher's gallery; call its get_accuracy with the student's codes as query and "
+                "the teacher's as reference."
             )
         self.teacher, self.teacher_looks = teacher, False
 

@@ -9,7 +9,7 @@ from pml_distill.datasets import CrossQuality, Glyphs, SeededViews
 from pml_distill.models import SmallResNet
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.testers import AsymmetricTester
-from pml_distill.utils import asymmetric_accuracy
+from pml_distill.utils import HashAccuracyCalculator, asymmetric_accuracy
 
 SPLIT = "val"
 
@@ -95,6 +95,16 @@ def test_data_with_an_index(glyphs):
 def test_a_teacher_that_embeds_nothing_is_refused():
     with pytest.raises(ValueError, match="teacher must be a module that embeds data.*but is a function"):
         make_tester(teacher=lambda data: data)
+
+
+def test_pca_is_refused_because_each_network_would_have_its_own():
+    with pytest.raises(ValueError, match="pca must be None, but is 4"):
+        make_tester(teacher=FrozenTeacher(network(4, 1)), pca=4)
+
+
+def test_a_calculator_that_ranks_by_itself_is_refused():
+    with pytest.raises(ValueError, match="accuracy_calculator is a HashAccuracyCalculator"):
+        make_tester(teacher=FrozenTeacher(network(4, 1)), accuracy_calculator=HashAccuracyCalculator())
 
 
 def test_clusters_have_no_asymmetric_figure(glyphs):
