@@ -69,6 +69,8 @@ class HashAccuracyCalculator(AccuracyCalculator):
     ):
         if ties not in TIES:
             raise ValueError(f"ties must be one of {', '.join(TIES)}, but is {ties!r}.")
+        if k is not None and not (isinstance(k, (int, np.integer)) and k >= 1):
+            raise ValueError(f"k must be None, for the whole ranking, or a number of at least 1, but is {k!r}.")
         if radius < 0:
             raise ValueError(f"radius must not be negative, but is {radius}.")
         self.ties, self.radius = ties, radius
@@ -291,6 +293,10 @@ def check(
 ) -> None:
     """Raise if codes and labels do not fit one another."""
     for name, codes, labels in (("query", query, query_labels), ("reference", reference, reference_labels)):
+        if codes.dtype == torch.uint8:
+            raise ValueError(
+                f"{name} must be outputs or codes of -1 and 1, but is uint8; unpack_codes gives them back."
+            )
         if codes.ndim != 2 or len(codes) != len(labels):
             raise ValueError(
                 f"{name} must be (N, bits) with a label for each row, but {name} has shape {tuple(codes.shape)} and "

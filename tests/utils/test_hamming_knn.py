@@ -75,6 +75,14 @@ def test_hamming_distance_of_codes_and_of_packed_codes():
     assert ContrastiveLoss(distance=HammingDistance())(query, torch.arange(5) % 2) > 0
 
 
+def test_packed_codes_are_refused():
+    packed = pack_codes(codes(5, 24))
+    with pytest.raises(ValueError, match="query must be outputs or codes .* but is uint8; unpack_codes"):
+        HammingKNN()(packed, 2, codes(5, 3))
+    with pytest.raises(ValueError, match="reference must be .* but is uint8"):
+        HammingKNN()(codes(5, 3), 2, packed)
+
+
 def test_hamming_distance_refuses_what_differs():
     with pytest.raises(ValueError, match=r"uint8 \(5, 3\).*float32 \(5, 24\)"):
         HammingDistance()(pack_codes(codes(5, 24)), codes(5, 24))

@@ -179,6 +179,14 @@ def test_what_does_not_fit_is_refused(changes, message):
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="ties must be one of .*'random'"):
         calculator(ties="random")
+    for k in (0, "max_bin_count"):
+        with pytest.raises(ValueError, match=f"k must be None, .* but is {k!r}"):
+            calculator(k=k)
+
+
+def test_packed_codes_are_refused():
+    with pytest.raises(ValueError, match="query must be outputs or codes .* but is uint8"):
+        calculator().get_accuracy(torch.zeros(4, 2, dtype=torch.uint8), torch.arange(4))
 
 
 def test_counts_by_product_equal_those_by_words(monkeypatch):
