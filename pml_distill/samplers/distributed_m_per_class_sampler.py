@@ -35,10 +35,10 @@ class DistributedMPerClassSampler(Sampler[int]):
     def __init__(
         self, labels: Sequence[int] | torch.Tensor, m: int, batch_size: int, length_before_new_iter: int = 100000
     ):
-        if batch_size % m or not 0 < batch_size <= length_before_new_iter:
+        if m < 1 or batch_size % m or not 0 < batch_size <= length_before_new_iter:
             raise ValueError(
-                f"batch_size must be a multiple of m and at most length_before_new_iter, but batch_size is "
-                f"{batch_size}, m is {m} and length_before_new_iter is {length_before_new_iter}."
+                f"batch_size must be a multiple of m, m at least 1 and batch_size at most length_before_new_iter, but "
+                f"batch_size is {batch_size}, m is {m} and length_before_new_iter is {length_before_new_iter}."
             )
         self.m, self.batch_size = m, batch_size
         self.num_batches = length_before_new_iter // batch_size

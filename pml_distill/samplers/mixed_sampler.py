@@ -2,6 +2,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from pytorch_metric_learning.utils.distributed import is_distributed
 from torch.utils.data import Sampler
 
 from ..datasets.partially_labeled import UNLABELED
@@ -13,7 +14,8 @@ class MixedSampler(Sampler[int]):
     The labelled part of a batch is like that of PML's ``MPerClassSampler``: ``m`` samples of each of its classes,
     which are drawn anew for each batch. The unlabelled part goes through the unlabelled samples in random order,
     again and again; those that do not fill a batch at the end of a round are left to the next. A pass is drawn from
-    a seed that comes from torch's global generator, so that a restored random state restores it.
+    a seed that comes from torch's global generator, so that a restored random state restores it; of several processes
+    with the same seed each draws batches of its own.
 
     Args:
         labels: (N,) labels of the dataset, -1 for samples without; see ``PartiallyLabeled``.
@@ -24,8 +26,8 @@ class MixedSampler(Sampler[int]):
         length_before_new_iter: samples per pass, rounded down to whole batches; None: as many as the dataset has.
 
     Raises:
-        ValueError: ``batch_size`` is larger than a pass; the labelled part of a batch is empty or needs more classes
-            than there are, or more unlabelled samples.
+        ValueError: ``m`` is below 1; ``batch_size`` is larger than a pass; the labelled part of a batch is empty or
+            needs more classes than there are, or more unlabelled samples.
 
     Example:
         >>> labels = torch.tensor([0, 0, 0, 1, 1, 1] + [-1] * 12)
@@ -42,6 +44,8 @@ class MixedSampler(Sampler[int]):
         labeled_fraction: float = 0.5,
         length_before_new_iter: int | None = None,
     ):
+        if m < 1:
+            raise ValueError(f"m must be at least 1, but is {m}.")
         known = np.asarray(labels)
         length = len(known) if length_before_new_iter is None else length_before_new_iter
         if not 0 < batch_size <= length:
@@ -70,7 +74,8 @@ class MixedSampler(Sampler[int]):
         return self.num_batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng(int(torch.randint(2**62, ())))
+        rank = torch.distributed.get_rank() if is_distributed() else 0
+        random = np.random.default_rng(int(torch.randint(2**62, ())) + rank)
         for _, others in zip(range(self.num_batches), self.unlabeled_parts(random)):
             for c in random.choice(len(self.classes), self.classes_per_batch, replace=False):
                 own = self.classes[c]

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from pml_distill.samplers import MixedSampler
 from pml_distill.trainers.resumable_data_loader import ResumableDataLoader
@@ -67,9 +68,25 @@ def test_resumes_in_the_middle_of_a_pass():
         ({"labeled_fraction": 1.5, "m": 4}, "at most 4"),
         ({"batch_size": 81}, "batch_size must be from 1 to the length of a pass, 80, but is 81"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"m": 0}, "m must be at least 1, but is 0"),
         ({"labels": torch.arange(4).repeat(8)}, "asks for 8 unlabelled samples"),
     ],
 )
 def test_refuses_what_cannot_be_drawn(arguments, message):
     with pytest.raises(ValueError, match=message):
         MixedSampler(**{"labels": LABELS, "m": 2, "batch_size": 16} | arguments)
+
+
+def draw_in_process(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    torch.save(list(MixedSampler(LABELS, 2, 16)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_with_one_seed_draw_batches_of_their_own(tmp_path):
+    mp.spawn(draw_in_process, (tmp_path,), nprocs=2)
+    drawn = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert drawn[0] != drawn[1]
+    torch.manual_seed(0)
+    assert drawn[0] == list(MixedSampler(LABELS, 2, 16))
