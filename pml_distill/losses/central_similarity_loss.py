@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_hashing_loss import BaseHashingLoss
+from .base_hashing_loss import BaseHashingLoss, check_quantization_weight
 from .hash_centers import center_distances, hash_centers
 
 
@@ -38,8 +38,8 @@ class CentralSimilarityLoss(BaseHashingLoss):
         (embedding_size,) likewise. min_center_distance: the smallest Hamming distance between two centers.
 
     Raises:
-        ValueError: widths or labels do not fit ``embedding_size`` and ``num_classes``; labels out of range (on the
-            CPU; on CUDA the device's own index assertion).
+        ValueError: ``quantization_weight`` is negative; widths or labels do not fit ``embedding_size`` and
+            ``num_classes``; labels out of range (on the CPU; on CUDA the device's own index assertion).
 
     Example:
         >>> import torch
@@ -52,6 +52,7 @@ class CentralSimilarityLoss(BaseHashingLoss):
         self, num_classes: int, embedding_size: int, quantization_weight: float = 1e-4, seed: int = 0, **kwargs
     ):
         super().__init__(**kwargs)
+        check_quantization_weight(quantization_weight)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.quantization_weight = quantization_weight
         centers = hash_centers(num_classes, embedding_size, seed)

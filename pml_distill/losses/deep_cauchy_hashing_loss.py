@@ -2,7 +2,8 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from .base_hashing_loss import BaseHashingLoss, share_a_label
+from .base_distillation_loss import cut_zero_rows
+from .base_hashing_loss import BaseHashingLoss, check_quantization_weight, share_a_label
 
 # The least product of two lengths that the authors divide by.
 LEAST_PRODUCT = 1e-4
@@ -38,7 +39,8 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         ``quantization_loss``, one value per sample (``element``).
 
     Raises:
-        ValueError: ``gamma`` is not positive; labels are missing or of another length.
+        ValueError: ``gamma`` is not positive; ``quantization_weight`` is negative; labels are missing or of another
+            length.
 
     Example:
         >>> import torch
@@ -49,9 +51,10 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
     """
 
     def __init__(self, gamma: float = 20, quantization_weight: float = 0.1, **kwargs):
-        if gamma <= 0:
+        if not gamma > 0:
             raise ValueError(f"gamma must be positive, but is {gamma}.")
         super().__init__(**kwargs)
+        check_quantization_weight(quantization_weight)
         c_f.assert_distance_type(self, CosineSimilarity)
         self.gamma, self.quantization_weight = gamma, quantization_weight
         self.add_to_recordable_attributes(list_of_names=["gamma", "quantization_weight"], is_stat=False)
@@ -59,8 +62,7 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         size = len(embeddings)
         # Normalisation would multiply the gradient of a zero row by 1e12.
-        is_zero = (embeddings.detach() == 0).all(dim=1, keepdim=True)
-        embeddings = torch.where(is_zero, embeddings.detach(), embeddings)
+        embeddings = cut_zero_rows(embeddings)
         similar = share_a_label(labels, labels)
         lengths = torch.linalg.vector_norm(embeddings, dim=1)
         bits = embeddings.shape[1]
