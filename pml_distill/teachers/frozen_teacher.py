@@ -24,6 +24,9 @@ class FrozenTeacher(torch.nn.Module):
     Shapes:
         data: whatever the trunk takes, moved to its device and precision. Returns (B, Dt).
 
+    Raises:
+        ValueError: ``trunk`` or ``embedder`` is no module.
+
     Example:
         >>> teacher = FrozenTeacher(torch.nn.Linear(8, 4))
         >>> teacher(torch.zeros(2, 8)).shape
@@ -38,6 +41,9 @@ class FrozenTeacher(torch.nn.Module):
     ):
         super().__init__()
         embedder = torch.nn.Identity() if embedder is None else embedder
+        for name, module in (("trunk", trunk), ("embedder", embedder)):
+            if not isinstance(module, torch.nn.Module):
+                raise ValueError(f"{name} must be a torch.nn.Module, but is a {type(module).__name__}.")
         if dtype is not None:
             trunk, embedder = copy.deepcopy((trunk, embedder))
             trunk, embedder = trunk.to(dtype), embedder.to(dtype)

@@ -1,10 +1,16 @@
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory, MultipleLosses
+from pytorch_metric_learning.losses import (
+    BaseMetricLossFunction,
+    CrossBatchMemory,
+    MultipleLosses,
+    SelfSupervisedLoss,
+)
 from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper, is_distributed
@@ -13,7 +19,7 @@ from tqdm import tqdm
 
 from ..datasets import Views
 from ..datasets.partially_labeled import UNLABELED
-from ..losses import BaseDistillationLoss
+from ..losses import BaseDistillationLoss, BaseFeatureLoss
 from ..miners import BaseTeacherMiner
 from ..teachers import CachedTeacher, FrozenTeacher
 from ..teachers.cached_teacher import caches
@@ -106,7 +112,8 @@ class BaseDistillationTrainer(BaseTrainer):
         For a loop of your own; ``train`` calls it for you. Modules are not switched to train mode here.
 
         Args:
-            *batches: each ``(data, labels)``, ``(data, labels, index)`` or just ``data``.
+            *batches: each ``(data, labels)``, ``(data, labels, index)`` or just ``data``; labels as the losses take
+                them: ``set_min_label_to_zero`` and ``label_hierarchy_level`` are for ``train``.
 
         Returns:
             The weighted losses by name and their ``total_loss``, detached; sums over the batches.
@@ -281,10 +288,12 @@ class BaseDistillationTrainer(BaseTrainer):
         super().clip_gradients()
 
     def step_optimizers(self) -> None:
-        """Step, unless float16 gradients have overflowed."""
-        for optimizer in self.stepping_optimizers():
+        """Step, unless float16 gradients have overflowed, or nothing went backward."""
+        stepping = self.stepping_optimizers()
+        for optimizer in stepping:
             self.scaler.step(optimizer)
-        self.scaler.update()
+        if stepping:
+            self.scaler.update()
 
     def stepping_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers that are not frozen and have gradients; a scaler refuses one that has none."""
@@ -350,9 +359,11 @@ class BaseDistillationTrainer(BaseTrainer):
         return self.epoch + 1
 
     def memories(self) -> list[tuple[str, CrossBatchMemory]]:
-        """Return the losses that are cross-batch memories."""
-        losses = [(key, without_wrapper(loss)) for key, loss in self.loss_funcs.items()]
-        return [(key, loss) for key, loss in losses if isinstance(loss, CrossBatchMemory)]
+        """Return the cross-batch memories among the losses and inside of them."""
+        modules = [
+            (f"{key}.{name}", module) for key, loss in self.loss_funcs.items() for name, module in loss.named_modules()
+        ]
+        return [(name, module) for name, module in modules if isinstance(module, CrossBatchMemory)]
 
     def initialize_dataloader(self) -> None:
         """Build the loader, at the place in the data where the checkpoint was written."""
@@ -364,7 +375,8 @@ class BaseDistillationTrainer(BaseTrainer):
         )
         self.data_position = None
         if len(self.dataloader) == 0:
-            raise ValueError(f"dataset has {len(self.dataset)} samples, fewer than batch_size, {self.batch_size}.")
+            name, drawn = ("dataset", self.dataset) if self.sampler is None else ("sampler", self.sampler)
+            raise ValueError(f"{name} has {len(drawn)} samples, fewer than batch_size, {self.batch_size}.")
         if not self.iterations_per_epoch:
             self.iterations_per_epoch = max(1, len(self.dataloader) // self.accumulation_steps)
         self.dataloader_iter = iter(self.dataloader)
@@ -415,12 +427,20 @@ class BaseDistillationTrainer(BaseTrainer):
             )
         if isinstance(self.teacher, torch.nn.Module):
             check_frozen(self.teacher, self.models)
+        if self.teacher is not None:
+            check_call(self.teacher)
         for cache in caches(self.teacher):
             cache.check_dataset(self.dataset)
         for key in wanting:
-            if isinstance(self.loss_funcs[key], MultipleLosses):
+            loss, on_maps = without_wrapper(self.loss_funcs[key]), key == "feature_distillation_loss"
+            if isinstance(loss, (MultipleLosses, CrossBatchMemory, SelfSupervisedLoss)):
                 raise ValueError(
-                    f'loss_funcs["{key}"] is a MultipleLosses, which passes no ref_emb on; give a single loss.'
+                    f'loss_funcs["{key}"] is a {type(loss).__name__}, which passes no ref_emb on; give a single loss.'
+                )
+            if isinstance(loss, BaseMetricLossFunction if on_maps else BaseFeatureLoss):
+                raise ValueError(
+                    f'loss_funcs["{key}"] is a {type(loss).__name__}, but must be a loss on '
+                    f"{'feature maps, such as AttentionTransferLoss' if on_maps else 'embeddings'}."
                 )
             if isinstance(self.loss_funcs[key], DistributedLossWrapper) and self.loss_funcs[key].efficient:
                 raise ValueError(
@@ -428,6 +448,12 @@ class BaseDistillationTrainer(BaseTrainer):
                     "side of each row; use efficient=False."
                 )
         self.check_features()
+        projection = self.models.get("projection")
+        if projection is not None and "projection" not in self.freeze_these and self.untrained(projection):
+            raise ValueError(
+                f'models["projection"] has parameters that no optimizer trains, {self.untrained(projection)}; give '
+                'optimizers["projection_optimizer"], or "projection" in freeze_these.'
+            )
         if self.amp_dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"amp_dtype must be None, torch.float16 or torch.bfloat16, but is {self.amp_dtype}.")
         if self.accumulation_steps < 1:
@@ -454,13 +480,17 @@ class BaseDistillationTrainer(BaseTrainer):
             )
         FeatureTap(self.models["trunk"], names[0])
         self.teacher.tap(names[1])
-        trained = {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
-        untrained = [name for name, p in self.loss_funcs[key].named_parameters() if id(p) not in trained]
+        untrained = self.untrained(self.loss_funcs[key])
         if untrained and key not in self.freeze_these:
             raise ValueError(
                 f'loss_funcs["{key}"] has parameters that no optimizer trains, {untrained}; give '
                 f'optimizers["{key}_optimizer"].'
             )
+
+    def untrained(self, module: torch.nn.Module) -> list[str]:
+        """Return the names of its parameters that no optimizer trains."""
+        trained = {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
+        return [name for name, p in module.named_parameters() if id(p) not in trained]
 
     def verify_dict_keys(self) -> None:
         """Hold every key to the exact name; PML accepts what merely begins like one."""
@@ -545,12 +575,28 @@ def in_float32(embeddings: torch.Tensor) -> torch.Tensor:
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
+def check_call(teacher: Any) -> None:
+    """Raise ``ValueError`` if the teacher cannot be called as a trainer calls it."""
+    try:
+        inspect.signature(teacher.forward if isinstance(teacher, torch.nn.Module) else teacher).bind("data", "index")
+    except TypeError as error:
+        raise ValueError(
+            f"teacher is called as teacher(data, index), but a {type(teacher).__name__} cannot be: {error}; pass "
+            "FrozenTeacher(trunk, embedder)."
+        ) from error
+
+
 def check_frozen(teacher: torch.nn.Module, models: dict[str, torch.nn.Module]) -> None:
-    """Raise ``ValueError`` if the teacher would learn."""
+    """Raise ``ValueError`` if the teacher would learn, or its batch norms would drift."""
     if any(p.requires_grad for p in teacher.parameters()):
         raise ValueError(
             f"teacher, a {type(teacher).__name__}, has parameters that require gradients; "
             "pass FrozenTeacher(trunk, embedder)."
+        )
+    if any(module.training for module in teacher.modules()):
+        raise ValueError(
+            f"teacher, a {type(teacher).__name__}, is in train mode; pass FrozenTeacher(trunk, embedder), which stays "
+            "in eval mode."
         )
     taught = {id(p) for p in teacher.parameters()}
     for key, model in models.items():

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from pml_distill.teachers import FrozenTeacher
@@ -36,3 +37,10 @@ def test_the_callers_autocast_does_not_apply():
 
 def test_a_teacher_without_parameters():
     assert torch.equal(FrozenTeacher(torch.nn.Flatten())(torch.ones(2, 2, 2)), torch.ones(2, 4))
+
+
+def test_what_is_no_network_is_refused():
+    with pytest.raises(ValueError, match="trunk must be a torch.nn.Module, but is a str"):
+        FrozenTeacher("resnet50")
+    with pytest.raises(ValueError, match="embedder must be a torch.nn.Module, but is a function"):
+        FrozenTeacher(network(), lambda x: x)

@@ -15,13 +15,14 @@ from pytorch_metric_learning.losses import (
     ContrastiveLoss,
     CrossBatchMemory,
     MultipleLosses,
+    SelfSupervisedLoss,
     TripletMarginLoss,
 )
 from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
-from pml_distill.losses import AbsoluteTeacherLoss, DarkRankLoss, RelativeTeacherLoss
+from pml_distill.losses import AbsoluteTeacherLoss, AttentionTransferLoss, DarkRankLoss, RelativeTeacherLoss
 from pml_distill.teachers import FrozenTeacher
 
 
@@ -271,12 +272,22 @@ def shared_teacher(make_trainer):
     [
         ({"teacher": None}, r"distillation_loss.*teacher is None.*FrozenTeacher"),
         ({"teacher": network()}, r"teacher, a Sequential, has parameters that require gradients"),
+        ({"teacher": network().requires_grad_(False)}, "teacher, a Sequential, is in train mode"),
+        ({"teacher": network().requires_grad_(False).eval()}, "a Sequential cannot be: too many positional arguments"),
+        ({"teacher": "resnet50"}, "a str cannot be"),
         ({"loss_funcs": {}}, "loss_funcs is empty"),
         ({"loss_funcs": {"metric_loss": ContrastiveLoss()}}, "teacher is given, but loss_funcs has only"),
         ({"models": {"trunk": network(), "teacher": network()}}, r"models has the key \"teacher\""),
         ({"models": {"trunk": network(), "trunk_teacher": network()}}, "models has the unknown keys"),
         ({"amp_dtype": torch.float64}, "amp_dtype must be .* torch.float64"),
         ({"loss_funcs": {"distillation_loss": MultipleLosses([RelativeTeacherLoss()])}}, "is a MultipleLosses"),
+        ({"loss_funcs": {"distillation_loss": CrossBatchMemory(ContrastiveLoss(), 5)}}, "is a CrossBatchMemory"),
+        ({"loss_funcs": {"distillation_loss": SelfSupervisedLoss(ContrastiveLoss())}}, "is a SelfSupervisedLoss"),
+        ({"loss_funcs": {"distillation_loss": AttentionTransferLoss()}}, "must be a loss on embeddings"),
+        (
+            {"models": {"trunk": network(), "projection": torch.nn.Linear(5, 7)}},
+            r"projection.*no optimizer trains, \['weight', 'bias'\].*projection_optimizer",
+        ),
         ({"accumulation_steps": 0}, "accumulation_steps must be at least 1, but is 0"),
         (
             {"loss_funcs": {"distillation_loss": DistributedLossWrapper(RelativeTeacherLoss(), efficient=True)}},
@@ -399,6 +410,37 @@ def test_checkpoint_knows_it_inside_of_a_distributed_wrapper_too(make_trainer, t
     saving.save_checkpoint(tmp_path / "state.pth")
     loading.load_checkpoint(tmp_path / "state.pth")
     assert (theirs.queue_idx, theirs.has_been_filled) == (16, True)
+
+
+def test_checkpoint_knows_it_inside_of_several_losses_too(make_trainer, tmp_path):
+    ours, theirs = (CrossBatchMemory(ContrastiveLoss(), 5, memory_size=48) for _ in range(2))
+    ours.queue_idx, ours.has_been_filled = 16, True
+    saving, loading = (
+        make_trainer(
+            loss_funcs={
+                "metric_loss": MultipleLosses([m, ContrastiveLoss()]),
+                "distillation_loss": RelativeTeacherLoss(),
+            }
+        )
+        for m in (ours, theirs)
+    )
+    saving.save_checkpoint(tmp_path / "state.pth")
+    loading.load_checkpoint(tmp_path / "state.pth")
+    assert (theirs.queue_idx, theirs.has_been_filled) == (16, True)
+
+
+def test_float16_takes_a_step_in_which_nothing_goes_backward(make_trainer):
+    trainer = make_trainer(amp_dtype=torch.float16, loss_weights={"metric_loss": 0, "distillation_loss": 0})
+    parameters = list(trainer.models["trunk"].parameters())
+    before = [p.detach().clone() for p in parameters]
+    trainer.training_step((torch.randn(8, 6), torch.arange(8) % 4))
+    assert all(map(torch.equal, before, parameters))
+
+
+def test_a_sampler_shorter_than_a_batch_is_named(make_trainer, blobs):
+    trainer = make_trainer(batch_size=32, sampler=MPerClassSampler(blobs.labels, 4, 16, 16))
+    with pytest.raises(ValueError, match="sampler has 16 samples, fewer than batch_size, 32"):
+        trainer.train(1, 1)
 
 
 def test_plain_loop_saves_and_may_rest(make_trainer, blobs, tmp_path):

@@ -232,12 +232,13 @@ class Unknown(torch.nn.Module):
         ({"teacher_features": ["layer1"]}, r"go pair by pair.*\['layer1', 'layer3'\] and \['layer1'\]"),
         ({"student_features": "layer1", "teacher_features": "layer1"}, "two lists of names.*'layer1' and 'layer1'"),
         ({"student_features": ["layer1", "layer9"]}, r"no modules of these names: 'layer9' \(near: layer"),
-        ({"teacher": Unknown()}, "must be a FrozenTeacher or a CachedTeacher, but is a Unknown"),
+        ({"teacher": Unknown().eval()}, "must be a FrozenTeacher or a CachedTeacher, but is a Unknown"),
         ({"teacher": None}, r"feature_distillation_loss.*teacher is None"),
         (
             {"loss_funcs": {"distillation_loss": RelativeTeacherLoss()}},
             f'serve loss_funcs."{KEY}"., which is not there',
         ),
+        ({"loss_funcs": {KEY: RelativeTeacherLoss()}}, "is a RelativeTeacherLoss, but must be a loss on feature maps"),
         ({"optimizers": {}}, rf"no optimizer trains, \['regressors.map_0.weight.*\"{KEY}_optimizer\""),
     ],
 )
