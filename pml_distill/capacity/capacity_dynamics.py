@@ -58,6 +58,8 @@ class CapacityDynamics:
     In a loop of your own: ``loss.backward(); dynamics(); optimizer.step()``, and ``dynamics.end_epoch()``. With a
     ``GradScaler``, ``scaler.unscale_(optimizer)`` comes before ``dynamics()``.
 
+    While it is attached neither network can be pickled as a whole: save their state dicts, or ``close()`` first.
+
     Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
