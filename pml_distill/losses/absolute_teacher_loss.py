@@ -1,5 +1,3 @@
-import torch
-
 from .base_distillation_loss import BaseDistillationLoss
 
 
@@ -41,5 +39,4 @@ class AbsoluteTeacherLoss(BaseDistillationLoss):
         losses = self.distance.pairwise_distance(student, teacher) ** self.distance.power
         if self.distance.is_inverted:
             losses = self.distance.pairwise_distance(teacher, teacher) ** self.distance.power - losses
-        indices = torch.arange(len(embeddings), device=embeddings.device)
-        return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
+        return self.query_losses(losses, None, embeddings)

@@ -1,5 +1,3 @@
-import torch
-
 from .base_distillation_loss import BaseDistillationLoss, unit_rows
 
 
@@ -35,5 +33,4 @@ class CosineTeacherLoss(BaseDistillationLoss):
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         losses = 1 - (unit_rows(embeddings) * unit_rows(ref_emb)).sum(dim=1)
-        indices = torch.arange(len(embeddings), device=embeddings.device)
-        return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
+        return self.query_losses(losses, None, embeddings)

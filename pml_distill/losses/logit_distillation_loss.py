@@ -1,4 +1,3 @@
-import torch
 from torch.nn import functional as F
 
 from .base_distillation_loss import BaseDistillationLoss
@@ -47,5 +46,4 @@ class LogitDistillationLoss(BaseDistillationLoss):
         student = F.log_softmax(embeddings / self.temperature, dim=1)
         teacher = F.log_softmax(ref_emb / self.temperature, dim=1)
         losses = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1) * self.temperature**2
-        indices = torch.arange(len(embeddings), device=embeddings.device)
-        return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
+        return self.query_losses(losses, None, embeddings)

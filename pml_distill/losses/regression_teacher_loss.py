@@ -49,5 +49,4 @@ class RegressionTeacherLoss(BaseDistillationLoss):
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         losses = PENALTIES[self.penalty](embeddings, ref_emb, reduction="none").mean(dim=1)
-        indices = torch.arange(len(embeddings), device=embeddings.device)
-        return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
+        return self.query_losses(losses, None, embeddings)
