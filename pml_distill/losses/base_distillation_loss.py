@@ -41,6 +41,11 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     #: Whether student and teacher embeddings must have the same width.
     equal_widths = False
 
+    #: What to do about other widths; takes those of student and teacher.
+    width_advice = (
+        "Bring the student to the teacher's width with a projection embedder, for example torch.nn.Linear({}, {})."
+    )
+
     #: Whether the formula holds for distances only and refuses similarities (``distance.is_inverted``).
     needs_proper_distance = False
 
@@ -89,8 +94,8 @@ class BaseDistillationLoss(BaseMetricLossFunction):
             )
         if self.equal_widths and embeddings.shape[1] != ref_emb.shape[1]:
             raise ValueError(
-                f"{name} needs equal widths, but {shapes}. Bring the student to the teacher's width with a "
-                f"projection embedder, for example torch.nn.Linear({embeddings.shape[1]}, {ref_emb.shape[1]})."
+                f"{name} needs equal widths, but {shapes}. "
+                f"{self.width_advice.format(embeddings.shape[1], ref_emb.shape[1])}"
             )
         return ref_emb
 

@@ -34,6 +34,7 @@ class LogitDistillationLoss(BaseDistillationLoss):
     """
 
     equal_widths = True
+    width_advice = "Both must be logits of the same classes in the same order."
 
     def __init__(self, temperature: float = 4.0, **kwargs):
         super().__init__(**kwargs)

@@ -22,7 +22,8 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
 
     Raises:
         ValueError: as for ``BaseDistillationTrainer``; ``logit_distillation_loss`` without ``teacher_classifier``
-            and cached logits, or without a ``classifier`` among the models.
+            and cached logits, or without a ``classifier`` among the models; ``teacher_classifier`` without that loss;
+            in a step: ``classifier_loss`` without labels.
     """
 
     loss_keys_with_teacher = (*BaseDistillationTrainer.loss_keys_with_teacher, "logit_distillation_loss")
@@ -45,6 +46,11 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
             )
         if self.teacher_classifier is not None:
             check_frozen(self.teacher_classifier, self.models)
+            if "logit_distillation_loss" not in self.loss_funcs:
+                raise ValueError(
+                    'teacher_classifier serves loss_funcs["logit_distillation_loss"], but loss_funcs has only '
+                    f"{sorted(self.loss_funcs)}."
+                )
         for key in ("classifier_loss", "logit_distillation_loss"):
             if key in self.loss_funcs and "classifier" not in self.models:
                 raise ValueError(
@@ -58,6 +64,8 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
         if not (self.wants("classifier_loss") or self.wants("logit_distillation_loss")):
             return embeddings, teacher_embeddings
         labels = curr_batch[1]
+        if labels is None and self.wants("classifier_loss"):
+            raise ValueError('loss_funcs["classifier_loss"] needs labels, but the dataset yields none.')
         with self.autocast():
             logits = in_float32(self.models["classifier"](embeddings))
         if self.wants("classifier_loss"):

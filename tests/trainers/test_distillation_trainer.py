@@ -24,6 +24,7 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
 from pml_distill.losses import AbsoluteTeacherLoss, AttentionTransferLoss, DarkRankLoss, RelativeTeacherLoss
 from pml_distill.teachers import FrozenTeacher
+from pml_distill.trainers import DistillationWithClassifier
 
 
 class CountingTeacher(FrozenTeacher):
@@ -486,3 +487,20 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(make_trainer, tmp_path, m
     with pytest.raises(OSError, match="No space"):
         trainer.save_checkpoint(path)
     assert path.read_bytes() == good
+
+
+def test_a_classifier_of_the_teacher_that_serves_no_loss_is_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"teacher_classifier serves .*logit_distillation_loss.* has only \["):
+        make_trainer(DistillationWithClassifier, teacher_classifier=torch.nn.Linear(7, 4))
+
+
+def test_a_classifier_loss_without_labels_is_refused(make_trainer):
+    trunk, classifier = network(), torch.nn.Linear(5, 4)
+    trainer = make_trainer(
+        DistillationWithClassifier,
+        models={"trunk": trunk, "classifier": classifier},
+        optimizers={"trunk_optimizer": torch.optim.Adam([*trunk.parameters(), *classifier.parameters()])},
+        loss_funcs={"classifier_loss": torch.nn.CrossEntropyLoss(), "distillation_loss": RelativeTeacherLoss()},
+    )
+    with pytest.raises(ValueError, match="classifier_loss.* needs labels, but the dataset yields none"):
+        trainer.training_step(torch.randn(8, 6))
