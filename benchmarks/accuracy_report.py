@@ -286,7 +286,9 @@ def draw_bars(path: Path, tested: Rows, best: dict[str, str], teacher: Rows) -> 
     level = values(where(teacher, split="test"))
     if level:
         axes.axhline(mean_and_error(list(level.values()))[0], color="#e45756", linestyle="--", label="teacher")
-    axes.set_xticks(range(len(best)), [f"{loss}\n+ {distillation}" for loss, distillation in best.items()], fontsize=7)
+    # A line for each word, so that neighbours stay apart.
+    names = [f"{loss}\n+ {distillation}".replace("_", "\n") for loss, distillation in best.items()]
+    axes.set_xticks(range(len(best)), names, fontsize=7)
     finish(figure, axes, path, loc="outside upper center", ncols=3)
     return path
 
