@@ -163,6 +163,13 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         return {name: {"losses": losses, "indices": queries, "reduction_type": "element"}}
 
 
+def check_not_negative(**numbers: float) -> None:
+    """Raise ``ValueError`` for the first of the named numbers that is neither zero nor positive."""
+    for name, value in numbers.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+
+
 def cut_zero_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return the rows unchanged; those that are zero get no gradient."""
     is_zero = torch.linalg.vector_norm(rows.detach(), torch.inf, dim=1, keepdim=True) == 0

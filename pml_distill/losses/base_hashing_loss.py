@@ -56,12 +56,6 @@ class BaseHashingLoss(BaseMetricLossFunction):
         return ["similarity_loss", "quantization_loss"]
 
 
-def check_quantization_weight(weight: float) -> None:
-    """Raise ``ValueError`` for one that would drive outputs away from -1 and 1."""
-    if not weight >= 0:
-        raise ValueError(f"quantization_weight must be zero or a positive number, but is {weight}.")
-
-
 def share_a_label(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Return the (N, M) boolean matrix of equal classes, or of at least one common label if multi-hot."""
     if labels.ndim == 1:

@@ -1,7 +1,8 @@
 import torch
 from torch.nn import functional as F
 
-from .base_hashing_loss import BaseHashingLoss, check_quantization_weight
+from .base_distillation_loss import check_not_negative
+from .base_hashing_loss import BaseHashingLoss
 from .hash_centers import center_distances, hash_centers
 
 
@@ -52,7 +53,7 @@ class CentralSimilarityLoss(BaseHashingLoss):
         self, num_classes: int, embedding_size: int, quantization_weight: float = 1e-4, seed: int = 0, **kwargs
     ):
         super().__init__(**kwargs)
-        check_quantization_weight(quantization_weight)
+        check_not_negative(quantization_weight=quantization_weight)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.quantization_weight = quantization_weight
         centers = hash_centers(num_classes, embedding_size, seed)

@@ -1,5 +1,6 @@
 import torch
 
+from .base_distillation_loss import check_not_negative
 from .base_gallery_loss import BaseGalleryLoss
 
 
@@ -50,9 +51,7 @@ class DecoupledDifferentialLoss(BaseGalleryLoss):
         super().__init__(**kwargs)
         if topk < 2:
             raise ValueError(f"topk must be at least 2, but is {topk}.")
-        for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+        check_not_negative(alpha=alpha, beta=beta, gamma=gamma)
         self.topk, self.alpha, self.beta, self.gamma = topk, alpha, beta, gamma
         self.add_to_recordable_attributes(list_of_names=["topk", "alpha", "beta", "gamma"], is_stat=False)
 

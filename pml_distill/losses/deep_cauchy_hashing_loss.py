@@ -2,8 +2,8 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from .base_distillation_loss import cut_zero_rows
-from .base_hashing_loss import BaseHashingLoss, check_quantization_weight, share_a_label
+from .base_distillation_loss import check_not_negative, cut_zero_rows
+from .base_hashing_loss import BaseHashingLoss, share_a_label
 
 # The least product of two lengths that the authors divide by.
 LEAST_PRODUCT = 1e-4
@@ -54,7 +54,7 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         if not gamma > 0:
             raise ValueError(f"gamma must be positive, but is {gamma}.")
         super().__init__(**kwargs)
-        check_quantization_weight(quantization_weight)
+        check_not_negative(quantization_weight=quantization_weight)
         c_f.assert_distance_type(self, CosineSimilarity)
         self.gamma, self.quantization_weight = gamma, quantization_weight
         self.add_to_recordable_attributes(list_of_names=["gamma", "quantization_weight"], is_stat=False)

@@ -1,6 +1,7 @@
 import torch
 
 from ..distances import EuclideanDistance
+from .base_distillation_loss import check_not_negative
 from .base_gallery_loss import BaseGalleryLoss
 
 # The distance of a teacher's embedding to itself, as the authors' code has it.
@@ -46,9 +47,7 @@ class MutualDistanceLoss(BaseGalleryLoss):
 
     def __init__(self, alpha: float = 1.0, beta: float = 1.0, **kwargs):
         super().__init__(**kwargs)
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+        check_not_negative(alpha=alpha, beta=beta)
         self.alpha, self.beta = alpha, beta
         self.add_to_recordable_attributes(list_of_names=["alpha", "beta"], is_stat=False)
 
