@@ -19,6 +19,12 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def check_unpacked(codes: torch.Tensor, name: str) -> None:
+    """Raise ``ValueError`` for packed codes, whose bytes would be taken for outputs."""
+    if codes.dtype == torch.uint8:
+        raise ValueError(f"{name} must be outputs or codes of -1 and 1, but is uint8; unpack_codes gives them back.")
+
+
 def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the (N, bits) float32 codes of -1 and 1 that ``pack_codes`` has packed.
 

@@ -1,6 +1,6 @@
 import torch
 
-from ..distances.packed_codes import pack_codes, unpack_codes
+from ..distances.packed_codes import check_unpacked, pack_codes, unpack_codes
 
 PART = 1 << 13
 
@@ -86,10 +86,7 @@ class HammingKNN:
         """Return the codes packed, if they are codes."""
         if codes.ndim != 2 or codes.numel() == 0:
             raise ValueError(f"{name} must be (N, bits) and not empty, but has shape {tuple(codes.shape)}.")
-        if codes.dtype == torch.uint8:
-            raise ValueError(
-                f"{name} must be outputs or codes of -1 and 1, but is uint8; unpack_codes gives them back."
-            )
+        check_unpacked(codes, name)
         packed = torch.empty(len(codes), -(-codes.shape[1] // 8), dtype=torch.uint8, device=codes.device)
         # In parts, since what the checks allocate is several times as large as the packed codes.
         for part, place in zip(codes.split(PART), packed.split(PART)):

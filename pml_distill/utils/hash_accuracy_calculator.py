@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-from ..distances.packed_codes import pack_codes
+from ..distances.packed_codes import check_unpacked, pack_codes
 from ..losses.base_hashing_loss import share_a_label
 from .hamming_knn import HammingKNN
 
@@ -293,10 +293,7 @@ def check(
 ) -> None:
     """Raise if codes and labels do not fit one another."""
     for name, codes, labels in (("query", query, query_labels), ("reference", reference, reference_labels)):
-        if codes.dtype == torch.uint8:
-            raise ValueError(
-                f"{name} must be outputs or codes of -1 and 1, but is uint8; unpack_codes gives them back."
-            )
+        check_unpacked(codes, name)
         if codes.ndim != 2 or len(codes) != len(labels):
             raise ValueError(
                 f"{name} must be (N, bits) with a label for each row, but {name} has shape {tuple(codes.shape)} and "
