@@ -448,12 +448,7 @@ class BaseDistillationTrainer(BaseTrainer):
                     "side of each row; use efficient=False."
                 )
         self.check_features()
-        projection = self.models.get("projection")
-        if projection is not None and "projection" not in self.freeze_these and self.untrained(projection):
-            raise ValueError(
-                f'models["projection"] has parameters that no optimizer trains, {self.untrained(projection)}; give '
-                'optimizers["projection_optimizer"], or "projection" in freeze_these.'
-            )
+        self.check_trained()
         if self.amp_dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"amp_dtype must be None, torch.float16 or torch.bfloat16, but is {self.amp_dtype}.")
         if self.accumulation_steps < 1:
@@ -480,17 +475,20 @@ class BaseDistillationTrainer(BaseTrainer):
             )
         FeatureTap(self.models["trunk"], names[0])
         self.teacher.tap(names[1])
-        untrained = self.untrained(self.loss_funcs[key])
-        if untrained and key not in self.freeze_these:
-            raise ValueError(
-                f'loss_funcs["{key}"] has parameters that no optimizer trains, {untrained}; give '
-                f'optimizers["{key}_optimizer"].'
-            )
 
-    def untrained(self, module: torch.nn.Module) -> list[str]:
-        """Return the names of its parameters that no optimizer trains."""
+    def check_trained(self) -> None:
+        """Check that what bridges student and teacher learns, unless it is frozen."""
         trained = {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
-        return [name for name, p in module.named_parameters() if id(p) not in trained]
+        for holder, key in (("loss_funcs", "feature_distillation_loss"), ("models", "projection")):
+            module = getattr(self, holder).get(key)
+            if module is None or key in self.freeze_these:
+                continue
+            untrained = [name for name, p in module.named_parameters() if id(p) not in trained]
+            if untrained:
+                raise ValueError(
+                    f'{holder}["{key}"] has parameters that no optimizer trains, {untrained}; give '
+                    f'optimizers["{key}_optimizer"], or "{key}" in freeze_these.'
+                )
 
     def verify_dict_keys(self) -> None:
         """Hold every key to the exact name; PML accepts what merely begins like one."""
