@@ -1,0 +1,72 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning.samplers import FixedSetOfTriplets, HierarchicalSampler, MPerClassSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+from pml_distill.trainers.resumable_data_loader import ResumableDataLoader
+
+LABELS = torch.arange(8).repeat_interleave(6)
+
+
+class ShuffledInPlace(Sampler):
+    """Shuffles a list of its batches before each pass, as user code may."""
+
+    def __init__(self):
+        self.batches = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(16)]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        random.shuffle(self.batches)
+        yield from self.batches
+
+
+SAMPLERS = {
+    "m_per_class": lambda: {"sampler": MPerClassSampler(LABELS, 2, 8, 48), "batch_size": 8},
+    "triplets": lambda: {"sampler": FixedSetOfTriplets(LABELS, 16), "batch_size": 6},
+    "hierarchical": lambda: {"batch_sampler": HierarchicalSampler(torch.stack([LABELS, LABELS // 2], 1), 4, 2)},
+    "wrapped": lambda: {"batch_sampler": BatchSampler(MPerClassSampler(LABELS, 2, 8, 48), 8, True)},
+    "batches": lambda: {"batch_sampler": ShuffledInPlace()},
+    "shuffle": lambda: {"shuffle": True, "batch_size": 8},
+}
+
+
+def loader(kind):
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return DataLoader(torch.arange(48), **SAMPLERS[kind]())
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("batches_of_second_pass", [1, 5, "all"])
+def test_goes_on_in_a_new_process_as_if_never_stopped(kind, batches_of_second_pass, tmp_path):
+    straight = ResumableDataLoader(loader(kind))
+    list(straight)
+    second = iter(straight)
+    for _ in range(len(straight) if batches_of_second_pass == "all" else batches_of_second_pass):
+        next(second)
+    torch.save(straight.position(), tmp_path / "position.pth")
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = [batch.tolist() for batch in (*second, *straight, *straight)]
+
+    fresh = loader(kind)
+    never_started = ResumableDataLoader(fresh, torch.load(tmp_path / "position.pth", weights_only=True))
+    resumed = ResumableDataLoader(fresh, never_started.position())
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    rest = list(resumed) if batches_of_second_pass != "all" else []
+    assert [batch.tolist() for batch in (*rest, *resumed, *resumed)] == expected
+
+
+def test_leaves_what_a_hook_changes_in_a_sampler():
+    dataloader = DataLoader(torch.arange(48), batch_sampler=ShuffledInPlace())
+    resumable = ResumableDataLoader(dataloader)
+    list(resumable)
+    del dataloader.batch_sampler.batches[4:]
+    assert len(list(resumable)) == 4
