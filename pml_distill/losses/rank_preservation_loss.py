@@ -1,3 +1,5 @@
+import math
+
 import torch
 
 from .base_gallery_loss import BaseGalleryLoss
@@ -35,7 +37,8 @@ class RankPreservationLoss(BaseGalleryLoss):
         (``element``).
 
     Raises:
-        ValueError: ``topk`` is below 1, ``temperature`` is not positive; what ``BaseGalleryLoss`` refuses.
+        ValueError: ``topk`` is below 1, ``temperature`` is not positive or ``rank_weight`` not finite; what
+            ``BaseGalleryLoss`` refuses.
 
     Example:
         >>> import torch
@@ -51,6 +54,8 @@ class RankPreservationLoss(BaseGalleryLoss):
             raise ValueError(f"topk must be at least 1, but is {topk}.")
         if not temperature > 0:
             raise ValueError(f"temperature must be a positive number, but is {temperature}.")
+        if not math.isfinite(rank_weight):
+            raise ValueError(f"rank_weight must be a finite number, but is {rank_weight}.")
         self.topk, self.temperature, self.rank_weight = topk, temperature, rank_weight
         self.add_to_recordable_attributes(list_of_names=["topk", "temperature", "rank_weight"], is_stat=False)
 

@@ -8,8 +8,8 @@ class SimilarityPreservingLoss(BaseDistillationLoss):
         G = F F^\top, \quad \tilde G_i = G_i / \|G_i\|_2
 
     Embeddings enter as they come, not normalised, and the distance is not used. The two widths may differ; the
-    spaces do not end up aligned. With ``indices_tuple`` a query's row holds itself and those it is paired with;
-    queries without any are left out.
+    spaces do not end up aligned. With ``indices_tuple`` a query's row holds itself and those it is paired with,
+    over which it is averaged; queries without any are left out.
 
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019. The default mean
     over rows is the authors' own scale (a sum over B^2 entries, divided by B^2); they use weight 3000, for

@@ -6,6 +6,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import is_distributed
 from torch.utils.data import Sampler
 
+from ..datasets.partially_labeled import UNLABELED
+
 
 class DistributedMPerClassSampler(Sampler[int]):
     """PML's ``MPerClassSampler`` for several processes: each draws its own part of one joint batch.
@@ -16,7 +18,7 @@ class DistributedMPerClassSampler(Sampler[int]):
     another one, and a restored random state restores it. Without a process group it is a sampler for one process.
 
     Args:
-        labels: (N,) labels of the dataset.
+        labels: (N,) labels of the dataset; samples with the label -1, which have none, are not drawn.
         m: samples per class; those of smaller classes are repeated.
         batch_size: samples per process and step, a multiple of ``m``.
         length_before_new_iter: samples per process and pass, rounded down to whole batches.
@@ -42,7 +44,7 @@ class DistributedMPerClassSampler(Sampler[int]):
             )
         self.m, self.batch_size = m, batch_size
         self.num_batches = length_before_new_iter // batch_size
-        self.classes = tuple(c_f.get_labels_to_indices(labels).values())
+        self.classes = tuple(i for c, i in c_f.get_labels_to_indices(labels).items() if c != UNLABELED)
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size

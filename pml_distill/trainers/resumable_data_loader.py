@@ -62,11 +62,12 @@ class ResumableDataLoader:
 
     def get_order(self) -> list[dict[str, list]]:
         """Return copies of the lists and arrays of each sampler, by attribute, as plain types."""
+        dataset: object = self.dataloader.dataset  # torch's samplers hold it, and it may be a list
         return [
             {
                 name: plain(value.tolist() if isinstance(value, np.ndarray) else value)
                 for name, value in vars(sampler).items()
-                if isinstance(value, (list, np.ndarray)) and value is not self.dataloader.dataset
+                if isinstance(value, (list, np.ndarray)) and value is not dataset
             }
             for sampler in self.samplers
         ]

@@ -23,7 +23,7 @@ def model_cost(
     batch_sizes: tuple[int, ...] = (1, 64),
     repeats: int = 20,
 ) -> ModelCost:
-    """Measure a network in eval mode on its own device.
+    """Measure a network in eval mode on its own device, the CPU if it has no parameters.
 
     FLOPs are those of ``torch.utils.flop_counter`` for one image: two for each multiply-add of convolutions and
     matrix products. The latency is the median wall time of ``repeats`` forward passes over the batch, divided by
@@ -35,7 +35,7 @@ def model_cost(
         batch_sizes: for which batch sizes to time it.
         repeats: how many timed passes, after three for warm-up.
     """
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), torch.empty(0))
     with eval_mode(model), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))

@@ -171,6 +171,7 @@ def test_a_checkpoint_resumes_the_queue(name):
     [
         (lambda: RankPreservationLoss(topk=0), "topk must be at least 1, but is 0"),
         (lambda: RankPreservationLoss(temperature=0), "temperature must be a positive number, but is 0"),
+        (lambda: RankPreservationLoss(rank_weight=float("nan")), "rank_weight must be a finite number, but is nan"),
         (lambda: DecoupledDifferentialLoss(topk=1), "topk must be at least 2, but is 1"),
         (lambda: DecoupledDifferentialLoss(beta=-1), "beta must be zero or a positive number, but is -1"),
         (lambda: CollaborativeRankLoss(topk=1), "topk must be at least 2, but is 1"),

@@ -48,6 +48,12 @@ def test_samples_of_small_classes_repeat():
     assert sorted(drawn.tolist()) == [0, 0, 0, 1, 2, 3]
 
 
+def test_samples_without_a_label_are_no_class():
+    labels = torch.tensor([-1, 0, 0, -1, 1, 1, -1])
+    drawn = torch.tensor(list(DistributedMPerClassSampler(labels, 2, 4, 40)))
+    assert drawn.unique().tolist() == [1, 2, 4, 5]
+
+
 def test_a_pass_is_continued_where_it_was_left():
     def loader():
         sampler = DistributedMPerClassSampler(LABELS, 2, 4, 40)

@@ -18,3 +18,8 @@ def test_small_resnet_has_the_parameters_it_says():
     assert model_cost(SmallResNet(32), (1, 32, 32), repeats=1).parameters == 694752
     assert model_cost(SmallResNet(8), (1, 32, 32), repeats=1).parameters == 43896
     assert SmallResNet(8, in_channels=3)(torch.zeros(2, 3, 8, 8)).shape == (2, 32)
+
+
+def test_a_network_without_parameters_costs_nothing():
+    cost = model_cost(torch.nn.Flatten(), (3, 8, 8), batch_sizes=(2,), repeats=1)
+    assert (cost.parameters, cost.flops) == (0, 0) and cost.latency[2] > 0
