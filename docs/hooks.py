@@ -52,13 +52,14 @@ def catalogue_table() -> str:
             f"[{entry.name}](#pml_distill.losses.{entry.name})",
             entry.family,
             ", ".join(entry.needs) or "nothing more",
+            ", ".join(entry.takes) or "neither",
             "yes" if entry.aligned else "no",
             entry.cost,
             entry.source,
         ]
         for entry in catalogue()
     ]
-    return markdown_table(["loss", "family", "needs", "aligned", "cost", "source"], rows)
+    return markdown_table(["loss", "family", "needs", "takes", "aligned", "cost", "source"], rows)
 
 
 def csv_table(name: str, keys: list[str], columns: list[str]) -> str:
@@ -89,7 +90,8 @@ def mean_and_error(values: list[str]) -> str:
     mean = statistics.fmean(numbers)
     if len(set(numbers)) == 1:
         return shown(values[0])
-    return f"{mean:.4g}\u00a0±\u00a0{statistics.stdev(numbers) / len(numbers) ** 0.5:.2g}"
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5
+    return f"{mean:.3f}\u00a0±\u00a0{error:.3f}" if abs(mean) < 10 else f"{mean:.4g}\u00a0±\u00a0{error:.2g}"
 
 
 def shown(value: str) -> str:

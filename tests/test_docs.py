@@ -43,7 +43,7 @@ def test_every_loss_is_in_the_table():
 
     table = hooks.catalogue_table()
     assert len(table.splitlines()) == 2 + len(catalogue())
-    assert "| [DarkRankLoss](#pml_distill.losses.DarkRankLoss) | listwise | nothing more | no |" in table
+    assert "| [DarkRankLoss](#pml_distill.losses.DarkRankLoss) | listwise | nothing more | distance, pairs | no |" in table
 
 
 def test_tables_hold_the_recorded_figures(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_tables_hold_the_recorded_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(hooks, "RESULTS", tmp_path)
     rows = hooks.expand("<!-- table: a.csv | name | map flops -->").splitlines()
     assert rows[0] == "| name | lines | map | flops |"
-    assert rows[2:4] == ["| x | 2 | 0.2\u00a0±\u00a00.1 | 1,000 |", "| y | 1 | 0.5 | 20 |"]
+    assert rows[2:4] == ["| x | 2 | 0.200\u00a0±\u00a00.100 | 1,000 |", "| y | 1 | 0.5 | 20 |"]
     assert "(results/a.csv)" in rows[-1]
     assert hooks.expand("<!-- table: a.csv | seed=0 name | map -->").splitlines()[2] == "| x | 1 | 0.1 |"
     assert hooks.expand("<!-- table: a.csv -->").splitlines()[2] == "| x | 0 | 0.1 | 1,000 |"

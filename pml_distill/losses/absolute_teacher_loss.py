@@ -32,6 +32,7 @@ class AbsoluteTeacherLoss(BaseDistillationLoss):
     """
 
     equal_widths = True
+    takes_pairs = False
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student = self.distance.maybe_normalize(self.directed(embeddings))

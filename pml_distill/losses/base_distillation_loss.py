@@ -46,6 +46,9 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         "Bring the student to the teacher's width with a projection embedder, for example torch.nn.Linear({}, {})."
     )
 
+    #: Whether ``indices_tuple`` makes a difference; a loss on single samples ignores it.
+    takes_pairs = True
+
     #: Whether the formula holds for distances only and refuses similarities (``distance.is_inverted``).
     needs_proper_distance = False
 
@@ -168,6 +171,13 @@ def check_not_negative(**numbers: float) -> None:
     for name, value in numbers.items():
         if not value >= 0:
             raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+
+
+def check_positive(**numbers: float) -> None:
+    """Raise ``ValueError`` for the first of the named numbers that is not positive."""
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be a positive number, but is {value}.")
 
 
 def cut_zero_rows(rows: torch.Tensor) -> torch.Tensor:

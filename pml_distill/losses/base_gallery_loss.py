@@ -28,6 +28,7 @@ class BaseGalleryLoss(BaseDistillationLoss):
     """
 
     equal_widths = True
+    takes_pairs = False
 
     def __init__(self, queue_size: int | None = None, width: int | None = None, include_batch: bool = False, **kwargs):
         super().__init__(**kwargs)

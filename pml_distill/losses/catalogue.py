@@ -13,6 +13,8 @@ class CatalogueEntry:
             layers, lists of (B, C, H, W), in place of embeddings).
         needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``,
             ``"feature maps"``. No loss needs labels.
+        takes: which of PML's optional arguments make a difference: ``"distance"``, and ``"pairs"``, a miner's
+            ``indices_tuple``. The others are accepted and ignored.
         aligned: whether a student that reaches zero stands in the teacher's own space, as asymmetric retrieval
             asks for.
         cost: time in the batch size B, the width D, the gallery's size G, and maps of C channels and H W places.
@@ -22,44 +24,69 @@ class CatalogueEntry:
     name: str
     family: str
     needs: tuple[str, ...]
+    takes: tuple[str, ...]
     aligned: bool
     cost: str
     source: str
 
 
 CATALOGUE = (
-    CatalogueEntry("AbsoluteTeacherLoss", "pointwise", ("equal widths",), True, "B D", "Yu et al. 2019"),
-    CatalogueEntry("CosineTeacherLoss", "pointwise", ("equal widths",), True, "B D", "Budnik & Avrithis 2021"),
-    CatalogueEntry("RegressionTeacherLoss", "pointwise", ("equal widths",), True, "B D", "Budnik & Avrithis 2021"),
+    CatalogueEntry("AbsoluteTeacherLoss", "pointwise", ("equal widths",), ("distance",), True, "B D", "Yu et al. 2019"),
+    CatalogueEntry("CosineTeacherLoss", "pointwise", ("equal widths",), (), True, "B D", "Budnik & Avrithis 2021"),
+    CatalogueEntry("RegressionTeacherLoss", "pointwise", ("equal widths",), (), True, "B D", "Budnik & Avrithis 2021"),
     # Equal logits leave the embeddings free.
-    CatalogueEntry("LogitDistillationLoss", "logits", ("equal widths", "logits"), False, "B D", "Hinton et al. 2015"),
-    CatalogueEntry("AsymmetricRegressionLoss", "pairwise", ("equal widths",), True, "B² D", "Suma & Tolias 2023"),
-    CatalogueEntry("RelativeTeacherLoss", "pairwise", (), False, "B² D", "Yu et al. 2019"),
-    CatalogueEntry("SimilarityRegressionLoss", "pairwise", (), False, "B² D", "Chen et al. 2018"),
-    CatalogueEntry("RKDDistanceLoss", "pairwise", (), False, "B² D", "Park et al. 2019"),
-    CatalogueEntry("CorrelationCongruenceLoss", "pairwise", (), False, "B² D", "Peng et al. 2019"),
-    CatalogueEntry("RelaxedContrastiveLoss", "pairwise", (), False, "B² D", "Kim et al. 2021"),
-    CatalogueEntry("RKDAngleLoss", "relational", (), False, "B³ + B² D", "Park et al. 2019"),
-    CatalogueEntry("SimilarityPreservingLoss", "relational", (), False, "B² D", "Tung & Mori 2019"),
-    CatalogueEntry("ProbabilisticTransferLoss", "relational", (), False, "B² D", "Passalis & Tefas 2018"),
-    CatalogueEntry("DarkRankLoss", "listwise", (), False, "B² D + B 2^list_length", "Chen et al. 2018"),
-    CatalogueEntry("MutualDistanceLoss", "gallery", ("equal widths",), True, "B G D", "Xie et al. 2023"),
-    CatalogueEntry("RankPreservationLoss", "gallery", ("equal widths",), True, "B G D + B topk²", "Wu et al. 2023"),
     CatalogueEntry(
-        "DecoupledDifferentialLoss", "gallery", ("equal widths",), True, "B G D + B topk²", "Xie et al. 2024"
+        "LogitDistillationLoss", "logits", ("equal widths", "logits"), (), False, "B D", "Hinton et al. 2015"
     ),
-    CatalogueEntry("CollaborativeRankLoss", "gallery", ("equal widths",), True, "B G D + B topk²", "Xie et al. 2023"),
+    CatalogueEntry(
+        "AsymmetricRegressionLoss", "pairwise", ("equal widths",), ("pairs",), True, "B² D", "Suma & Tolias 2023"
+    ),
+    CatalogueEntry("RelativeTeacherLoss", "pairwise", (), ("distance", "pairs"), False, "B² D", "Yu et al. 2019"),
+    CatalogueEntry(
+        "SimilarityRegressionLoss", "pairwise", (), ("distance", "pairs"), False, "B² D", "Chen et al. 2018"
+    ),
+    CatalogueEntry("RKDDistanceLoss", "pairwise", (), ("distance", "pairs"), False, "B² D", "Park et al. 2019"),
+    CatalogueEntry("CorrelationCongruenceLoss", "pairwise", (), ("pairs",), False, "B² D", "Peng et al. 2019"),
+    CatalogueEntry("RelaxedContrastiveLoss", "pairwise", (), ("distance", "pairs"), False, "B² D", "Kim et al. 2021"),
+    CatalogueEntry("RKDAngleLoss", "relational", (), ("pairs",), False, "B³ + B² D", "Park et al. 2019"),
+    CatalogueEntry("SimilarityPreservingLoss", "relational", (), ("pairs",), False, "B² D", "Tung & Mori 2019"),
+    CatalogueEntry("ProbabilisticTransferLoss", "relational", (), ("pairs",), False, "B² D", "Passalis & Tefas 2018"),
+    CatalogueEntry(
+        "DarkRankLoss", "listwise", (), ("distance", "pairs"), False, "B² D + B 2^list_length", "Chen et al. 2018"
+    ),
+    CatalogueEntry("MutualDistanceLoss", "gallery", ("equal widths",), ("distance",), True, "B G D", "Xie et al. 2023"),
+    CatalogueEntry(
+        "RankPreservationLoss", "gallery", ("equal widths",), ("distance",), True, "B G D + B topk²", "Wu et al. 2023"
+    ),
+    CatalogueEntry(
+        "DecoupledDifferentialLoss",
+        "gallery",
+        ("equal widths",),
+        ("distance",),
+        True,
+        "B G D + B topk²",
+        "Xie et al. 2024",
+    ),
+    CatalogueEntry(
+        "CollaborativeRankLoss", "gallery", ("equal widths",), ("distance",), True, "B G D + B topk²", "Xie et al. 2023"
+    ),
     # With a second queue, for the student, neither equal widths are needed nor are the spaces aligned.
     CatalogueEntry(
-        "SimilarityDistributionLoss", "gallery", ("equal widths", "queue"), True, "B G D", "Koohpayegani et al. 2020"
+        "SimilarityDistributionLoss",
+        "gallery",
+        ("equal widths", "queue"),
+        (),
+        True,
+        "B G D",
+        "Koohpayegani et al. 2020",
     ),
-    CatalogueEntry("HintLoss", "feature maps", ("feature maps",), False, "B C² H W", "Romero et al. 2015"),
+    CatalogueEntry("HintLoss", "feature maps", ("feature maps",), (), False, "B C² H W", "Romero et al. 2015"),
     CatalogueEntry(
-        "AttentionTransferLoss", "feature maps", ("feature maps",), False, "B C H W", "Zagoruyko & Komodakis 2017"
+        "AttentionTransferLoss", "feature maps", ("feature maps",), (), False, "B C H W", "Zagoruyko & Komodakis 2017"
     ),
-    CatalogueEntry("PooledFeatureLoss", "feature maps", ("feature maps",), False, "B C H W", "Xie et al. 2023"),
+    CatalogueEntry("PooledFeatureLoss", "feature maps", ("feature maps",), (), False, "B C H W", "Xie et al. 2023"),
     CatalogueEntry(
-        "VariationalInformationLoss", "feature maps", ("feature maps",), False, "B C² H W", "Ahn et al. 2019"
+        "VariationalInformationLoss", "feature maps", ("feature maps",), (), False, "B C² H W", "Ahn et al. 2019"
     ),
 )
 

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from .base_distillation_loss import BaseDistillationLoss, unit_rows
+from .base_distillation_loss import BaseDistillationLoss, check_positive, unit_rows
 
 
 class CorrelationCongruenceLoss(BaseDistillationLoss):
@@ -39,8 +39,7 @@ class CorrelationCongruenceLoss(BaseDistillationLoss):
 
     def __init__(self, gamma: float = 0.4, order: int = 2, **kwargs):
         super().__init__(**kwargs)
-        if not gamma > 0:
-            raise ValueError(f"gamma must be a positive number, but is {gamma}.")
+        check_positive(gamma=gamma)
         if order < 1:
             raise ValueError(f"order must be at least 1, but is {order}.")
         self.gamma, self.order = gamma, order

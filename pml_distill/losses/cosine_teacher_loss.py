@@ -30,6 +30,7 @@ class CosineTeacherLoss(BaseDistillationLoss):
     """
 
     equal_widths = True
+    takes_pairs = False
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         losses = 1 - (unit_rows(embeddings) * unit_rows(ref_emb)).sum(dim=1)

@@ -3,8 +3,8 @@ from math import comb
 
 import torch
 
-from .base_distillation_loss import BaseDistillationLoss
-from .similarity_score import check_score_parameters, similarity_score
+from .base_distillation_loss import BaseDistillationLoss, check_positive
+from .similarity_score import similarity_score
 
 LONGEST_SOFT_LIST = 14
 # Finite, because the gradient of a log-sum-exp over nothing but -inf is NaN; exp() of it is 0 in every dtype.
@@ -33,9 +33,11 @@ class DarkRankLoss(BaseDistillationLoss):
     (a top-L Plackett-Luce model) a student that puts a stranger before the list is penalised; without it the
     loss orders the list and nothing else, and can lower the accuracy it should raise.
 
-    The soft loss is the KL divergence of the paper's Eq. 5 plus the teacher's entropy, a constant: same
-    gradient, but not zero for a perfect student. Labels are not used. With ``indices_tuple`` the candidates of a
-    query are those that it is paired with; queries without any are left out.
+    Over the list alone the soft loss is the KL divergence of the paper's Eq. 5 plus the teacher's entropy, a constant:
+    same gradient, but not zero for a perfect student. With the tail, and the hard loss always, a perfect student has a
+    gradient too: more decided similarities than the teacher's, list before rest and order within, are likelier.
+    Labels are not used. With ``indices_tuple`` the candidates of a query are those that it is paired with; queries
+    without any are left out.
 
     Source: Chen et al., "DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer",
     AAAI 2018, Eqs. 1-5. Settings in use:
@@ -85,7 +87,7 @@ class DarkRankLoss(BaseDistillationLoss):
         super().__init__(**kwargs)
         if transfer not in ("soft", "hard"):
             raise ValueError(f'transfer must be "soft" or "hard", but is {transfer!r}.')
-        check_score_parameters(alpha, beta)
+        check_positive(alpha=alpha, beta=beta)
         if list_length is not None and list_length < 1:
             raise ValueError(f"list_length must be None or at least 1, but is {list_length}.")
         if transfer == "soft" and list_length is not None:

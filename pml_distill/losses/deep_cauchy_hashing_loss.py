@@ -2,7 +2,7 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from .base_distillation_loss import check_not_negative, cut_zero_rows
+from .base_distillation_loss import check_not_negative, check_positive, cut_zero_rows
 from .base_hashing_loss import BaseHashingLoss, share_a_label
 
 # The least product of two lengths that the authors divide by.
@@ -51,9 +51,8 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
     """
 
     def __init__(self, gamma: float = 20, quantization_weight: float = 0.1, **kwargs):
-        if not gamma > 0:
-            raise ValueError(f"gamma must be positive, but is {gamma}.")
         super().__init__(**kwargs)
+        check_positive(gamma=gamma)
         check_not_negative(quantization_weight=quantization_weight)
         c_f.assert_distance_type(self, CosineSimilarity)
         self.gamma, self.quantization_weight = gamma, quantization_weight

@@ -1,6 +1,6 @@
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss
+from .base_distillation_loss import BaseDistillationLoss, check_positive
 
 
 class LogitDistillationLoss(BaseDistillationLoss):
@@ -34,12 +34,12 @@ class LogitDistillationLoss(BaseDistillationLoss):
     """
 
     equal_widths = True
+    takes_pairs = False
     width_advice = "Both must be logits of the same classes in the same order."
 
     def __init__(self, temperature: float = 4.0, **kwargs):
         super().__init__(**kwargs)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be a positive number, but is {temperature}.")
+        check_positive(temperature=temperature)
         self.temperature = temperature
         self.add_to_recordable_attributes(name="temperature", is_stat=False)
 

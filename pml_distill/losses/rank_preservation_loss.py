@@ -2,6 +2,7 @@ import math
 
 import torch
 
+from .base_distillation_loss import check_positive
 from .base_gallery_loss import BaseGalleryLoss
 
 # So sharp that the teacher's comparisons are 0 or 1, and 1/2 for ties.
@@ -52,8 +53,7 @@ class RankPreservationLoss(BaseGalleryLoss):
         super().__init__(**kwargs)
         if topk < 1:
             raise ValueError(f"topk must be at least 1, but is {topk}.")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be a positive number, but is {temperature}.")
+        check_positive(temperature=temperature)
         if not math.isfinite(rank_weight):
             raise ValueError(f"rank_weight must be a finite number, but is {rank_weight}.")
         self.topk, self.temperature, self.rank_weight = topk, temperature, rank_weight

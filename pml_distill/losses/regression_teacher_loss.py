@@ -40,6 +40,7 @@ class RegressionTeacherLoss(BaseDistillationLoss):
     """
 
     equal_widths = True
+    takes_pairs = False
 
     def __init__(self, penalty: str = "mse", **kwargs):
         super().__init__(**kwargs)

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss, unit_rows
+from .base_distillation_loss import BaseDistillationLoss, check_positive, unit_rows
 from .rkd_distance_loss import SMALLEST
 
 
@@ -45,9 +45,7 @@ class RelaxedContrastiveLoss(BaseDistillationLoss):
 
     def __init__(self, sigma: float = 1.0, delta: float = 1.0, **kwargs):
         super().__init__(**kwargs)
-        for name, value in (("sigma", sigma), ("delta", delta)):
-            if not value > 0:
-                raise ValueError(f"{name} must be a positive number, but is {value}.")
+        check_positive(sigma=sigma, delta=delta)
         self.sigma, self.delta = sigma, delta
         self.add_to_recordable_attributes(list_of_names=["sigma", "delta"], is_stat=False)
 

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss, unit_rows
+from .base_distillation_loss import BaseDistillationLoss, check_positive, unit_rows
 from .teacher_queue import TeacherQueue
 
 # Finite, so that 0 * (ABSENT - ABSENT) is 0; exp() of it is 0 in every dtype.
@@ -60,6 +60,8 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
         True
     """
 
+    takes_pairs = False
+
     def __init__(
         self,
         queue_size: int,
@@ -72,12 +74,7 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        for name, value in (
-            ("student_temperature", student_temperature),
-            ("teacher_temperature", teacher_temperature),
-        ):
-            if not value > 0:
-                raise ValueError(f"{name} must be a positive number, but is {value}.")
+        check_positive(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         if topk is not None and topk < 1:
             raise ValueError(f"topk must be None or at least 1, but is {topk}.")
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature

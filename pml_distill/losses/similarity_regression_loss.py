@@ -1,5 +1,5 @@
-from .base_distillation_loss import BaseDistillationLoss
-from .similarity_score import check_score_parameters, similarity_score
+from .base_distillation_loss import BaseDistillationLoss, check_positive
+from .similarity_score import similarity_score
 
 
 class SimilarityRegressionLoss(BaseDistillationLoss):
@@ -36,7 +36,7 @@ class SimilarityRegressionLoss(BaseDistillationLoss):
 
     def __init__(self, alpha: float = 1.0, beta: float = 2.0, **kwargs):
         super().__init__(**kwargs)
-        check_score_parameters(alpha, beta)
+        check_positive(alpha=alpha, beta=beta)
         self.alpha, self.beta = alpha, beta
         self.add_to_recordable_attributes(list_of_names=["alpha", "beta"], is_stat=False)
 

@@ -2,13 +2,6 @@ import torch
 from pytorch_metric_learning.distances import BaseDistance
 
 
-def check_score_parameters(alpha: float, beta: float) -> None:
-    """Raise ``ValueError`` unless the scale ``alpha`` and the power ``beta`` of a score are positive."""
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not value > 0:
-            raise ValueError(f"{name} must be a positive number, but is {value}.")
-
-
 def similarity_score(mat: torch.Tensor, distance: BaseDistance, alpha: float, beta: float) -> torch.Tensor:
     r"""DarkRank's similarity score of a matrix of distances: larger is nearer.
 

@@ -418,6 +418,12 @@ class BaseDistillationTrainer(BaseTrainer):
                 raise ValueError(
                     'mining_funcs["distillation_miner"] serves loss_funcs["distillation_loss"], which is not there.'
                 )
+            loss = without_wrapper(self.loss_funcs["distillation_loss"])
+            if not getattr(loss, "takes_pairs", True):
+                raise ValueError(
+                    f'mining_funcs["distillation_miner"] finds pairs, but {type(loss).__name__}, '
+                    'loss_funcs["distillation_loss"], takes none.'
+                )
         if wanting and self.teacher is None:
             raise ValueError(f"loss_funcs has {wanting}, but teacher is None; pass FrozenTeacher(trunk, embedder).")
         if self.teacher is not None and not wanting and self.teacher_miner("tuple_miner") is None:
@@ -490,9 +496,9 @@ class BaseDistillationTrainer(BaseTrainer):
                     f'optimizers["{key}_optimizer"], or "{key}" in freeze_these.'
                 )
 
-    def verify_dict_keys(self) -> None:
-        """Hold every key to the exact name; PML accepts what merely begins like one."""
-        super().verify_dict_keys()
+    def set_schema(self) -> None:
+        """Hold every key to the exact name; PML, which checks next, accepts what merely begins like one."""
+        super().set_schema()
         for name, checker in self.schema.children.items():
             allowed = checker.keys(checker, self.schema.children) if callable(checker.keys) else checker.keys
             unknown = [key for key in getattr(self, name) or () if key not in allowed]
@@ -503,7 +509,7 @@ class BaseDistillationTrainer(BaseTrainer):
         """Allow the keys of the distillation."""
         super().modify_schema()
         self.schema["models"].keys += ["projection"]
-        self.schema["models"].important = ["embedder"]
+        self.schema["models"].important = []
         self.schema["loss_funcs"].keys += ["distillation_loss", "feature_distillation_loss"]
         self.schema["loss_funcs"].important = []
         self.schema["mining_funcs"].keys += ["distillation_miner"]

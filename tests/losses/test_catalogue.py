@@ -2,6 +2,7 @@ import inspect
 
 import pytest
 import torch
+from pytorch_metric_learning.distances import LpDistance
 
 from pml_distill import losses
 
@@ -27,6 +28,25 @@ def test_every_distillation_loss_has_one_entry():
 @of_embeddings
 def test_equal_widths_are_needed_where_the_entry_says_so(entry):
     assert make(entry).equal_widths == ("equal widths" in entry.needs)
+
+
+@of_embeddings
+@pytest.mark.parametrize("kind", ["distance", "pairs"])
+def test_an_argument_makes_a_difference_where_the_entry_says_so(entry, kind):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 16, 6, generator=generator)
+    rows = torch.arange(15)
+    plain, other, pairs = make(entry), make(entry), None
+    if kind == "pairs":
+        pairs = (rows, rows + 1, rows[:8], rows[:8] + 8)
+    else:
+        other = getattr(losses, entry.name)(*((64, 6) if "queue" in entry.needs else ()), distance=LpDistance(p=1))
+    if "queue" in entry.needs:
+        for loss in (plain, other):
+            loss(student, ref_emb=teacher)
+    differs = plain(student, ref_emb=teacher).item() != other(student, None, pairs, ref_emb=teacher).item()
+    assert differs == (kind in entry.takes)
+    assert plain.takes_pairs == ("pairs" in entry.takes)
 
 
 @of_embeddings

@@ -174,9 +174,9 @@ def test_what_does_not_fit_is_refused(outputs, labels, message):
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="gamma must be positive, but is 0"):
+    with pytest.raises(ValueError, match="gamma must be a positive number, but is 0"):
         DeepCauchyHashingLoss(gamma=0)
-    with pytest.raises(ValueError, match="gamma must be positive, but is nan"):
+    with pytest.raises(ValueError, match="gamma must be a positive number, but is nan"):
         DeepCauchyHashingLoss(gamma=float("nan"))
     for make in (DeepCauchyHashingLoss, lambda **kw: CentralSimilarityLoss(5, 16, **kw)):
         with pytest.raises(ValueError, match="quantization_weight must be zero or a positive number, but is -1"):

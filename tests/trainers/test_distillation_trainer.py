@@ -306,8 +306,15 @@ def test_student_sharing_parameters_with_its_teacher_is_refused(make_trainer):
         shared_teacher(make_trainer)
 
 
+def test_a_trunk_alone_is_no_cause_for_a_warning(make_trainer, caplog):
+    make_trainer(models={"trunk": network()})
+    assert "embedder" not in caplog.text
+
+
 def test_unknown_loss_key_is_refused(make_trainer):
-    with pytest.raises(AssertionError, match="loss_funcs keys must be one of"):
+    with pytest.raises(
+        ValueError, match=r"loss_funcs has the unknown keys \['kd_loss'\]; known are .*'distillation_loss'"
+    ):
         make_trainer(loss_funcs={"distillation_loss": RelativeTeacherLoss(), "kd_loss": RelativeTeacherLoss()})
 
 

@@ -134,12 +134,21 @@ def test_a_distillation_miner_that_needs_labels_leaves_partly_labelled_batches_w
     [
         (MultiSimilarityMiner(), "distillation_loss", "must be a miner of pml_distill.miners.*MultiSimilarityMiner"),
         (TeacherNeighborMiner(2), "metric_loss", 'serves loss_funcs\\["distillation_loss"\\], which is not there'),
+        (
+            TeacherNeighborMiner(2),
+            "pointwise",
+            'but AbsoluteTeacherLoss, .*distillation_loss.*, takes none',
+        ),
     ],
 )
-def test_a_distillation_miner_asks_the_teacher_for_a_loss_that_is_there(make_trainer, miner, loss, message):
-    losses = {"metric_loss": ContrastiveLoss(), "distillation_loss": RelativeTeacherLoss()}
+def test_a_distillation_miner_asks_the_teacher_for_a_loss_that_takes_its_pairs(make_trainer, miner, loss, message):
+    losses = {
+        "metric_loss": {"metric_loss": ContrastiveLoss()},
+        "distillation_loss": {"distillation_loss": RelativeTeacherLoss()},
+        "pointwise": {"distillation_loss": AbsoluteTeacherLoss()},
+    }
     with pytest.raises(ValueError, match=message):
-        make_trainer(loss_funcs={loss: losses[loss]}, mining_funcs={"distillation_miner": miner})
+        make_trainer(loss_funcs=losses[loss], mining_funcs={"distillation_miner": miner})
 
 
 def test_the_gradient_is_that_of_the_two_losses_on_their_rows(make_trainer):
