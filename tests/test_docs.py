@@ -43,7 +43,9 @@ def test_every_loss_is_in_the_table():
 
     table = hooks.catalogue_table()
     assert len(table.splitlines()) == 2 + len(catalogue())
-    assert "| [DarkRankLoss](#pml_distill.losses.DarkRankLoss) | listwise | nothing more | distance, pairs | no |" in table
+    assert (
+        "| [DarkRankLoss](#pml_distill.losses.DarkRankLoss) | listwise | nothing more | distance, pairs | no |" in table
+    )
 
 
 def test_tables_hold_the_recorded_figures(tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_a_distillation_miner_that_needs_labels_leaves_partly_labelled_batches_w
         (
             TeacherNeighborMiner(2),
             "pointwise",
-            'but AbsoluteTeacherLoss, .*distillation_loss.*, takes none',
+            "but AbsoluteTeacherLoss, .*distillation_loss.*, takes none",
         ),
     ],
 )
