@@ -19,24 +19,27 @@ class ResumableDataLoader:
     Args:
         dataloader: the loader to walk through.
         position: what ``position()`` returned in the run to be continued; None for a fresh start.
+
+    Raises:
+        ValueError: a sampler holds other items than in the run to be continued.
     """
 
     def __init__(self, dataloader: DataLoader, position: dict[str, Any] | None = None):
         self.dataloader, self.resume_from = dataloader, position
-        self.start: Any = None
-        self.order: Any = None
-        self.batches = 0
         batch_sampler = dataloader.batch_sampler
         self.samplers = (batch_sampler, getattr(batch_sampler, "sampler", dataloader.sampler))
+        if position is not None:
+            self.restore(position["order"])
+        self.start: Any = None
+        self.held: dict[str, tuple] = {}
+        self.batches = 0
 
     def __len__(self) -> int:
         return len(self.dataloader)
 
     def __iter__(self) -> Iterator[Any]:
         position, self.resume_from = self.resume_from, None
-        if position is not None:
-            self.set_order(position["order"])
-        self.order = self.get_order()
+        self.held = {key: (value, plain(value)) for key, value in self.lists().items()}
         if position is None or not position["batches"]:
             self.start, self.batches = get_random_state(), 0
             iterator = iter(self.dataloader)
@@ -56,34 +59,49 @@ class ResumableDataLoader:
         """Return the number of batches drawn since the start of this pass, and the random state and order there."""
         if self.resume_from is not None:
             return self.resume_from
-        if self.batches in (0, len(self)):
-            return {"start": None, "order": self.get_order(), "batches": 0}
-        return {"start": self.start, "order": self.order, "batches": self.batches}
+        lists, ended = self.lists(), self.batches in (0, len(self))
+        # What a sampler makes anew in each pass depends on the random state alone.
+        kept = {key: order for key, (value, order) in self.held.items() if lists.get(key) is value}
+        order = {key: plain(lists[key]) if ended else order for key, order in kept.items() if order is not None}
+        return {"start": None if ended else self.start, "order": order, "batches": 0 if ended else self.batches}
 
-    def get_order(self) -> list[dict[str, list]]:
-        """Return copies of the lists and arrays of each sampler, by attribute, as plain types."""
+    def lists(self) -> dict[str, Any]:
+        """Return the lists and arrays of the samplers by class and attribute."""
         dataset: object = self.dataloader.dataset  # torch's samplers hold it, and it may be a list
-        return [
-            {
-                name: plain(value.tolist() if isinstance(value, np.ndarray) else value)
-                for name, value in vars(sampler).items()
-                if isinstance(value, (list, np.ndarray)) and value is not dataset
-            }
+        return {
+            f"{type(sampler).__name__}.{name}": value
             for sampler in self.samplers
-        ]
+            for name, value in getattr(sampler, "__dict__", {}).items()
+            if isinstance(value, (list, np.ndarray)) and value is not dataset
+        }
 
-    def set_order(self, order: list[dict[str, list]]) -> None:
-        """Restore in place what ``get_order`` returned."""
-        for sampler, attributes in zip(self.samplers, order, strict=True):
-            for name, value in attributes.items():
-                if value is not None:
-                    getattr(sampler, name)[:] = value
+    def restore(self, order: dict[str, list]) -> None:
+        """Bring the lists of the samplers into a recorded order."""
+        lists = self.lists()
+        for key, value in order.items():
+            current: Any = lists.get(key)
+            if current is not None and len(current) == 0:
+                continue  # the sampler fills it itself
+            wanted, present = ([repr(item) for item in items or []] for items in (value, plain(current)))
+            if sorted(wanted) != sorted(present):
+                raise ValueError(
+                    f"sampler must be as it was when the checkpoint was written, but {key} holds other items."
+                )
+            items = current.copy()
+            for place, source in zip(argsort(wanted), argsort(present)):
+                current[place] = items[source]
+
+
+def argsort(items: list[str]) -> list[int]:
+    """Return the places of the items in ascending order."""
+    return sorted(range(len(items)), key=items.__getitem__)
 
 
 def plain(value: Any) -> Any:
     """Return numbers, strings and nested lists of them without NumPy's types; None if there is anything else."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
     if isinstance(value, list):
         items = [plain(item) for item in value]
         return None if None in items else items
-    value = value.item() if isinstance(value, np.generic) else value
     return value if isinstance(value, (int, float, str)) else None

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.samplers import FixedSetOfTriplets, HierarchicalSampler, MPerClassSampler
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SubsetRandomSampler
 
 from pml_distill.trainers.resumable_data_loader import ResumableDataLoader
 
@@ -25,12 +25,28 @@ class ShuffledInPlace(Sampler):
         yield from self.batches
 
 
+class MadeAnew(Sampler):
+    """Makes its order in each pass, as user code may."""
+
+    def __init__(self):
+        self.order, self.filled = None, []
+
+    def __len__(self):
+        return 48
+
+    def __iter__(self):
+        self.order = torch.randperm(48).tolist()
+        self.filled[:] = self.order
+        return iter(self.order)
+
+
 SAMPLERS = {
     "m_per_class": lambda: {"sampler": MPerClassSampler(LABELS, 2, 8, 48), "batch_size": 8},
     "triplets": lambda: {"sampler": FixedSetOfTriplets(LABELS, 16), "batch_size": 6},
     "hierarchical": lambda: {"batch_sampler": HierarchicalSampler(torch.stack([LABELS, LABELS // 2], 1), 4, 2)},
     "wrapped": lambda: {"batch_sampler": BatchSampler(MPerClassSampler(LABELS, 2, 8, 48), 8, True)},
     "batches": lambda: {"batch_sampler": ShuffledInPlace()},
+    "made_anew": lambda: {"sampler": MadeAnew(), "batch_size": 8},
     "shuffle": lambda: {"shuffle": True, "batch_size": 8},
 }
 
@@ -70,3 +86,18 @@ def test_leaves_what_a_hook_changes_in_a_sampler():
     list(resumable)
     del dataloader.batch_sampler.batches[4:]
     assert len(list(resumable)) == 4
+
+
+@pytest.mark.parametrize(
+    "saved, now, named",
+    [
+        (SubsetRandomSampler([*range(32)]), SubsetRandomSampler([*range(16, 48)]), "SubsetRandomSampler.indices"),
+        (MPerClassSampler(LABELS, 2, 8, 48), MPerClassSampler(LABELS // 2, 2, 8, 48), "MPerClassSampler.labels"),
+        (MPerClassSampler(LABELS, 2, 8, 48), None, "MPerClassSampler.labels"),
+    ],
+)
+def test_refuses_a_sampler_of_other_items(saved, now, named):
+    first = ResumableDataLoader(DataLoader(torch.arange(48), 8, sampler=saved))
+    next(iter(first))
+    with pytest.raises(ValueError, match=f"sampler must be as it was .*, but {named} holds other items"):
+        ResumableDataLoader(DataLoader(torch.arange(48), 8, sampler=now), first.position())
