@@ -55,7 +55,7 @@ def hashing_splits(
         seed: of the draw.
 
     Raises:
-        ValueError: labels of another length; a class with too few samples.
+        ValueError: labels of another length or below 0; counts below 1; a class with too few samples.
 
     Example:
         >>> parts = hashing_splits(range(20), [0] * 10 + [1] * 10, train_per_class=3, query_per_class=2)
@@ -65,6 +65,12 @@ def hashing_splits(
     labels = torch.as_tensor(labels)
     if labels.ndim != 1 or len(labels) != len(dataset):
         raise ValueError(f"labels must be ({len(dataset)},), one per sample, but have shape {tuple(labels.shape)}.")
+    if train_per_class < 1 or query_per_class < 1:
+        raise ValueError(
+            f"train_per_class and query_per_class must be at least 1, but are {train_per_class} and {query_per_class}."
+        )
+    if (labels < 0).any():
+        raise ValueError(f"labels must be classes, not negative, but go from {labels.min()} to {labels.max()}.")
     order = np.random.RandomState(seed).permutation(len(labels))
     shuffled = labels.numpy()[order]
     places: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
@@ -129,7 +135,7 @@ class MultiLabelList(torch.utils.data.Dataset):
         self.root, self.transform = Path(root), transform
         self.paths: list[str] = []
         rows: list[list[float]] = []
-        for number, line in enumerate(Path(list_file).read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(Path(list_file).read_text(encoding="utf-8-sig").splitlines(), start=1):
             path, *columns = line.split() or [""]
             if not path:
                 continue
@@ -182,5 +188,6 @@ def glyph_hashing(
         places = torch.arange(num_classes)[:, None] * 16 + torch.as_tensor(np.sort(own))
         dataset.pixels = dataset.pixels[places.flatten()]
         dataset.labels = torch.arange(num_classes).repeat_interleave(len(own))
+        dataset.characters = "".join(dataset.characters[c] for c in classes[:num_classes])
         parts[part] = dataset
     return parts

@@ -13,7 +13,8 @@ class HammingDistance(BaseDistance):
     (``uint8``, eight bits to a byte) are unpacked first.
 
     Shapes:
-        query_emb: (N, K) floating point or (N, bytes) uint8. ref_emb: (M, K) or (M, bytes), likewise. Returns (N, M).
+        query_emb: (N, K) codes or outputs, or (N, bytes) uint8. ref_emb: (M, K) or (M, bytes), likewise. Returns
+        (N, M).
 
     Raises:
         ValueError: packed and unpacked codes, or codes of different length, are compared.
@@ -50,6 +51,8 @@ class HammingDistance(BaseDistance):
                 f"{query_emb.dtype} {tuple(query_emb.shape)} and {ref_emb.dtype} {tuple(ref_emb.shape)}."
             )
         if query_emb.dtype != torch.uint8:
+            # Sums of small integers would overflow.
+            query_emb, ref_emb = (x if x.is_floating_point() else x.float() for x in (query_emb, ref_emb))
             return query_emb, ref_emb
         bits = 8 * query_emb.shape[1]
         return unpack_codes(query_emb, bits), unpack_codes(ref_emb, bits)

@@ -18,7 +18,8 @@ class BaseHashingLoss(BaseMetricLossFunction):
         PML's trainers pass multi-hot labels on with ``label_hierarchy_level="all"``.
 
     Raises:
-        ValueError: labels are missing, of another length or shape; ``indices_tuple`` or ``ref_emb`` is given.
+        ValueError: labels are missing, of another length or shape; multi-hot labels are not 0 or 1 (on the CPU);
+            ``indices_tuple`` or ``ref_emb`` is given.
     """
 
     def forward(
@@ -34,11 +35,15 @@ class BaseHashingLoss(BaseMetricLossFunction):
         self.reset_stats()
         for argument, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb)):
             if value is not None:
-                raise ValueError(f"{type(self).__name__} takes the whole batch by its labels, and no {argument}.")
+                raise ValueError(
+                    f"{type(self).__name__} takes the whole batch by its labels, and no {argument}; "
+                    "DistributedLossWrapper(efficient=True), which gives both, must be efficient=False."
+                )
         labels = self.checked_labels(embeddings, labels).to(embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-            loss_dict = self.compute_loss(embeddings, labels, None, embeddings, labels)
+            rows = len(embeddings)
+            loss_dict = self.compute_loss(embeddings, labels, None, embeddings, labels) if rows else self.zero_losses()
             self.add_embedding_regularization_to_loss_dict(loss_dict, embeddings)
             return self.reducer(loss_dict, embeddings, labels)
 
@@ -50,6 +55,9 @@ class BaseHashingLoss(BaseMetricLossFunction):
         shapes = f"embeddings has shape {tuple(embeddings.shape)} and labels has shape {tuple(labels.shape)}"
         if embeddings.ndim != 2 or labels.ndim not in (1, 2) or len(labels) != len(embeddings):
             raise ValueError(f"{name} expects embeddings (B, bits) and labels (B,) or (B, C), but {shapes}.")
+        # Reading labels would stall a GPU.
+        if labels.ndim == 2 and not labels.is_cuda and not ((labels == 0) | (labels == 1)).all():
+            raise ValueError(f"multi-hot labels must be 0 or 1, but go from {labels.min()} to {labels.max()}.")
         return labels
 
     def _sub_loss_names(self):

@@ -60,10 +60,14 @@ class CentralSimilarityLoss(BaseHashingLoss):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("hash_centers", centers)
         self.register_buffer("random_center", 2.0 * torch.randint(2, (embedding_size,), generator=generator) - 1)
-        self.min_center_distance = center_distances(centers)[0] if num_classes > 1 else embedding_size
         self.add_to_recordable_attributes(
             list_of_names=["num_classes", "embedding_size", "quantization_weight", "min_center_distance"], is_stat=False
         )
+
+    @property
+    def min_center_distance(self) -> int:
+        """The smallest Hamming distance between two centers."""
+        return center_distances(self.hash_centers)[0] if self.num_classes > 1 else self.embedding_size
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         values = embeddings.tanh()

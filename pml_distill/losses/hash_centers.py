@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 ROUNDS = 200
-LINEAR_BITS = 16
+LINEAR_BITS = 20
 DRAWN = 256
 
 
@@ -15,7 +15,7 @@ def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
     - Beyond 2 x ``bits`` classes, and for other lengths, random balanced codes, each with its opposite, drawn until
       they are bits / 4 away from all others. Opposites balance each bit over the classes, so that the mean distance
       is at least bits / 2.
-    - Where that many are not found, up to 16 bits: words of a linear code that contains Sylvester's rows, grown
+    - Where that many are not found, up to 20 bits: words of a linear code that contains Sylvester's rows, grown
       greedily, which is denser than what chance finds (2048 words of 16 bits at distance 4, 128 of 8 at 2).
     - Where there are too few of these, too, the required distance shrinks by one bit at a time (at the end to 0,
       when there are more classes than codes). ``center_distances`` tells what was achieved.

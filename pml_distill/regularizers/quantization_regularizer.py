@@ -26,6 +26,7 @@ class QuantizationRegularizer(BaseRegularizer):
 
     def compute_loss(self, embeddings):
         """Return PML's loss dictionary."""
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         losses = (embeddings.abs() - 1).square().mean(dim=1)
         indices = torch.arange(len(embeddings), device=embeddings.device)
         return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}

@@ -1,5 +1,6 @@
-"""pytorch-metric-learning testers with a teacher."""
+"""pytorch-metric-learning testers with a teacher, and for multi-hot labels."""
 
 from .asymmetric_tester import AsymmetricTester
+from .multi_label_tester import MultiLabelTester
 
-__all__ = ["AsymmetricTester"]
+__all__ = ["AsymmetricTester", "MultiLabelTester"]

@@ -71,7 +71,8 @@ class HammingKNN:
             raise ValueError(f"query has shape {tuple(query.shape)}, but the database was built with {bits} bits.")
         wanted = k + ref_includes_query
         if not 0 < wanted <= len(database):
-            raise ValueError(f"k = {k} neighbours are wanted of a database of {len(database)} codes.")
+            beside = " beside the query itself" if ref_includes_query else ""
+            raise ValueError(f"k = {k} neighbours{beside} are wanted of a database of {len(database)} codes.")
         search = search_on_gpu if query.is_cuda else search_on_cpu
         distances, indices = search(self.packed(query, "query"), database, bits, wanted)
         if not ref_includes_query:

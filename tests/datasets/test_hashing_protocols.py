@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pml_distill.datasets import MultiLabelList, cifar10_hashing, glyph_hashing, hashing_splits
+from pml_distill.datasets import Glyphs, MultiLabelList, cifar10_hashing, glyph_hashing, hashing_splits
 
 
 def test_glyphs_share_classes_and_no_image():
@@ -14,6 +14,10 @@ def test_glyphs_share_classes_and_no_image():
         assert part.labels.unique().tolist() == list(range(20))
         image, label = part[0]
         assert image.shape == (1, 32, 32) and label == 0
+    first = Glyphs("train+val", seed=1)
+    part = glyph_hashing(5, seed=1)["query"]
+    old_labels = first.labels.unique()[:5].tolist()
+    assert part.characters == "".join(first.characters[label] for label in old_labels)
     with pytest.raises(ValueError, match="num_classes must be from 1 to"):
         glyph_hashing(10_000)
 
@@ -38,6 +42,10 @@ def test_too_small_a_class_is_named():
         hashing_splits(range(12), [0] * 10 + [1] * 2, 3, 1)
     with pytest.raises(ValueError, match=r"labels must be \(12,\)"):
         hashing_splits(range(12), [0] * 10)
+    with pytest.raises(ValueError, match="must be at least 1, but are -3 and 4"):
+        hashing_splits(range(12), [0] * 12, -3, 4)
+    with pytest.raises(ValueError, match="labels must be classes, not negative, but go from -1 to 0"):
+        hashing_splits(range(12), [0] * 10 + [-1] * 2, 1, 1)
 
 
 def test_cifar10_through_torchvision(tmp_path, monkeypatch):
@@ -67,7 +75,8 @@ def test_multi_label_lists(tmp_path):
     for i in range(3):
         Image.fromarray(np.full((5, 4), 50 * i, dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
     listing = tmp_path / "database.txt"
-    listing.write_text("images/0.png 1 0 1\nimages/1.png 0 0 0\n\nimages/2.png 0 1 0\n")
+    # Some editors begin a file with a mark that is no part of the text.
+    listing.write_text("\ufeffimages/0.png 1 0 1\nimages/1.png 0 0 0\n\nimages/2.png 0 1 0\n")
     dataset = MultiLabelList(listing, tmp_path)
     assert dataset.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
     image, label = dataset[2]

@@ -108,6 +108,11 @@ def test_short_codes_are_as_far_apart_as_they_can_be(classes, bits, distance):
     assert torch.equal(centers[: 2 * bits], hash_centers(2 * bits, bits))
 
 
+@pytest.mark.parametrize(("classes", "bits"), [(200, 17), (500, 20)])
+def test_codes_of_odd_lengths_are_a_quarter_apart_where_a_linear_code_is(classes, bits):
+    assert center_distances(hash_centers(classes, bits))[0] == 5
+
+
 def test_more_classes_than_codes_share_them():
     centers = hash_centers(300, 8)
     assert centers.shape == (300, 8) and center_distances(centers)[0] == 0
@@ -150,11 +155,12 @@ def test_sub_losses_take_separate_reducers(loss):
 
 
 def test_centers_are_saved_with_the_loss():
-    state = CentralSimilarityLoss(200, 16, seed=1).state_dict()
-    other = CentralSimilarityLoss(200, 16, seed=2)
+    state = CentralSimilarityLoss(200, 100, seed=3).state_dict()
+    other = CentralSimilarityLoss(200, 100, seed=0)
     other.load_state_dict(state)
     assert torch.equal(other.hash_centers, state["hash_centers"])
     assert torch.equal(other.random_center, state["random_center"])
+    assert other.min_center_distance == center_distances(other.hash_centers)[0]
 
 
 @pytest.mark.parametrize(
@@ -166,11 +172,17 @@ def test_centers_are_saved_with_the_loss():
         (torch.zeros(4, 16), torch.tensor([0, 1, 2, -1]), "go from -1 to 2"),
         (torch.zeros(4, 8), torch.zeros(4), r"\(B, 16\).*\(4, 8\)"),
         (torch.zeros(4, 16), torch.zeros(4, 6), r"\(B, 5\).*num_classes.*\(4, 6\)"),
+        (torch.zeros(4, 16), torch.zeros(4, 5) - 1, "multi-hot labels must be 0 or 1, but go from -1.0 to -1.0"),
     ],
 )
 def test_what_does_not_fit_is_refused(outputs, labels, message):
     with pytest.raises(ValueError, match=message):
         CentralSimilarityLoss(5, 16)(outputs, labels)
+
+
+@pytest.mark.parametrize("loss", [DeepCauchyHashingLoss(), CentralSimilarityLoss(5, 16)])
+def test_an_empty_batch_costs_nothing(loss):
+    assert loss(torch.zeros(0, 16), torch.zeros(0).long()) == 0
 
 
 def test_wrong_settings_are_refused():
@@ -189,3 +201,8 @@ def test_quantization_regularizer_goes_with_any_loss():
     outputs, labels = 0.5 * torch.ones(4, 8), torch.arange(4) % 2
     loss = ContrastiveLoss(embedding_regularizer=QuantizationRegularizer(), embedding_reg_weight=2)
     assert loss(outputs, labels) - ContrastiveLoss()(outputs, labels) == pytest.approx(0.5)
+
+
+def test_quantization_regularizer_bears_large_outputs_in_half_precision():
+    loss = QuantizationRegularizer()(torch.full((4, 8), 300.0, dtype=torch.float16))
+    assert loss == pytest.approx(299.0**2)

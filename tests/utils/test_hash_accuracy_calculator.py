@@ -163,6 +163,13 @@ def test_precision_recall_curve_and_plot(tmp_path):
         ({"reference": torch.zeros(5, 16)}, r"\(2, 8\).*\(5, 16\).*same number of bits"),
         ({"reference": torch.zeros(0, 8), "reference_labels": torch.zeros(0)}, r"\(0, 8\) must not be empty"),
         ({"query_labels": torch.zeros(2, 3)}, r"\(2, 3\).*\(5,\).*multi-hot"),
+        ({"query_labels": 2 * torch.ones(2, 3)}, "query_labels must be 0 or 1 if multi-hot, but go from 2.0 to 2.0"),
+        ({"reference": torch.full((5, 8), torch.nan)}, r"reference \(5, 8\) must be finite"),
+        ({"reference_labels": None}, "reference is given, but reference_labels is None"),
+        (
+            {"query": torch.ones(6, 8), "query_labels": torch.zeros(6), "ref_includes_query": True},
+            r"query i is item i, but query has shape \(6, 8\) and reference \(5, 8\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
@@ -182,6 +189,11 @@ def test_wrong_settings_are_refused():
     for k in (0, "max_bin_count"):
         with pytest.raises(ValueError, match=f"k must be None, .* but is {k!r}"):
             calculator(k=k)
+    with pytest.raises(ValueError, match="radius must be a whole number, not negative, but is 1.5"):
+        calculator(radius=1.5)
+    with pytest.raises(ValueError, match="return_per_class is for PML's metrics alone"):
+        calculator(return_per_class=True)
+    calculator(return_per_class=True, include=("precision_at_1",))
 
 
 def test_packed_codes_are_refused():
