@@ -37,6 +37,7 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
         if known.shape != (len(labeled),):
             raise ValueError(f"labels must be ({len(labeled)},), one per sample, but have shape {tuple(known.shape)}.")
         self.labeled, self.unlabeled = labeled, unlabeled
+        self.with_index = all(len(data) and has_index(get_items(data, [0])[0]) for data in (labeled, unlabeled))
         self.labels = torch.cat([known, torch.full((len(unlabeled),), UNLABELED)])
 
     def __len__(self) -> int:
@@ -51,7 +52,13 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
         wanted, size = [places[i] for i in indices], len(self.labeled)
         own = iter(get_items(self.labeled, [i for i in wanted if i < size]))
         others = iter(get_items(self.unlabeled, [i - size for i in wanted if i >= size]))
-        return [next(own) if i < size else without_label(next(others), size) for i in wanted]
+        items = [next(own) if i < size else without_label(next(others), size) for i in wanted]
+        return items if self.with_index else [item[:2] for item in items]
+
+
+def has_index(item: Any) -> bool:
+    """Whether an item is (data, label, index)."""
+    return type(item) in (tuple, list) and len(item) > 2
 
 
 def without_label(item: Any, offset: int) -> tuple:

@@ -20,8 +20,9 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     - a zero row has no direction, so that a distance that normalises sends it a zero gradient (the bare
       normalisation of PyTorch would multiply the gradient by 1e12).
 
-    Labels are optional: the losses do not read them, but a reducer may. Subclasses implement ``compute_loss``
-    and return one value per sample or per pair, so that every PML reducer applies; the default is the mean.
+    Labels are optional: the losses do not read them, but a reducer may; multi-hot ones are left out. Subclasses
+    implement ``compute_loss`` and return one value per sample or per pair, so that every PML reducer applies; the
+    default is the mean.
 
     Args:
         distance: any PML distance; default ``EuclideanDistance()``, of L2-normalised embeddings.
@@ -70,6 +71,9 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     ) -> torch.Tensor:
         """Return the reduced loss, a float32 (or float64) scalar under the default reducer."""
         teacher = self._checked_teacher(embeddings, ref_emb)
+        # PML refuses labels of two dimensions, and none of its reducers could use them.
+        if labels is not None and labels.ndim > 1:
+            labels = ref_labels = None
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         teacher = teacher.detach().to(device=embeddings.device, dtype=dtype)
         with torch.autocast(embeddings.device.type, enabled=False):

@@ -47,6 +47,8 @@ class MixedSampler(Sampler[int]):
         if m < 1:
             raise ValueError(f"m must be at least 1, but is {m}.")
         known = np.asarray(labels)
+        if known.ndim != 1:
+            raise ValueError(f"labels must be (N,), one class for each sample, but have shape {known.shape}.")
         length = len(known) if length_before_new_iter is None else length_before_new_iter
         if not 0 < batch_size <= length:
             raise ValueError(

@@ -8,7 +8,7 @@ import torch
 
 from ..datasets import SeededViews
 from .block_file import BlockFile
-from .fingerprint import chain, dataset_fingerprint, differences, module_fingerprint, refuse
+from .fingerprint import chain, dataset_fingerprint, differences, embedding_signature, module_fingerprint, refuse
 
 
 class CachedTeacher:
@@ -41,7 +41,7 @@ class CachedTeacher:
         self.file, self.dataset = BlockFile(folder), dataset
         ours = dataset_fingerprint(dataset)
         if teacher is not None:
-            ours["teacher"] = module_fingerprint(teacher)
+            ours |= {"teacher": module_fingerprint(teacher), "embedding": embedding_signature(teacher, dataset)}
         refuse(self.file.folder, differences(ours, self.file.fingerprint))
         if self.file.num_written < self.file.num_blocks:
             raise ValueError(
@@ -98,6 +98,8 @@ class CachedTeacher:
                 "CachedTeacher needs the index of each sample: a batch must be (data, labels, index), as SeededViews "
                 "yields it."
             )
+        if not isinstance(index, torch.Tensor):
+            raise ValueError(f"index must be a tensor of integers, but is a {type(index).__name__}.")
         if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(
                 f"index must hold integers and have the shape (batch,), but is {index.dtype} of {tuple(index.shape)}."

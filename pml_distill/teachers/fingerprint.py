@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from ..datasets import SeededViews, Views
 from .block_file import BlockFile
@@ -22,15 +23,17 @@ IDENTITIES = ("labels", "targets", "indices")
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
-    """Return a hash of the architecture and the weights of a module, and of what the caches in it hold.
+    """Return a hash of the architecture, the weights and the buffers of a module, and of what the caches in it hold.
 
     Raises:
         ValueError: an ensemble has a teacher that is neither a module nor a cache.
     """
     digest = hashlib.sha256(without_addresses(repr(module)).encode())
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    # Means and standard deviations of images are often buffers that no state dict holds.
+    for name, value in sorted((dict(module.named_buffers()) | module.state_dict()).items()):
+        digest.update(name.encode())
+        for part in content(value):
+            digest.update(part)
     for part in module.modules():
         for number, teacher in enumerate(getattr(part, "teachers", ())):
             if isinstance(teacher, torch.nn.Module):
@@ -45,6 +48,32 @@ def module_fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def content(value: Any) -> Iterator[Any]:
+    """Yield the bytes of an entry of a state dict: a tensor, or what a quantised module or another keeps beside it."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from content(part)
+    elif isinstance(value, torch.Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        value = value.dequantize() if value.is_quantized else value
+        yield value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+    else:
+        yield without_addresses(repr(value)).encode()
+
+
+@torch.no_grad()
+def embedding_signature(teacher: torch.nn.Module, dataset: SeededViews) -> list[float]:
+    """Return a few values of a teacher's embedding of the first sample: no weight tells of what its code does."""
+    # The package of the accuracy calculators costs more than all that teachers need.
+    from ..utils.eval_mode import eval_mode
+
+    data, row = default_collate([(dataset.read([0])[0][0], 0)])
+    with eval_mode(teacher):
+        embedding = teacher(data.teacher if isinstance(data, Views) else data, row)
+    values = flat(embedding.double().cpu())
+    return values[np.linspace(0, len(values) - 1, NUM_VALUES).round().astype(int)].tolist()
+
+
 def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
     """Return length, views, transforms and labels of a dataset, what a few samples look like, and the versions.
 
@@ -55,16 +84,16 @@ def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
         "length": len(dataset),
         "seed": dataset.seed,
         "views": dataset.views,
-        "dataset": [type(part).__name__ for part in chain(dataset)],
+        "dataset": [type(part).__name__ for part in parts_of(dataset)],
         "transform": [
             f"{name}: {described(value)}"
-            for part in chain(dataset)
+            for part in parts_of(dataset)
             for name, value in getattr(part, "__dict__", {}).items()
             if "transform" in name and value is not None
         ],
         "labels": [
             f"{name} of {type(part).__name__}: {digest_of(value)}"
-            for part in chain(dataset)
+            for part in parts_of(dataset)
             for name, value in getattr(part, "__dict__", {}).items()
             if name in IDENTITIES
         ],
@@ -82,6 +111,9 @@ def differences(ours: dict[str, Any], cached: dict[str, Any]) -> list[str]:
             if others:
                 more = " and others" if len(others) > 5 else ""
                 lines.append(f"samples: what the dataset yields for the rows {', '.join(others[:5])}{more}")
+        elif name == "embedding":
+            if not alike(value, cached.get(name)):
+                lines.append("embedding: what the teacher returns for the first sample")
         elif value != cached.get(name):
             lines.append(f"{name}: {shown(cached.get(name))} in the cache, {shown(value)} now")
     return lines
@@ -128,6 +160,15 @@ def chain(dataset: Any) -> Iterator[Any]:
     while dataset is not None:
         yield dataset
         dataset = getattr(dataset, "dataset", None)
+
+
+def parts_of(dataset: Any) -> Iterator[Any]:
+    """Yield a dataset and all that it wraps or joins, such as a ``ConcatDataset``."""
+    yield dataset
+    inner = [getattr(dataset, name, None) for name in ("dataset", "labeled", "unlabeled")]
+    for part in (*inner, *getattr(dataset, "datasets", ())):
+        if part is not None:
+            yield from parts_of(part)
 
 
 def described(transform: Any) -> str:

@@ -22,7 +22,7 @@ class FrozenTeacher(torch.nn.Module):
             modules keep theirs. None for the modules' own. Autocast of the caller does not apply.
 
     Shapes:
-        data: whatever the trunk takes, moved to its device and precision. Returns (B, Dt).
+        data: the tensor that the trunk takes, moved to its device and precision. Returns (B, Dt).
 
     Raises:
         ValueError: ``trunk`` or ``embedder`` is no module.

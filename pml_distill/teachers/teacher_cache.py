@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..datasets import SeededViews, Views
 from .block_file import CHECKSUMS, HEADER, LOCK, BlockFile, file_sizes, locked
 from .cached_teacher import caches
-from .fingerprint import dataset_fingerprint, differences, module_fingerprint, refuse
+from .fingerprint import dataset_fingerprint, differences, embedding_signature, module_fingerprint, refuse
 from .frozen_teacher import FrozenTeacher
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,8 +27,9 @@ class TeacherCache:
 
     Embeddings are written batch by batch. A run that was killed goes on with the first batch that is missing, and ends
     with the same bits. Under ``torchrun`` each process writes its share of the batches; the number of processes may
-    change from run to run. The folder holds a fingerprint of the teacher's architecture and weights, the dataset, its
-    seed, views, transforms and labels, 32 of its rows, and the versions of the libraries: another teacher or dataset is
+    change from run to run. The folder holds a fingerprint of the teacher's architecture and weights and of what it
+    returns for a sample, of the dataset, its seed, views, transforms and labels, 32 of its rows, and the versions of
+    the libraries: another teacher or dataset is
     refused, never mixed in. Writing needs a POSIX system.
 
     Args:
@@ -99,7 +100,11 @@ class TeacherCache:
         self.names = ["embeddings", *(f"features.{name}" for name in features)]
         if classifier is not None:
             self.names.insert(1, "logits")
-        self.fingerprint = {"teacher": module_fingerprint(teacher), **dataset_fingerprint(dataset)}
+        self.fingerprint = {
+            "teacher": module_fingerprint(teacher),
+            **dataset_fingerprint(dataset),
+            "embedding": embedding_signature(teacher, dataset),
+        }
         if self.classifier is not None:
             self.fingerprint["classifier"] = module_fingerprint(self.classifier)
 

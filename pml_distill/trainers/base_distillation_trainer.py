@@ -189,7 +189,8 @@ class BaseDistillationTrainer(BaseTrainer):
         teacher_embeddings: Any = None
         if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner("tuple_miner"):
             # PML's losses, for asymmetric learning, compare what has one precision and is on one device.
-            teacher_embeddings = self.teacher(teacher_data, index).to(embeddings)
+            with torch.no_grad():
+                teacher_embeddings = self.teacher(teacher_data, index).to(embeddings)
         known, known_labels = only_labeled(embeddings, labels)
         known_teacher = teacher_embeddings
         if teacher_embeddings is not None and known is not embeddings:
@@ -340,17 +341,23 @@ class BaseDistillationTrainer(BaseTrainer):
                 another process.
         """
         state = torch.load(path, map_location=self.data_device, weights_only=True)
+        if "data_position" not in state:
+            raise ValueError(f"path {path} must be a file of save_checkpoint, but holds {sorted(state)[:5]}.")
         if state["rank"] != process_rank():
             raise ValueError(
                 f"path {path} was written by process {state['rank']}, but this is process {process_rank()}; let each "
                 "save to and load from a path of its own."
             )
-        for name in SAVED:
-            ours = dict(stateful(getattr(self, name)))
-            if state[name].keys() != ours.keys():
-                raise ValueError(f"{path} holds {name} {sorted(state[name])}, but this trainer has {sorted(ours)}.")
-            for key, value in ours.items():
-                unwrapped(value).load_state_dict(state[name][key])
+        ours = {name: dict(stateful(getattr(self, name))) for name in SAVED}
+        for name, objects in ours.items():
+            if state[name].keys() != objects.keys():
+                raise ValueError(f"{path} holds {name} {sorted(state[name])}, but this trainer has {sorted(objects)}.")
+        for name, objects in ours.items():
+            for key, value in objects.items():
+                try:
+                    unwrapped(value).load_state_dict(state[name][key])
+                except RuntimeError as error:
+                    raise ValueError(f'{path} holds other {name}["{key}"] than this trainer: {error}') from error
         for key, memory in self.memories():
             memory.queue_idx, memory.has_been_filled = state["queues"][key]
         self.scaler.load_state_dict(state["scaler"])

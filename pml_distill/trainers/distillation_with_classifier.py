@@ -67,7 +67,8 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
         if labels is None and self.wants("classifier_loss"):
             raise ValueError('loss_funcs["classifier_loss"] needs labels, but the dataset yields none.')
         with self.autocast():
-            logits = in_float32(self.models["classifier"](embeddings))
+            weight = next(self.models["classifier"].parameters(), embeddings)
+            logits = in_float32(self.models["classifier"](embeddings.to(weight.dtype)))
         if self.wants("classifier_loss"):
             known, known_labels = only_labeled(logits, labels)
             if len(known):

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from difflib import get_close_matches
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -35,9 +36,11 @@ class FeatureTap:
                 "network is a DataParallel, which runs copies of its modules; tap a plain network or one in "
                 "DistributedDataParallel."
             )
-        if isinstance(network, torch.nn.parallel.DistributedDataParallel):
-            network = network.module
-        network = getattr(network, "_orig_mod", network)
+        inside: Any = network
+        while inside is not None:
+            network = inside
+            parallel = isinstance(network, torch.nn.parallel.DistributedDataParallel)
+            inside = network.module if parallel else getattr(network, "_orig_mod", None)
         modules = dict(network.named_modules())
         unknown = [name for name in names if name not in modules]
         if unknown:

@@ -86,3 +86,13 @@ def test_the_unlabelled_part_may_yield_data_alone_or_labels_that_do_not_count(wr
     unlabeled = CrossQuality([wrap(5.0)], lambda x: -x)
     data, label = LabeledAndUnlabeled([("a", 0)], unlabeled, labels=[0])[1]
     assert label == -1 and data.student == -5.0 and data.teacher == 5.0
+
+
+@pytest.mark.parametrize(
+    "labeled, unlabeled",
+    [(Numbers(), list(torch.arange(31.0))), ([(value, 0) for value in torch.arange(31.0)], Numbers())],
+)
+def test_an_index_that_only_one_part_yields_is_left_out(labeled, unlabeled):
+    dataset = LabeledAndUnlabeled(labeled, unlabeled, labels=[0] * 31)
+    data, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=62)))
+    assert len(data) == len(labels) == 62

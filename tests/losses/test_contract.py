@@ -161,8 +161,9 @@ def test_a_batch_of_one_back_propagates(name):
 @every_loss
 def test_labels_are_optional_and_change_nothing(name):
     student, teacher = embeddings(8), embeddings(8, seed=1)
-    values = [LOSSES[name]()(student, labels, ref_emb=teacher) for labels in (None, torch.arange(8), torch.zeros(8))]
-    assert values[0] == values[1] == values[2]
+    given = (None, torch.arange(8), torch.zeros(8), torch.eye(8, 3))
+    values = [LOSSES[name]()(student, labels, ref_emb=teacher) for labels in given]
+    assert values[0] == values[1] == values[2] == values[3]
 
 
 @every_loss

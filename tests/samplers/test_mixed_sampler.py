@@ -69,6 +69,7 @@ def test_resumes_in_the_middle_of_a_pass():
         ({"batch_size": 81}, "batch_size must be from 1 to the length of a pass, 80, but is 81"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"m": 0}, "m must be at least 1, but is 0"),
+        ({"labels": torch.eye(80, 5)}, r"labels must be \(N,\), .* but have shape \(80, 5\)"),
         ({"labels": torch.arange(4).repeat(8)}, "asks for 8 unlabelled samples"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from pml_distill.datasets import CrossQuality, SeededViews
+from pml_distill.datasets import CrossQuality, LabeledAndUnlabeled, SeededViews
 from pml_distill.teachers import CachedTeacher, EnsembleTeacher, FrozenTeacher, TeacherCache, block_file, teacher_cache
 from pml_distill.teachers.block_file import BlockFile
 
@@ -247,8 +247,9 @@ def write_as_rank(rank, folder, processes):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     teacher = make_teacher()
+    cache = TeacherCache(folder / "cache", teacher, make_dataset(), batch_size=8)
     teacher.log = folder / f"log{rank}"
-    TeacherCache(folder / "cache", teacher, make_dataset(), batch_size=8).write()
+    cache.write()
     assert BlockFile(folder / "cache").num_written == 13
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -425,8 +426,18 @@ SWAPPED[7], SWAPPED[8] = 8, 7
         ),
         (Rows(VALUES, [0] * 400, Flip(0)), Rows(VALUES, [0] * 400, Flip(1e-9)), r"transform: .*{'share': 0}.*1e-09}"),
         (Rows(VALUES, [0] * 400, compose(0)), Rows(VALUES, [0] * 400, compose(1e-9)), "transform: "),
+        (
+            torch.utils.data.ConcatDataset([Rows(VALUES, [0] * 400), Rows(VALUES, [0] * 400, Flip(0))]),
+            torch.utils.data.ConcatDataset([Rows(VALUES, [0] * 400), Rows(VALUES, [0] * 400, Flip(1e-9))]),
+            r"transform: .*{'share': 0}.*1e-09}",
+        ),
+        (
+            LabeledAndUnlabeled(Rows(VALUES, torch.zeros(400)), Rows(VALUES, [0] * 400, Flip(0))),
+            LabeledAndUnlabeled(Rows(VALUES, torch.zeros(400)), Rows(VALUES, [0] * 400, Flip(1e-9))),
+            r"transform: .*{'share': 0}.*1e-09}",
+        ),
     ],
-    ids=["labels", "tensor of labels", "indices", "transform", "composed transform"],
+    ids=["labels", "tensor of labels", "indices", "transform", "composed transform", "joined", "labeled and not"],
 )
 def test_small_differences_are_refused(tmp_path, ours, other, message):
     teacher = FrozenTeacher(nn.Linear(2, 2))
@@ -434,6 +445,46 @@ def test_small_differences_are_refused(tmp_path, ours, other, message):
     CachedTeacher(tmp_path, SeededViews(ours), teacher)
     with pytest.raises(ValueError, match=f"belongs to something else:\n  {message}"):
         CachedTeacher(tmp_path, SeededViews(other))
+
+
+class Scaled(nn.Module):
+    """Brings images to a mean and a scale that no state dict holds."""
+
+    def __init__(self, mean=0.0, scale=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.scale = nn.Linear(2, 3), scale
+        self.register_buffer("mean", torch.full((2,), mean), persistent=False)
+
+    def forward(self, data):
+        return self.linear((data - self.mean) * self.scale)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [(Scaled(mean=0.5), "teacher: "), (Scaled(scale=2.0), "embedding: what the teacher returns for the first sample")],
+)
+def test_a_teacher_with_the_same_weights_that_returns_something_else_is_refused(tmp_path, other, message):
+    dataset = SeededViews(Rows(VALUES, [0] * 400))
+    TeacherCache(tmp_path, FrozenTeacher(Scaled()), dataset).write()
+    CachedTeacher(tmp_path, dataset, FrozenTeacher(Scaled()))
+    with pytest.raises(ValueError, match=f"belongs to something else:\n  (.|\n)*{message}"):
+        CachedTeacher(tmp_path, dataset, FrozenTeacher(other))
+    with pytest.raises(ValueError, match=message):
+        TeacherCache(tmp_path, FrozenTeacher(other), dataset).write()
+
+
+def test_a_quantised_teacher_can_be_cached(tmp_path):
+    dataset = SeededViews(Rows(VALUES, [0] * 400))
+    teachers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 3)), {nn.Linear})
+        teachers.append(FrozenTeacher(quantised))
+    TeacherCache(tmp_path, teachers[0], dataset).write()
+    CachedTeacher(tmp_path, dataset, teachers[1])
+    with pytest.raises(ValueError, match="teacher: "):
+        CachedTeacher(tmp_path, dataset, teachers[2])
 
 
 def test_what_only_the_student_sees_may_change(tmp_path):

@@ -22,7 +22,13 @@ from pytorch_metric_learning.miners import BatchHardMiner, MultiSimilarityMiner
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
-from pml_distill.losses import AbsoluteTeacherLoss, AttentionTransferLoss, DarkRankLoss, RelativeTeacherLoss
+from pml_distill.losses import (
+    AbsoluteTeacherLoss,
+    AttentionTransferLoss,
+    DarkRankLoss,
+    DeepCauchyHashingLoss,
+    RelativeTeacherLoss,
+)
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.trainers import DistillationWithClassifier
 
@@ -478,6 +484,57 @@ def test_checkpoint_of_another_trainer_is_refused(make_trainer, tmp_path):
     other = make_trainer(loss_funcs={"distillation_loss": RelativeTeacherLoss()})
     with pytest.raises(ValueError, match=r"holds loss_funcs \['distillation_loss', 'metric_loss'\].*has"):
         other.load_checkpoint(tmp_path / "state.pth")
+
+
+def test_what_a_refused_checkpoint_would_have_replaced_stays(make_trainer, tmp_path):
+    trainer = make_trainer(end_of_epoch_hook=lambda t: t.save_checkpoint(tmp_path / "state.pth"))
+    trainer.train(1, 1)
+    loss_funcs = {"metric_loss": ContrastiveLoss(), "distillation_loss": RelativeTeacherLoss()}
+    other = make_trainer(loss_funcs=loss_funcs, mining_funcs={"tuple_miner": MultiSimilarityMiner()})
+    before = weights(other)
+    with pytest.raises(ValueError, match="holds mining_funcs"):
+        other.load_checkpoint(tmp_path / "state.pth")
+    assert all(torch.equal(value, before[key]) for key, value in weights(other).items())
+    wider = network(out=9)
+    with pytest.raises(ValueError, match=r'(?s)holds other models\["trunk"\] than this trainer: .*size mismatch'):
+        make_trainer(models={"trunk": wider}).load_checkpoint(tmp_path / "state.pth")
+    torch.save(before, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="weights.pth must be a file of save_checkpoint, but holds"):
+        other.load_checkpoint(tmp_path / "weights.pth")
+
+
+def test_a_teacher_that_is_a_plain_function_gets_no_gradients(make_trainer):
+    taught = network(out=5, seed=1)
+    trainer = make_trainer(
+        loss_funcs={"distillation_loss": ContrastiveLoss()}, teacher=lambda data, index: taught(data)
+    )
+    trainer.train(1, 1)
+    assert all(p.grad is None for p in taught.parameters())
+
+
+def test_multi_hot_labels_go_to_the_metric_loss_alone(make_trainer):
+    labels = torch.eye(4)[torch.arange(32) % 4]
+    data = torch.utils.data.TensorDataset(torch.randn(32, 6), labels)
+    trainer = make_trainer(
+        dataset=data,
+        label_hierarchy_level="all",
+        loss_funcs={"metric_loss": DeepCauchyHashingLoss(), "distillation_loss": RelativeTeacherLoss()},
+    )
+    trainer.train(1, 1)
+    assert all(trainer.epoch_losses[key] > 0 for key in ("metric_loss", "distillation_loss"))
+
+
+def test_a_classifier_in_bfloat16_is_given_embeddings_of_its_own_type(make_trainer):
+    trunk, classifier = network().bfloat16(), torch.nn.Linear(5, 4).bfloat16()
+    trainer = make_trainer(
+        DistillationWithClassifier,
+        models={"trunk": trunk, "classifier": classifier},
+        optimizers={"trunk_optimizer": torch.optim.SGD([*trunk.parameters(), *classifier.parameters()], 0.01)},
+        loss_funcs={"classifier_loss": torch.nn.CrossEntropyLoss(), "distillation_loss": RelativeTeacherLoss()},
+        dtype=torch.bfloat16,
+    )
+    trainer.train(1, 1)
+    assert trainer.epoch_losses["classifier_loss"] > 0 and classifier.weight.grad.dtype == torch.bfloat16
 
 
 def test_a_failed_save_leaves_the_old_checkpoint_whole(make_trainer, tmp_path, monkeypatch):

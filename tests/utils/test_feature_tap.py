@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as parallel
 
 from pml_distill.models import SmallResNet
 from pml_distill.utils import FeatureTap
@@ -85,6 +86,15 @@ def test_a_compiled_network_is_tapped_from_its_first_pass_on():
         compiled(IMAGES)
     with pytest.raises(ValueError, match="under torch.compile from its first pass on"):
         tap.features  # noqa: B018
+
+
+def test_wrappers_may_be_in_any_order(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for wrap in (lambda n: torch.compile(parallel(n), backend="eager"), lambda n: parallel(torch.compile(n))):
+            assert list(FeatureTap(wrap(SmallResNet(4)), ["layer1"]).modules) == ["layer1"]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_data_parallel_is_refused():
