@@ -11,6 +11,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import torch
+
+from pml_distill.demo import Demo, DemoConfig
 from pml_distill.utils.report import format_table, mean_and_error
 
 METRICS = ("precision_at_1", "mean_average_precision_at_r", "asymmetric_map_at_r", "neighbor_agreement")
@@ -22,7 +25,18 @@ def options(description: str | None, out: str) -> argparse.Namespace:
     parser.add_argument("--seeds", default=5, type=int)
     parser.add_argument("--processes", default=2, type=int, help="of one thread each")
     parser.add_argument("--search", action="store_true", help="try hyperparameters on the validation classes instead")
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.split, given.path = ("val", given.out / "search.csv") if given.search else ("test", given.out / "results.csv")
+    given.seeds = 1 if given.search else given.seeds
+    return given
+
+
+class GlyphsDemo(Demo):
+    """The demo on Glyphs, trained and tested on the classes of a job's split."""
+
+    def __init__(self, out: Path, job: dict):
+        splits = ("train", "val") if job["split"] == "val" else ("train+val", "test")
+        super().__init__(DemoConfig("glyphs", 10, *splits), out / job["split"], torch.device("cpu"))
 
 
 def claim(folder: Path, settings: dict) -> None:
@@ -113,6 +127,26 @@ def table(
                 line["gain in MAP@R"] = f"{mean:+.3f} ± {error:.3f} ({mean / error:.0f} errors)"
             lines.append(line)
     return format_table(lines)
+
+
+def report(
+    out: Path,
+    rows: list[dict[str, str]],
+    column: str,
+    conditions: Sequence[str],
+    methods: Sequence[str],
+    teacher: str,
+) -> None:
+    """Write table and picture of the methods under each condition, the one that is taught last; print the table.
+
+    ``teacher`` is what the picture calls the teacher's level.
+    """
+    *others, alone, taught = methods
+    text = table(rows, column, conditions, alone, taught, *others)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    levels = {teacher: mean_and_error(list(by_seed(rows, METRICS[1], method="teacher").values()))[0]}
+    plot(out / "map_at_r.png", rows, column, conditions, methods, levels)
+    print(text)
 
 
 def plot(

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import METRICS, by_seed, complete, options
+from comparison import METRICS, GlyphsDemo, by_seed, complete, options
 from torch import nn
 
-from pml_distill.demo import EMBEDDING_SIZE, LOSSES, Demo, DemoConfig
+from pml_distill.demo import EMBEDDING_SIZE, LOSSES
 from pml_distill.losses import catalogue
 from pml_distill.utils import neighbor_agreement
 from pml_distill.utils.report import format_table, mean_and_error
@@ -54,12 +54,11 @@ CONDITIONS = {
 RATES = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)
 
 
-class Conditioned(Demo):
+class Conditioned(GlyphsDemo):
     """The demo under another condition."""
 
     def __init__(self, out: Path, job: dict):
-        splits = ("train", "val") if job["split"] == "val" else ("train+val", "test")
-        super().__init__(DemoConfig("glyphs", 10, *splits), out / job["split"], torch.device("cpu"))
+        super().__init__(out, job)
         self.condition = CONDITIONS["batch 128" if job["method"] == "teacher" else job["condition"]]
         self.batch_size, self.method = self.condition.batch_size, job["method"]
 
@@ -123,8 +122,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     given = options(__doc__, "conditions")
-    split, seeds = ("val", 1) if given.search else ("test", given.seeds)
-    path = given.out / ("search.csv" if given.search else "results.csv")
+    split, seeds, path = given.split, given.seeds, given.path
     work, processes = partial(run, given.out), given.processes
     complete(path, [job(split, "-", "teacher", seed, 0.0) for seed in range(seeds)], work, processes)
     labelled = [name for name, condition in CONDITIONS.items() if condition.labels]

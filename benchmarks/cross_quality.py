@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import METRICS, by_seed, complete, options, plot, table
+from comparison import GlyphsDemo, complete, options, report
 
 from pml_distill.datasets import CrossQuality
-from pml_distill.demo import Demo, DemoConfig, Distillation
+from pml_distill.demo import Distillation
 from pml_distill.losses import AbsoluteTeacherLoss
 from pml_distill.utils import asymmetric_accuracy, neighbor_agreement
-from pml_distill.utils.report import mean_and_error
 
 CLEAN, LOOKING, ALONE, TAUGHT = "teacher", "teacher on degraded images", "trained on degraded images", "cross-quality"
 DEGRADATIONS = ("low resolution", "blur", "compression")
@@ -58,12 +57,11 @@ class StudentViews(CrossQuality):
         return views.student, label
 
 
-class CrossQualityDemo(Demo):
+class CrossQualityDemo(GlyphsDemo):
     """The demo, its students' images degraded."""
 
     def __init__(self, out: Path, job: dict):
-        splits = ("train", "val") if job["split"] == "val" else ("train+val", "test")
-        super().__init__(DemoConfig("glyphs", 10, *splits), out / job["split"], torch.device("cpu"))
+        super().__init__(out, job)
         if job["method"] != CLEAN:
             degrade = degradation(job["quality"])
             self.degraded = CrossQuality(self.train_set, degrade)
@@ -104,8 +102,7 @@ def job(split: str, quality: str, method: str, seed: int, weight: float = 0.0, r
 
 def main() -> None:
     given = options(__doc__, "cross_quality")
-    split, seeds = ("val", 1) if given.search else ("test", given.seeds)
-    path = given.out / ("search.csv" if given.search else "results.csv")
+    split, seeds, path = given.split, given.seeds, given.path
     work, processes = partial(run, given.out), given.processes
     complete(path, [job(split, "clean", CLEAN, seed) for seed in range(seeds)], work, processes)
     if given.search:
@@ -118,11 +115,7 @@ def main() -> None:
             jobs += [job(split, quality, method, seed, *setting) for method, setting in SETTINGS.items()]
             jobs.append(job(split, quality, LOOKING, seed))
     rows = complete(path, jobs, work, processes)
-    text = table(rows, "quality", DEGRADATIONS, ALONE, TAUGHT, LOOKING)
-    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    levels = {"teacher on clean images": mean_and_error(list(by_seed(rows, METRICS[1], method=CLEAN).values()))[0]}
-    plot(given.out / "map_at_r.png", rows, "quality", DEGRADATIONS, (LOOKING, ALONE, TAUGHT), levels)
-    print(text)
+    report(given.out, rows, "quality", DEGRADATIONS, (LOOKING, ALONE, TAUGHT), "teacher on clean images")
 
 
 if __name__ == "__main__":

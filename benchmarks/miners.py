@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from comparison import METRICS, by_seed, complete, options, plot, table
+from comparison import GlyphsDemo, complete, options, report
 from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import BaseMiner, MultiSimilarityMiner, TripletMarginMiner
 from torch import nn
 
-from pml_distill.demo import Demo, DemoConfig, Distillation
+from pml_distill.demo import Distillation
 from pml_distill.losses import RelativeTeacherLoss
 from pml_distill.miners import BaseTeacherMiner, TeacherMiner, TeacherNeighborMiner, TeacherRankMiner
-from pml_distill.utils.report import mean_and_error
 
 WITHOUT, WITH = "labels or all pairs", "the teacher's choice"
 MINERS: dict[str, Callable[[], BaseMiner] | None] = {
@@ -89,12 +88,11 @@ SEARCH = {
 }
 
 
-class MiningDemo(Demo):
+class MiningDemo(GlyphsDemo):
     """The demo, with another metric loss and a miner for the students."""
 
     def __init__(self, out: Path, job: dict):
-        splits = ("train", "val") if job["split"] == "val" else ("train+val", "test")
-        super().__init__(DemoConfig("glyphs", 10, *splits), out / job["split"], torch.device("cpu"))
+        super().__init__(out, job)
         if job["method"] != "teacher":
             self.comparison = COMPARISONS[job["comparison"]]
             self.miner = self.comparison.with_teacher if job["method"] == WITH else self.comparison.without
@@ -133,8 +131,7 @@ def job(split: str, comparison: str, method: str, seed: int, weight: float = 0.0
 
 def main() -> None:
     given = options(__doc__, "miners")
-    split, seeds = ("val", 1) if given.search else ("test", given.seeds)
-    path = given.out / ("search.csv" if given.search else "results.csv")
+    split, seeds, path = given.split, given.seeds, given.path
     work, processes = partial(run, given.out), given.processes
     complete(path, [job(split, "-", "teacher", seed) for seed in range(seeds)], work, processes)
     if given.search:
@@ -142,11 +139,7 @@ def main() -> None:
         return
     jobs = [job(split, *key, seed, *setting) for key, setting in SETTINGS.items() for seed in range(seeds)]
     rows = complete(path, jobs, work, processes)
-    text = table(rows, "comparison", tuple(COMPARISONS), WITHOUT, WITH)
-    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    levels = {"teacher": mean_and_error(list(by_seed(rows, METRICS[1], method="teacher").values()))[0]}
-    plot(given.out / "map_at_r.png", rows, "comparison", tuple(COMPARISONS), (WITHOUT, WITH), levels)
-    print(text)
+    report(given.out, rows, "comparison", tuple(COMPARISONS), (WITHOUT, WITH), "teacher")
 
 
 if __name__ == "__main__":

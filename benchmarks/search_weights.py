@@ -17,62 +17,41 @@ from pathlib import Path
 
 import torch
 
-from pml_distill.demo import EMBEDDING_SIZE, Demo, DemoConfig, Distillation
-from pml_distill.losses import (
-    AbsoluteTeacherLoss,
-    AsymmetricRegressionLoss,
-    CollaborativeRankLoss,
-    CorrelationCongruenceLoss,
-    CosineTeacherLoss,
-    DarkRankLoss,
-    DecoupledDifferentialLoss,
-    LogitDistillationLoss,
-    MutualDistanceLoss,
-    ProbabilisticTransferLoss,
-    RankPreservationLoss,
-    RegressionTeacherLoss,
-    RelativeTeacherLoss,
-    RelaxedContrastiveLoss,
-    RKDAngleLoss,
-    RKDDistanceLoss,
-    SimilarityDistributionLoss,
-    SimilarityPreservingLoss,
-    SimilarityRegressionLoss,
-)
+from pml_distill.demo import LOSSES, Demo, DemoConfig, Distillation
+from pml_distill.losses import DarkRankLoss, RelativeTeacherLoss
 
-QUEUE = (1024, EMBEDDING_SIZE)
-
-TRIALS = {
-    "soft_4": (lambda: DarkRankLoss("soft", list_length=4), (0.003, 0.01, 0.03, 0.1)),
-    "soft_8": (lambda: DarkRankLoss("soft", list_length=8), (0.003, 0.01, 0.03, 0.1)),
-    "hard_8": (lambda: DarkRankLoss("hard", list_length=8), (0.003, 0.01, 0.03, 0.1)),
-    "hard_16": (lambda: DarkRankLoss("hard", list_length=16), (0.001, 0.003, 0.01, 0.03)),
-    "hard_all": (lambda: DarkRankLoss("hard", list_length=None), (0.0003, 0.001, 0.003, 0.01)),
-    "absolute": (AbsoluteTeacherLoss, (1.0, 3.0, 10.0, 30.0)),
-    "relative": (RelativeTeacherLoss, (0.1, 0.3, 1.0, 3.0)),
-    "relative_l2": (lambda: RelativeTeacherLoss("l2"), (0.3, 1.0, 3.0, 10.0)),
-    "regression": (SimilarityRegressionLoss, (0.03, 0.1, 0.3, 1.0)),
-    "logit": (lambda: LogitDistillationLoss(temperature=4), (0.003, 0.01, 0.03, 0.1)),
-    "cosine": (CosineTeacherLoss, (1.0, 3.0, 10.0)),
-    "mse": (RegressionTeacherLoss, (0.2, 0.6, 2.0, 6.0)),
-    "raml": (AsymmetricRegressionLoss, (1.0, 3.0, 10.0)),
-    "rkd_distance": (RKDDistanceLoss, (3.0, 10.0, 40.0, 150.0)),
-    "rkd_angle": (RKDAngleLoss, (3.0, 10.0, 40.0)),
-    "similarity_preserving": (SimilarityPreservingLoss, (5.0, 20.0, 80.0)),
-    "probabilistic_transfer": (ProbabilisticTransferLoss, (4.0, 15.0, 60.0)),
-    "correlation_congruence": (CorrelationCongruenceLoss, (0.5, 2.0, 10.0, 40.0, 150.0)),
-    "relaxed_contrastive": (RelaxedContrastiveLoss, (1.0, 3.0, 8.0, 30.0, 120.0)),
-    "mkd": (MutualDistanceLoss, (0.5, 1.5, 5.0)),
-    "rop": (RankPreservationLoss, (0.015, 0.05, 0.15, 0.5)),
-    "d3": (DecoupledDifferentialLoss, (0.015, 0.05, 0.15)),
-    "acrd": (lambda: CollaborativeRankLoss(queue_size=QUEUE[0], width=QUEUE[1]), (0.1, 0.3, 1.0, 3.0)),
-    "compress": (lambda: SimilarityDistributionLoss(*QUEUE), (0.02, 0.06, 0.2, 0.6, 2.0)),
-    "compress_2q": (
-        lambda: SimilarityDistributionLoss(*QUEUE, student_width=EMBEDDING_SIZE),
-        (0.1, 0.3, 1.0, 3.0, 10.0),
-    ),
-    "csd": (lambda: SimilarityDistributionLoss(*QUEUE, 1.0, 0.01, include_batch=True, topk=128), (0.1, 0.3, 1.0, 3.0)),
+WEIGHTS = {
+    "soft_dark_rank": (0.003, 0.01, 0.03, 0.1),
+    "hard_dark_rank": (0.003, 0.01, 0.03, 0.1),
+    "similarity_regression": (0.03, 0.1, 0.3, 1.0),
+    "absolute_teacher": (1.0, 3.0, 10.0, 30.0),
+    "relative_teacher": (0.1, 0.3, 1.0, 3.0),
+    "logit_distillation": (0.003, 0.01, 0.03, 0.1),
+    "cosine_teacher": (1.0, 3.0, 10.0),
+    "regression_teacher": (0.2, 0.6, 2.0, 6.0),
+    "asymmetric_regression": (1.0, 3.0, 10.0),
+    "rkd_distance": (3.0, 10.0, 40.0, 150.0),
+    "rkd_angle": (3.0, 10.0, 40.0),
+    "similarity_preserving": (5.0, 20.0, 80.0),
+    "probabilistic_transfer": (4.0, 15.0, 60.0),
+    "correlation_congruence": (0.5, 2.0, 10.0, 40.0, 150.0),
+    "relaxed_contrastive": (1.0, 3.0, 8.0, 30.0, 120.0),
+    "mutual_distance": (0.5, 1.5, 5.0),
+    "rank_preservation": (0.015, 0.05, 0.15, 0.5),
+    "decoupled_differential": (0.015, 0.05, 0.15),
+    "collaborative_rank": (0.1, 0.3, 1.0, 3.0),
+    "compress": (0.02, 0.06, 0.2, 0.6, 2.0),
+    "compress_two_queues": (0.1, 0.3, 1.0, 3.0, 10.0),
+    "contextual_similarity": (0.1, 0.3, 1.0, 3.0),
 }
+#: Other settings of two losses, which the demo does not have.
+VARIANTS = {
+    "soft_dark_rank_4": (lambda: DarkRankLoss("soft", list_length=4), (0.003, 0.01, 0.03, 0.1)),
+    "hard_dark_rank_16": (lambda: DarkRankLoss("hard", list_length=16), (0.001, 0.003, 0.01, 0.03)),
+    "hard_dark_rank_all": (lambda: DarkRankLoss("hard", list_length=None), (0.0003, 0.001, 0.003, 0.01)),
+    "relative_teacher_l2": (lambda: RelativeTeacherLoss("l2"), (0.3, 1.0, 3.0, 10.0)),
+}
+TRIALS = {name: (LOSSES[name].make, weights) for name, weights in WEIGHTS.items()} | VARIANTS
 RATES = (5e-3, 1e-2, 2e-2)
 BASELINE_RATES = (3e-3, 5e-3, 1e-2, 2e-2, 3e-2)
 

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import METRICS, by_seed, complete, options, plot, table
+from comparison import GlyphsDemo, complete, options, report
 
 from pml_distill.datasets import PartiallyLabeled
-from pml_distill.demo import BATCH_SIZE, Demo, DemoConfig, Distillation
+from pml_distill.demo import BATCH_SIZE, Distillation
 from pml_distill.losses import AbsoluteTeacherLoss
 from pml_distill.samplers import MixedSampler
-from pml_distill.utils.report import mean_and_error
 
 ALONE, DISTILLED = "metric loss on the labelled", "distilled on all"
 FRACTIONS = {
@@ -75,12 +74,11 @@ SEARCH = {
 }
 
 
-class FewLabels(Demo):
+class FewLabels(GlyphsDemo):
     """The demo, its student's training images labelled in part."""
 
     def __init__(self, out: Path, job: dict):
-        splits = ("train", "val") if job["split"] == "val" else ("train+val", "test")
-        super().__init__(DemoConfig("glyphs", 10, *splits), out / job["split"], torch.device("cpu"))
+        super().__init__(out, job)
         self.fraction = FRACTIONS[job["labels"]]
         self.share, self.m, self.length = job["share"], job["m"], job["length"]
 
@@ -110,23 +108,17 @@ def job(split: str, labels: str, method: str, seed: int, setting: tuple[float, .
 
 def main() -> None:
     given = options(__doc__, "semi_supervised")
-    split, seeds = ("val", 1) if given.search else ("test", given.seeds)
-    work = partial(run, given.out)
+    split, seeds, path = given.split, given.seeds, given.path
+    work, processes = partial(run, given.out), given.processes
     teachers = [job(split, "100 %", "teacher", seed, (0.0, 0.0, 1.0, 4, 1.0)) for seed in range(seeds)]
-    path = given.out / ("search.csv" if given.search else "results.csv")
-    complete(path, teachers, work, given.processes)
+    complete(path, teachers, work, processes)
     if given.search:
         jobs = [job(split, *key, 0, setting) for key, settings in SEARCH.items() for setting in settings]
-        complete(path, jobs, work, given.processes)
+        complete(path, jobs, work, processes)
         return
     jobs = [job(split, *key, seed, setting) for key, setting in SETTINGS.items() for seed in range(seeds)]
-    rows = complete(path, jobs, work, given.processes)
-    text = table(rows, "labels", tuple(FRACTIONS), ALONE, DISTILLED)
-    (given.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    teacher = mean_and_error(list(by_seed(rows, METRICS[1], method="teacher").values()))[0]
-    levels = {"teacher, all labels": teacher}
-    plot(given.out / "map_at_r.png", rows, "labels", tuple(FRACTIONS), (ALONE, DISTILLED), levels)
-    print(text)
+    rows = complete(path, jobs, work, processes)
+    report(given.out, rows, "labels", tuple(FRACTIONS), (ALONE, DISTILLED), "teacher, all labels")
 
 
 if __name__ == "__main__":

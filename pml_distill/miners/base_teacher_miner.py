@@ -46,9 +46,9 @@ class BaseTeacherMiner(BaseMiner):
                 f"{name} compares student and teacher row for row, but embeddings has shape "
                 f"{tuple(embeddings.shape)} and ref_emb {tuple(ref_emb.shape)}."
             )
-        if labels is not None and len(labels) != len(embeddings):
+        if labels is not None and labels.shape != embeddings.shape[:1]:
             raise ValueError(
-                f"{name} needs one label for each row of embeddings, but embeddings has shape "
+                f"{name} needs one class label for each row of embeddings, but embeddings has shape "
                 f"{tuple(embeddings.shape)} and labels {tuple(labels.shape)}."
             )
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
