@@ -89,7 +89,8 @@ class ResumableDataLoader:
                 )
             items = current.copy()
             for place, source in zip(argsort(wanted), argsort(present)):
-                current[place] = items[source]
+                if place != source:
+                    current[place] = items[source]
 
 
 def argsort(items: list[str]) -> list[int]:

@@ -80,6 +80,15 @@ def test_goes_on_in_a_new_process_as_if_never_stopped(kind, batches_of_second_pa
     assert [batch.tolist() for batch in (*rest, *resumed, *resumed)] == expected
 
 
+def test_a_list_that_keeps_its_order_is_not_written_to():
+    places = np.arange(48)
+    places.flags.writeable = False
+    sampler = SubsetRandomSampler(places)
+    first = ResumableDataLoader(DataLoader(torch.arange(48), 8, sampler=sampler))
+    next(iter(first))
+    ResumableDataLoader(DataLoader(torch.arange(48), 8, sampler=sampler), first.position())
+
+
 def test_leaves_what_a_hook_changes_in_a_sampler():
     dataloader = DataLoader(torch.arange(48), batch_sampler=ShuffledInPlace())
     resumable = ResumableDataLoader(dataloader)
