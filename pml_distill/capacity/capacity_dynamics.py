@@ -306,8 +306,8 @@ class CapacityDynamics:
     def replace_student(self, trainer: Any) -> nn.Module:
         """Put the exported network in the student's place in a trainer, where the training goes on with it.
 
-        Parameter groups get the new parameters where the old ones of the same name were, without their momentum, and
-        the bias of a merged convolution where that of its normalisation was; learning rates and schedulers stay. A
+        Parameter groups get the new parameters where the old ones of the same name stood, without their momentum, and
+        the bias of a merged convolution where that of its normalisation stood; learning rates and schedulers stay. A
         DistributedDataParallel wrapper is made anew with the same settings, but for communication hooks and the size
         of its buckets. The hooks are removed. A checkpoint taken from now on holds the small network.
 

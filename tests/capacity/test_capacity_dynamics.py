@@ -850,6 +850,23 @@ def test_after_the_export_each_parameter_is_in_the_group_that_it_was_in():
     assert any(p is small.layer1[0].conv1.bias for p in optimizer.param_groups[1]["params"])
 
 
+@pytest.mark.parametrize("order", [list, lambda params: sorted(params, key=lambda p: p.ndim)])
+def test_a_checkpoint_after_the_export_fits_an_optimizer_of_the_small_network_in_the_same_order(order):
+    def in_order(model):
+        return order([*embedder.parameters(), *model.parameters(), *head.parameters()])
+
+    student, embedder, head = torchvision.models.resnet50(num_classes=8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    insert_compactors(student)
+    optimizer, small = replaced(student, in_order(student))
+    loss = head(embedder(small(torch.randn(2, 3, 32, 32)))).square().mean()
+    loss.backward()
+    optimizer.step()
+    anew = torch.optim.SGD(in_order(small), lr=0.01, momentum=0.9)
+    anew.load_state_dict(optimizer.state_dict())
+    assert len(anew.state) == len(in_order(small))
+    assert all(torch.equal(anew.state[p]["momentum_buffer"], p.grad) for p in in_order(small))
+
+
 def test_the_bias_of_a_merged_convolution_goes_with_its_weight_where_the_normalisation_has_none():
     student = torchvision.models.resnet18(num_classes=8, norm_layer=torchvision.ops.misc.FrozenBatchNorm2d)
     insert_compactors(student)
