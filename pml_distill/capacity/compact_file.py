@@ -169,12 +169,14 @@ def difference(expected: dict[str, dict], layers: dict[str, dict]) -> str:
 
 def architecture(model: Any, layers: dict[str, dict]) -> str:
     """Return what :func:`build` makes such a network of, or an empty string."""
-    name, library = "", type(model).__module__
-    if library == "torchvision.models.resnet":
-        stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-        name = TORCHVISION.get((type(stages[0][0]).__name__, *(len(stage) for stage in stages)), "")
-    elif library == "timm.models.resnet":
-        name = model.default_cfg.get("architecture", "")
+    name, library = "", f"{type(model).__module__}.{type(model).__name__}"
+    if library == "torchvision.models.resnet.ResNet":
+        # A stage may have been replaced by a module without blocks.
+        stages = [list(stage.children()) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)]
+        name = TORCHVISION.get((*{type(block).__name__ for block in stages[0]}, *map(len, stages)), "")
+    elif library == "timm.models.resnet.ResNet":
+        # Only timm's functions leave a name.
+        name = getattr(model, "default_cfg", {}).get("architecture", "")
     if not name:
         return ""
     name = f"{library.split('.')[0]} {name}"

@@ -5,6 +5,7 @@ import textwrap
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torchvision
 from networks import images, network, pruned
@@ -61,6 +62,35 @@ def test_other_networks_come_back_with_their_architecture_given(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images()), small(images()))
     assert given.layer1[0].conv1.out_channels == 8
+
+
+def without(stage):
+    model = torchvision.models.resnet18()
+    setattr(model, stage, torch.nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: without("layer4"),
+        lambda: without("layer1"),
+        lambda: timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, [1, 1, 1, 1]),
+        lambda: torchvision.models.resnet.BasicBlock(3, 3),
+    ],
+)
+def test_networks_that_no_function_of_a_library_makes_have_no_architecture(make, tmp_path):
+    model = make()
+    model.fc = torch.nn.Identity()
+    insert_compactors(model)
+    small = export(model.eval())
+    save_compact(small, tmp_path / "small")
+    with safetensors.safe_open(tmp_path / "small", "pt") as file:
+        assert file.metadata()["architecture"] == ""
+    given = make()
+    given.fc = torch.nn.Identity()
+    with torch.no_grad():
+        assert torch.equal(load_compact(tmp_path / "small", given)(images()), small(images()))
 
 
 def test_can_be_read_without_this_package(tmp_path):
