@@ -83,6 +83,9 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
 def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     """Return the network that :func:`save_compact` wrote, on the CPU, in eval mode.
 
+    Convolutions, linear layers, batch norms and identities are rebuilt, other modules are compared by what they print.
+    A setting that a module of your own does not print goes unnoticed: give a ``model`` that has the right one.
+
     Args:
         path: the file.
         model: a network of the architecture before it was compacted, with any weights; it is left as it is. Needed
@@ -90,7 +93,7 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
 
     Raises:
         ValueError: for a file that is not of this format, for one of another architecture than ``model``, or with
-            other settings in a layer that has no weights; for one that names no architecture when ``model`` is not
+            other settings in a layer that is not rebuilt; for one that names no architecture when ``model`` is not
             given; for a ``model`` that is no network.
     """
     if not isinstance(model, nn.Module | None):
@@ -148,7 +151,8 @@ def describe(model: nn.Module) -> dict[str, dict]:
             if type(module) in (nn.Conv2d, nn.Linear):
                 layers[name]["bias"] = module.bias is not None
             if type(module) not in REBUILT:
-                layers[name]["settings"] = module.extra_repr()
+                # Some, such as torchvision's FrozenBatchNorm2d, print more than their extra_repr.
+                layers[name]["settings"] = repr(module).removeprefix(f"{type(module).__name__}(").removesuffix(")")
     return layers
 
 

@@ -1,3 +1,4 @@
+import functools
 import inspect
 import json
 import sys
@@ -150,6 +151,23 @@ def test_another_pooling_is_not_taken_for_the_architectures_own(tmp_path):
         load_compact(tmp_path / "small", torchvision.models.resnet18())
     with torch.no_grad():
         assert torch.equal(load_compact(tmp_path / "small", changed())(images()), small(images()))
+
+
+def test_a_frozen_normalisation_of_another_eps_is_refused(tmp_path):
+    def frozen(eps):
+        norm = functools.partial(torchvision.ops.FrozenBatchNorm2d, eps=eps)
+        return torchvision.models.resnet18(norm_layer=norm)
+
+    model = frozen(0.1)
+    insert_compactors(model)
+    small = export(model.eval())
+    save_compact(small, tmp_path / "small")
+    with pytest.raises(
+        ValueError, match=r"bn1 is FrozenBatchNorm2d\(64, eps=1e-05\) in the net.*eps=0.1\) in the file"
+    ):
+        load_compact(tmp_path / "small", frozen(1e-5))
+    with torch.no_grad():
+        assert torch.equal(load_compact(tmp_path / "small", frozen(0.1))(images()), small(images()))
 
 
 def test_a_model_that_is_no_network_is_refused(small, tmp_path):
