@@ -253,13 +253,21 @@ def check_chain(chain: Chain) -> None:
             f"{type(chain.norm).__name__} cannot be merged into a convolution; expected nn.BatchNorm2d with running "
             "statistics, nn.SyncBatchNorm or torchvision's FrozenBatchNorm2d"
         )
+    problem = mixing(chain)
+    if problem:
+        refuse(problem)
+
+
+def mixing(chain: Chain) -> str:
+    """Return what keeps channels from being dropped between normalisation and next convolution, or an empty string."""
     for place in range(2, len(chain.path) - 1):
         name, module = chain.path[place], chain.part(place)
         if not keeps_channels_apart(module, chain.conv.weight):
-            refuse(
+            return (
                 f"{name} ({type(module).__name__}) stands before the next convolution, and does not work on fewer "
                 "channels with the same result, or does not keep zeros zero"
             )
+    return ""
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compactor import Compactor, compacted_chains, find_compactors, is_batch_norm, replace_module
+from .compactor import Compactor, compacted_chains, find_compactors, is_batch_norm, mixing, replace_module
 
 
 def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) -> nn.Module:
@@ -33,7 +33,8 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
             shortcuts and block outputs. The network has to be traceable by ``torch.fx``.
 
     Raises:
-        ValueError: in training mode, without compactors, for a compactor with values that are not finite, for a
+        ValueError: in training mode, without compactors, for a compactor with values that are not finite, for a module
+            between normalisation and next convolution that has learned to lift zeros or to mix channels, for a
             threshold below 0 or above all rows of all compactors, for ``fold_norms`` of a network that cannot be
             traced.
 
@@ -78,6 +79,11 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
     broken = [name for name, rows in norms.items() if not rows.isfinite().all()]
     if broken:
         raise ValueError(f"the compactor behind {', '.join(broken)} has values that are not finite")
+    for chain in compacted_chains(model):
+        # What kept zeros zero at the insertion may have learned not to.
+        problem = mixing(chain)
+        if problem:
+            raise ValueError(f"cannot merge the compactor behind {chain.name}: {problem}")
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, but is {threshold}")
     largest = {name: rows.max().item() for name, rows in norms.items()}

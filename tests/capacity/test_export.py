@@ -189,6 +189,26 @@ def test_errors_say_what_to_do():
         export(model)
 
 
+def test_an_activation_that_has_learned_a_shift_is_refused():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return x.relu() + self.shift
+
+    model = network("torchvision resnet18")
+    model.layer2[1].relu = Shifted().eval()
+    insert_compactors(model)["layer2.1.bn1"].weight.data[5:] = 0
+    small = export(model)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images()), model(images()), rtol=1e-5, atol=1e-5)
+    model.layer2[1].relu.shift.data += 0.1
+    with pytest.raises(ValueError, match=r"behind layer2.1.bn1: relu \(Shifted\) stands .* does not keep zeros zero"):
+        export(model)
+
+
 def test_folding_says_when_it_cannot_trace():
     class Branching(nn.Module):
         def __init__(self):
