@@ -9,7 +9,7 @@ from networks import NETWORKS, images, network, pruned
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from pml_distill.capacity import export, find_compactors, insert_compactors
+from pml_distill.capacity import ExportMeter, export, find_compactors, insert_compactors
 from pml_distill.capacity.export import merge
 from pml_distill.utils import model_cost
 
@@ -126,6 +126,16 @@ def test_the_longest_row_of_each_compactor_stays():
     small = export(model)
     assert small.layer1[0].conv1.out_channels == 1 and small.layer1[1].conv1.out_channels == 8
     torch.testing.assert_close(small.layer1[0].conv2.weight, model.layer1[0].conv2.weight[:, 2:3])
+
+
+def test_where_all_rows_are_zero_the_first_stays():
+    model = network("SmallResNet")
+    for compactor in insert_compactors(model).values():
+        compactor.weight.data.zero_()
+    small, expected = export(model), ExportMeter(model, (3, 64, 64)).measure().parameters
+    assert small.layer1[0].conv1.out_channels == 1 and sum(p.numel() for p in small.parameters()) == expected
+    with torch.no_grad():
+        torch.testing.assert_close(small(images()), model(images()), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_at_the_threshold_stay():
