@@ -109,7 +109,8 @@ class SizeBudget:
         gone_rows = (going | (lengths < self.threshold)).split(self.counts)
         lengths_of = lengths.split(self.counts)
         for gone, own in zip(gone_rows, lengths_of):
-            gone[own.argmax()] = False  # stays in any case
+            if gone.all():
+                gone[own.argmax()] = False  # stays in any case
         self.fill_up(gone_rows, lengths_of)
         self.alive = [(~gone).to(w.dtype).view(-1, 1, 1, 1) for gone, w in zip(gone_rows, self.weights)]
         self.hold()

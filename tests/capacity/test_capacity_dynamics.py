@@ -363,6 +363,13 @@ def test_a_budget_is_filled_up_with_rows_that_still_fit():
     assert before < dynamics.measure().parameters <= dynamics.budget.target
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
+def test_a_budget_is_not_exceeded_where_rows_are_alike(share):
+    student, _, optimizer, dynamics = setting(False, rate=0.0, target_flops=share, budget_steps=1)
+    steps(student, dynamics, optimizer, 1)
+    assert dynamics.budget.met and dynamics.measure().flops <= share * dynamics.meter.measure(0.0).flops
+
+
 class Readings(TorchDispatchMode):
     """Counts what waits for the device."""
 
