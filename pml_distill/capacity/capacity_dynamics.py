@@ -400,7 +400,7 @@ class CapacityDynamics:
             "epoch": self.epoch,
             "steps": self.steps,
             "budget": None if self.budget is None else self.budget.state_dict(),
-            "history": self.history,
+            "history": list(self.history),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

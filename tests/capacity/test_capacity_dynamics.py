@@ -473,6 +473,14 @@ def test_a_state_resumes_the_run():
     assert dynamics.budget.met and other[3].budget.met and dynamics.lasso_weight == other[3].lasso_weight
 
 
+def test_a_state_stays_as_it_was_while_the_training_goes_on():
+    *_, dynamics = setting(False)
+    dynamics.end_epoch()
+    state = dynamics.state_dict()
+    dynamics.end_epoch()
+    assert [row["epoch"] for row in state["history"]] == [1]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
