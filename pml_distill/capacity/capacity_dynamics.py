@@ -395,6 +395,7 @@ class CapacityDynamics:
     def state_dict(self) -> dict[str, Any]:
         """Return queues, marks and progress; the compactors themselves are in the student's state."""
         return {
+            "widths": {name: len(compactor.weight) for name, compactor in self.compactors.items()},
             "resets": self.resets.state_dict(),
             "lasso_weight": self.lasso_weight,
             "epoch": self.epoch,
@@ -404,19 +405,27 @@ class CapacityDynamics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, or raise ``ValueError`` if it was under other settings."""
+        """Go on where ``state_dict`` was taken; under other settings raise ``ValueError`` and load nothing."""
+        own = self.state_dict()
+        missing = [key for key in own if key not in state]
+        if missing:
+            raise ValueError(f"the state must be what state_dict returned, but lacks {missing}.")
+        if state["widths"] != own["widths"]:
+            raise ValueError(
+                f"the state is of compactors with the widths {state['widths']}, but the student has {own['widths']}."
+            )
         if (self.budget is None) != (state["budget"] is None):
             with_one, without = ("state", "dynamics") if self.budget is None else ("dynamics", "state")
             raise ValueError(f"the {with_one} has target_params or target_flops, but the {without} has none.")
+        shapes, own_shapes = ({key: part.shape for key, part in each["resets"].items()} for each in (state, own))
+        if shapes != own_shapes:
+            raise ValueError(
+                "the state was taken with another queue_size, or with a teacher where there is none now, or the other "
+                "way round."
+            )
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
-        try:
-            self.resets.load_state_dict(state["resets"])
-        except RuntimeError as error:
-            raise ValueError(
-                "the state was taken with another queue_size, with other compactors, or with a teacher where there is "
-                f"none now, or the other way round: {error}"
-            ) from error
+        self.resets.load_state_dict(state["resets"])
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.history = list(state["history"])
 

@@ -555,6 +555,29 @@ def test_a_state_of_other_settings_is_refused(kwargs):
             target.load_state_dict(source.state_dict())
 
 
+def test_a_state_of_other_compactors_is_refused():
+    states = []
+    for positions in ("inner", "all"):
+        student = torchvision.models.resnet50(num_classes=8)
+        insert_compactors(student, positions)
+        dynamics = CapacityDynamics(student, None, torch.optim.SGD(student.parameters(), lr=0.1), (3, 32, 32))
+        states.append(dynamics.state_dict())
+    with pytest.raises(ValueError, match=r"with the widths \{'layer1.0.bn2': 64.*the student has \{'layer1.0.bn1': 64"):
+        dynamics.load_state_dict(states[0])
+
+
+def test_of_a_refused_state_nothing_is_loaded():
+    kwargs = {"target_params": 0.5, "budget_steps": 1}
+    student, _, optimizer, dynamics = setting(queue_size=32, **kwargs)
+    steps(student, dynamics, optimizer, 1)
+    *_, other = setting(**kwargs)
+    with pytest.raises(ValueError, match="another queue_size"):
+        other.load_state_dict(dynamics.state_dict())
+    assert dynamics.budget.met and not other.budget.met
+    with pytest.raises(ValueError, match=r"the state must be what state_dict returned, but lacks \['widths', 'resets'"):
+        other.load_state_dict({})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
