@@ -315,8 +315,8 @@ class CapacityDynamics:
             The exported network, in training mode.
 
         Raises:
-            ValueError: the trainer has no model that is this student, or its ``student_features`` are outputs of
-                modules that are merged.
+            ValueError: the trainer has no model that is this student, or has it as ``torch.compile`` returned it and
+                not compiled in place; its ``student_features`` are outputs of modules that are merged.
         """
         small = self.export().train()
         replace_student(trainer, self.student, small)

@@ -46,6 +46,12 @@ def replace_student(trainer: Any, student: nn.Module, small: nn.Module) -> None:
 def key_in(trainer: Any, student: nn.Module) -> str:
     """Return the student's key in ``trainer.models``, or raise ``ValueError`` for what forbids to replace it."""
     keys = [key for key, model in trainer.models.items() if unwrapped(model) is student]
+    compiled = [k for k, m in trainer.models.items() if unwrapped(getattr(unwrapped(m), "_orig_mod", None)) is student]
+    if compiled:
+        raise ValueError(
+            f'trainer.models["{compiled[0]}"] is what torch.compile(student) returned, in which the student cannot be '
+            "replaced; give the student itself, compiled in place by student.compile()."
+        )
     if not keys:
         raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
     merged = [chain.name_of(part) for chain in compacted_chains(student) for part in chain.path[:2]]

@@ -848,6 +848,19 @@ def test_an_export_that_takes_away_what_the_trainer_taps_is_refused_after_the_fi
     assert len(dynamics.history) == 2
 
 
+def test_a_student_that_is_compiled_is_exported_in_a_trainer_only_where_it_is_compiled_in_place():
+    student, _, optimizer, dynamics = setting(False)
+    models = {"embedder": torch.nn.Linear(16, 8), "trunk": torch.compile(student, backend="eager")}
+    trainer = types.SimpleNamespace(models=models, optimizers={"trunk_optimizer": optimizer}, gradient_clippers={})
+    with pytest.raises(ValueError, match=r'models\["trunk"\] is what torch.compile.* in place by student.compile\(\)'):
+        dynamics.end_of_epoch_hook(export_after=2)(trainer)
+    assert not dynamics.history
+    student.compile(backend="eager")
+    models["trunk"] = student
+    small = dynamics.replace_student(trainer)
+    assert models["trunk"] is small and small(images()).shape == (8, 16)
+
+
 def test_the_first_line_of_a_resumed_run_comes_with_the_whole_table_and_other_processes_are_silent(capsys, monkeypatch):
     *_, dynamics = setting(False)
     hook = dynamics.end_of_epoch_hook()
