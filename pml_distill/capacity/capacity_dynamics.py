@@ -98,7 +98,8 @@ class CapacityDynamics:
             not train; the teacher is no network, is the student, or has other blocks or widths than the student; a
             number out of range; a target out of reach, without ``budget_steps`` or with ``proximal=False``; in a step:
             a compactor with values that are not finite, a block that runs more than once in a pass.
-        RuntimeError: the optimizer steps in a resetting epoch, and nothing has called the dynamics before.
+        RuntimeError: in a resetting epoch: the optimizer steps, and nothing has called the dynamics before; the
+            dynamics are called, and compactors have gradients, but no pass of the student in training mode was heard.
     """
 
     teacher: Any
@@ -199,12 +200,18 @@ class CapacityDynamics:
     @property
     def resetting(self) -> bool:
         """Whether gradients are reset in this epoch."""
-        return self.teacher is not None and self.epoch > self.reset_epoch
+        return bool(self.taps) and self.epoch > self.reset_epoch
 
     def __call__(self) -> None:
         """Change the gradients between backward and step."""
         if self.resetting and self.taps["student"].passes:
             self.reset_gradients()
+        elif self.resetting and any(w.grad is not None and bool(w.grad.any()) for w in self.weights):
+            raise RuntimeError(
+                "gradients are to be reset, but no pass of the student was heard since dynamics() was last called: "
+                "call it as student(images), not by one of its methods or parts, and keep it in training mode; batch "
+                "norms alone may be in eval mode."
+            )
         if not self.proximal:
             for weight in self.weights:
                 add_lasso_gradient(weight, self.lasso_weight)
@@ -390,7 +397,7 @@ class CapacityDynamics:
         """Remove all hooks from both networks and the optimizer."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
+        self.handles, self.taps = [], {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return queues, marks and progress; the compactors themselves are in the student's state."""

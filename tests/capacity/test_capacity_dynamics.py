@@ -155,6 +155,42 @@ def test_a_student_called_by_keyword_counts():
     assert all(reset.count == 8 for reset in dynamics.resets)
 
 
+@pytest.mark.parametrize("run", ["by a method", "in eval mode", "twice called"])
+def test_gradients_of_a_pass_that_was_not_heard_are_refused(run):
+    student, _, _, dynamics = setting()
+    if run == "by a method":
+        student.forward(images()).square().sum().backward()
+    elif run == "in eval mode":
+        backward(student.eval(), images())
+    else:
+        backward(student, images())
+        dynamics()
+    with pytest.raises(RuntimeError, match=r"no pass of the student was heard .* call it as student\(images\)"):
+        dynamics()
+
+
+def test_steps_without_gradients_of_the_compactors_need_no_pass():
+    student, _, optimizer, dynamics = setting()
+    dynamics()
+    backward(student, images())
+    dynamics()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    dynamics()
+    optimizer.step()
+    assert dynamics.steps == 2
+
+
+def test_closed_it_does_nothing_more():
+    student, _, optimizer, dynamics = setting(lasso_weight=1.0)
+    dynamics.close()
+    backward(student, images())
+    before = gradients(dynamics)
+    dynamics()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(dynamics))) and dynamics.steps == 0
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_changes_no_mask(reentrant):
     student, _, _, dynamics = setting()
