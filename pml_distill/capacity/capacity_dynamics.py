@@ -1,5 +1,6 @@
 import math
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import is_distributed
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..teachers import FrozenTeacher
 from ..trainers.base_distillation_trainer import unwrapped
@@ -22,6 +25,9 @@ from .group_lasso import add_lasso_gradient, shrink_rows
 from .pass_tap import PassTap
 from .size_budget import SizeBudget
 from .student_replacement import key_in, replace_student
+
+# What is attached to a student, by the student's id; as long as it lives, so does the student.
+ATTACHED: weakref.WeakValueDictionary[int, "CapacityDynamics"] = weakref.WeakValueDictionary()
 
 
 class CapacityDynamics:
@@ -58,7 +64,9 @@ class CapacityDynamics:
     In a loop of your own: ``loss.backward(); dynamics(); optimizer.step()``, and ``dynamics.end_epoch()``. With a
     ``GradScaler``, ``scaler.unscale_(optimizer)`` comes before ``dynamics()``.
 
-    While it is attached neither network can be pickled as a whole: save their state dicts, or ``close()`` first.
+    While it is attached neither network can be pickled as a whole: save their state dicts, or ``close()`` first; also
+    before another one is attached to the student. Passes with gradients of the student in training mode wait, with
+    their images, for ``dynamics()``, or until any optimizer steps with the compactors.
 
     Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows.
 
@@ -94,10 +102,11 @@ class CapacityDynamics:
             flops and the widths behind its compactors; all as if the network were exported then.
 
     Raises:
-        ValueError: the student is compiled or in ``DataParallel``, has no compactors, or one that the optimizer does
-            not train; the teacher is no network, is the student, or has other blocks or widths than the student; a
-            number out of range; a target out of reach, without ``budget_steps`` or with ``proximal=False``; in a step:
-            a compactor with values that are not finite, a block that runs more than once in a pass.
+        ValueError: the student is compiled or in ``DataParallel``, has another CapacityDynamics, no compactors, or one
+            that the optimizer does not train; the teacher is no network, is the student, or has other blocks or widths
+            than the student; a number out of range; a target out of reach, without ``budget_steps`` or with
+            ``proximal=False``; in a step: a compactor with values that are not finite, a block that runs more than
+            once in a pass.
         RuntimeError: in a resetting epoch: the optimizer steps, and nothing has called the dynamics before; the
             dynamics are called, and compactors have gradients, but no pass of the student in training mode was heard.
     """
@@ -135,6 +144,8 @@ class CapacityDynamics:
             if not good:
                 raise ValueError(f"{name} must be {expected}, but is {value}.")
         self.student = unwrapped(student)
+        if id(self.student) in ATTACHED:
+            raise ValueError("student must have no other CapacityDynamics, but has one: call close() on that first.")
         self.compactors = find_compactors(self.student)
         self.meter = ExportMeter(self.student, image_shape)
         self.weights = [compactor.weight for compactor in self.compactors.values()]
@@ -167,10 +178,12 @@ class CapacityDynamics:
             self.tap()
         self.handles = [handle for tap in self.taps.values() for handle in tap.handles]
         self.handles.append(optimizer.register_step_post_hook(self.after_step))
+        self.handles.append(after_every_step(self))
+        ATTACHED[id(self.student)] = self
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ``ValueError`` for a compactor that would never be trained."""
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = trained_by(optimizer)
         missing = [name for name, c in self.compactors.items() if id(c.weight) not in trained]
         if missing:
             raise ValueError(
@@ -184,16 +197,26 @@ class CapacityDynamics:
         check_correspondence(self.student, teacher)
         self.teacher.eval()
         taught = {name: teacher.get_submodule(name) for name in self.compactors}
-        self.taps = {
-            # A pass without gradients, as when batch norms are brought up to date, is no part of a step; nor is one of
-            # the teacher over a gallery, while the student is tested.
-            "student": PassTap(
-                self.student,
-                dict(self.compactors),
-                lambda: self.resetting and self.student.training and torch.is_grad_enabled(),
+        # A pass without gradients, as when batch norms are brought up to date, is no part of a step; nor is one of the
+        # teacher over a gallery, while the student is tested.
+        tap = PassTap(
+            self.student,
+            dict(self.compactors),
+            lambda: (
+                self.resetting
+                and self.student.training
+                and torch.is_grad_enabled()
+                and any(weight.requires_grad for weight in self.weights)
             ),
+        )
+        self.taps = {
+            "student": tap,
+            # The teacher may be first, but then the student follows.
             "teacher": PassTap(
-                self.teacher, taught, lambda: self.resetting and self.student.training and not teacher.training
+                self.teacher,
+                taught,
+                lambda: self.resetting and self.student.training and not teacher.training,
+                lambda done: any(done.images is own.images for own in tap.passes),
             ),
         }
 
@@ -219,12 +242,13 @@ class CapacityDynamics:
     @torch.no_grad()
     def reset_gradients(self) -> None:
         """Let the batches of this step enter the queues and zero the gradients of the marked rows."""
-        student, teacher = (tap.take() for tap in self.taps.values())
-        if [id(p.images) for p in student] != [id(p.images) for p in teacher]:
+        tap, taught = self.taps.values()
+        if [id(p.images) for p in tap.passes] != [id(p.images) for p in taught.passes]:
+            taught.take()
             with eval_mode(self.teacher):
-                for done in student:
+                for done in tap.passes:
                     self.teacher(done.images)
-            teacher = self.taps["teacher"].take()
+        student, teacher = tap.take(), taught.take()
         features = [torch.cat([p.features[n] for p in side]) for n in self.compactors for side in (student, teacher)]
         # All side by side, so that processes talk once.
         parts = gathered(torch.cat(features, dim=1)).split([part.shape[1] for part in features], dim=1)
@@ -239,8 +263,6 @@ class CapacityDynamics:
         # A fused optimizer is called even then, and skips the step by itself.
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
-            for tap in self.taps.values():
-                tap.take()
             return
         if self.resetting and self.taps["student"].passes:
             raise RuntimeError(
@@ -259,6 +281,12 @@ class CapacityDynamics:
             shrink_rows(weight, rates[id(weight)] * self.lasso_weight)
         if self.budget is not None:
             self.lasso_weight *= self.budget.follow(self.steps, self.widths(), before)
+
+    def forget_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop the passes of a step that another optimizer has taken with the compactors, or that was skipped."""
+        if not trained_by(optimizer).isdisjoint(map(id, self.weights)):
+            for tap in self.taps.values():
+                tap.take()
 
     def measure(self) -> ExportedCost:
         """Return what the network would cost if it were exported now."""
@@ -398,6 +426,7 @@ class CapacityDynamics:
         for handle in self.handles:
             handle.remove()
         self.handles, self.taps = [], {}
+        ATTACHED.pop(id(self.student), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return queues, marks and progress; the compactors themselves are in the student's state."""
@@ -435,6 +464,26 @@ class CapacityDynamics:
         self.resets.load_state_dict(state["resets"])
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.history = list(state["history"])
+
+
+def trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return the ids of the parameters of an optimizer."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def after_every_step(dynamics: CapacityDynamics) -> RemovableHandle:
+    """Call ``forget_step`` after each step of any optimizer, as long as the dynamics live."""
+    # What torch holds on to for all optimizers would otherwise keep both networks alive.
+    reference = weakref.ref(dynamics)
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive.forget_step(optimizer)
+
+    handle = register_optimizer_step_post_hook(hook)
+    weakref.finalize(dynamics, handle.remove)
+    return handle
 
 
 def widths_in(row: dict[str, Any]) -> dict[str, int]:

@@ -1,11 +1,13 @@
 import copy
 import functools
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import types
+import weakref
 
 import pytest
 import timm
@@ -118,6 +120,64 @@ def test_nothing_is_kept_of_a_gallery_that_the_teacher_embeds_while_the_student_
     with torch.no_grad():
         teacher.eval()(images(seed=5))
     assert not dynamics.taps["teacher"].passes
+
+
+def test_nothing_is_kept_of_a_gallery_that_the_teacher_embeds_while_the_student_is_in_training_mode():
+    student, teacher, _, dynamics = setting()
+    with torch.no_grad():
+        for seed in range(5):
+            teacher(images(seed=seed))
+    assert len(dynamics.taps["teacher"].passes) == 1
+
+
+def test_the_teacher_runs_once_on_each_accumulated_batch_whichever_network_is_first():
+    for order in (("student", "teacher"), ("teacher", "student")):
+        student, teacher, _, dynamics = setting()
+        calls = []
+        teacher.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for seed in range(3):
+            batch = images(seed=seed)
+            for network in order:
+                backward(student, batch) if network == "student" else teacher(batch)
+        dynamics()
+        assert len(calls) == 3 and dynamics.resets[0].count == 24
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_nothing_is_kept_of_steps_that_another_optimizer_takes(fused):
+    student, teacher, _, dynamics = setting()
+    other = torch.optim.SGD(student.parameters(), lr=0.01, fused=fused)
+    head = torch.optim.SGD(torch.nn.Linear(16, 8).parameters(), lr=0.01)
+    for seed in range(3):
+        backward(student, images(seed=seed))
+        head.step()
+        assert len(dynamics.taps["student"].passes) == 1
+        other.step()
+        assert not dynamics.taps["student"].passes
+    student.requires_grad_(False)
+    student(images())
+    assert not dynamics.taps["student"].passes
+
+
+def test_a_student_has_one_dynamics_at_a_time():
+    student, teacher, optimizer, dynamics = setting()
+    arguments = {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "image_shape": SHAPE, "queue_size": 8}
+    with pytest.raises(ValueError, match=r"no other CapacityDynamics, but has one: call close\(\) on that first"):
+        CapacityDynamics(student, None, **arguments)
+    dynamics.close()
+    CapacityDynamics(student, teacher, **arguments).close()
+    CapacityDynamics(student, None, **arguments)
+    # Nothing holds the last one but its optimizer.
+    del arguments
+    CapacityDynamics(student, None, optimizer, SHAPE)
+
+
+def test_networks_and_dynamics_can_go_without_being_closed():
+    parts = setting()
+    gone = weakref.ref(parts[0])
+    del parts
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_exported_network_has_no_hooks_and_the_training_goes_on(tmp_path):
