@@ -68,7 +68,8 @@ class CapacityDynamics:
     before another one is attached to the student. Passes with gradients of the student in training mode wait, with
     their images, for ``dynamics()``, or until any optimizer steps with the compactors.
 
-    Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows.
+    Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows. In
+    each step all processes need as many images, or the gathering aborts: ``drop_last=True`` for the data loader.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
     CVPR 2023; the defaults are its settings. In the authors' code the teacher's batch-norm statistics drift, and a
