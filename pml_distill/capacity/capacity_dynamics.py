@@ -3,6 +3,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -103,11 +104,11 @@ class CapacityDynamics:
             flops and the widths behind its compactors; all as if the network were exported then.
 
     Raises:
-        ValueError: the student is compiled or in ``DataParallel``, has another CapacityDynamics, no compactors, or one
-            that the optimizer does not train; the teacher is no network, is the student, or has other blocks or widths
-            than the student; a number out of range; a target out of reach, without ``budget_steps`` or with
-            ``proximal=False``; in a step: a compactor with values that are not finite, a block that runs more than
-            once in a pass.
+        ValueError: the student is no network, compiled or in ``DataParallel``, has another CapacityDynamics, no
+            compactors, or one that the optimizer does not train; the teacher is no single network, is the student, or
+            has other blocks or widths than the student; a number out of range; an image shape that the student does
+            not take; a target out of reach, without ``budget_steps`` or with ``proximal=False``; in a step: a
+            compactor with values that are not finite, a block that runs more than once in a pass.
         RuntimeError: in a resetting epoch: the optimizer steps, and nothing has called the dynamics before; the
             dynamics are called, and compactors have gradients, but no pass of the student in training mode was heard.
     """
@@ -183,7 +184,9 @@ class CapacityDynamics:
         ATTACHED[id(self.student)] = self
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ``ValueError`` for a compactor that would never be trained."""
+        """Raise ``ValueError`` for what is no optimizer, or leaves a compactor untrained."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__name__}.")
         trained = trained_by(optimizer)
         missing = [name for name, c in self.compactors.items() if id(c.weight) not in trained]
         if missing:
@@ -321,7 +324,12 @@ class CapacityDynamics:
             then: another hook to run after it, such as a HookContainer's.
             export_after: after this epoch ``replace_student`` is called, whose errors come after the first epoch; None
                 for never.
+
+        Raises:
+            ValueError: ``export_after`` is no positive whole number.
         """
+        if export_after is not None and not (isinstance(export_after, Integral) and export_after >= 1):
+            raise ValueError(f"export_after must be None or a whole number, at least 1, but is {export_after!r}.")
         begun = False
 
         def hook(trainer: Any) -> Any:

@@ -64,7 +64,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
         path: where to write it.
 
     Raises:
-        ValueError: for a network that still has compactors.
+        ValueError: for what is no network, or one that still has compactors.
     """
     if find_compactors(model):
         raise ValueError(f"{type(model).__name__} has compactors: save what export returns")

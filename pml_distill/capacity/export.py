@@ -33,10 +33,10 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
             shortcuts and block outputs. The network has to be traceable by ``torch.fx``.
 
     Raises:
-        ValueError: in training mode, without compactors, for a compactor with values that are not finite, for a module
-            between normalisation and next convolution that has learned to lift zeros or to mix channels, for a
-            threshold below 0 or above all rows of all compactors, unless they are all zero, for ``fold_norms`` of a
-            network that cannot be traced.
+        ValueError: for what is no network, in training mode, without compactors, for a compactor with values that are
+            not finite, for a module between normalisation and next convolution that has learned to lift zeros or to
+            mix channels, for a threshold below 0 or above all rows of all compactors, unless they are all zero, for
+            ``fold_norms`` of a network that cannot be traced.
 
     Example:
         >>> from pml_distill.capacity import insert_compactors

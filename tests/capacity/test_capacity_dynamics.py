@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pml_distill.capacity import CapacityDynamics, insert_compactors
 from pml_distill.losses import AbsoluteTeacherLoss, PooledFeatureLoss
 from pml_distill.models import SmallResNet
-from pml_distill.teachers import FrozenTeacher
+from pml_distill.teachers import EnsembleTeacher, FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
 from pml_distill.utils import model_cost
 
@@ -591,6 +591,15 @@ def test_a_state_stays_as_it_was_while_the_training_goes_on():
         ),
         (lambda s, t, o: CapacityDynamics(s, s, o, SHAPE), "teacher is the student"),
         (lambda s, t, o: CapacityDynamics(s, FrozenTeacher(s), o, SHAPE), "teacher is the student"),
+        (lambda s, t, o: CapacityDynamics("x", t, o, SHAPE), "student must be a network, but is a str"),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, None, SHAPE),
+            "optimizer must be a torch.optim.Optimizer, but is a None",
+        ),
+        (
+            lambda s, t, o: CapacityDynamics(s, EnsembleTeacher([FrozenTeacher(t)]), o, SHAPE),
+            "is an EnsembleTeacher: give one of its teachers",
+        ),
         (lambda s, t, o: CapacityDynamics(s, lambda x: x, o, SHAPE), "must be a network.* but is a function"),
         (
             lambda s, t, o: CapacityDynamics(torch.compile(s, backend="eager"), t, o, SHAPE),
@@ -607,6 +616,17 @@ def test_a_state_stays_as_it_was_while_the_training_goes_on():
         ),
         (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_params=2), "between 0 and 1, but is 2"),
         (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5), "needs budget_steps"),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=2.5),
+            "needs budget_steps, a positive whole number, .* but that is 2.5",
+        ),
+        *[
+            (
+                lambda s, t, o, epoch=epoch: CapacityDynamics(s, t, o, SHAPE).end_of_epoch_hook(export_after=epoch),
+                f"export_after must be None or a whole number, at least 1, but is {epoch!r}",
+            )
+            for epoch in (0, -1, "x", 1.5)
+        ],
         (
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, proximal=False),
             "needs proximal=True",
