@@ -898,7 +898,7 @@ def test_in_a_trainer_with_mixed_precision_and_accumulation(amp_dtype, accumulat
 
 
 def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
-    student, teacher, _, _ = setting()
+    student, teacher = network(), network(1, compactors=False)
     embedder = torch.nn.Linear(16, 8)
     compactors = [p for name, p in student.named_parameters() if name.endswith("bn1.1.weight")]
     others = [p for p in student.parameters() if not any(p is c for c in compactors)]
