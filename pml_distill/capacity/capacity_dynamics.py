@@ -1,13 +1,17 @@
 import math
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict
+from numbers import Integral
 from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import is_distributed
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..teachers import FrozenTeacher
 from ..trainers.base_distillation_trainer import unwrapped
@@ -22,6 +26,9 @@ from .group_lasso import add_lasso_gradient, shrink_rows
 from .pass_tap import PassTap
 from .size_budget import SizeBudget
 from .student_replacement import key_in, replace_student
+
+# What is attached to a student, by the student's id; as long as it lives, so does the student.
+ATTACHED: weakref.WeakValueDictionary[int, "CapacityDynamics"] = weakref.WeakValueDictionary()
 
 
 class CapacityDynamics:
@@ -58,9 +65,12 @@ class CapacityDynamics:
     In a loop of your own: ``loss.backward(); dynamics(); optimizer.step()``, and ``dynamics.end_epoch()``. With a
     ``GradScaler``, ``scaler.unscale_(optimizer)`` comes before ``dynamics()``.
 
-    While it is attached neither network can be pickled as a whole: save their state dicts, or ``close()`` first.
+    While it is attached neither network can be pickled as a whole: save their state dicts, or ``close()`` first; also
+    before another one is attached to the student. Passes with gradients of the student in training mode wait, with
+    their images, for ``dynamics()``, or until any optimizer steps with the compactors.
 
-    Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows.
+    Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows. In
+    each step all processes need as many images, or the gathering aborts: ``drop_last=True`` for the data loader.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
     CVPR 2023; the defaults are its settings. In the authors' code the teacher's batch-norm statistics drift, and a
@@ -94,11 +104,13 @@ class CapacityDynamics:
             flops and the widths behind its compactors; all as if the network were exported then.
 
     Raises:
-        ValueError: the student is compiled or in ``DataParallel``, has no compactors, or one that the optimizer does
-            not train; the teacher is no network, is the student, or has other blocks or widths than the student; a
-            number out of range; a target out of reach, without ``budget_steps`` or with ``proximal=False``; in a step:
-            a compactor with values that are not finite, a block that runs more than once in a pass.
-        RuntimeError: the optimizer steps in a resetting epoch, and nothing has called the dynamics before.
+        ValueError: the student is no network, compiled or in ``DataParallel``, has another CapacityDynamics, no
+            compactors, or one that the optimizer does not train; the teacher is no single network, is the student, or
+            has other blocks or widths than the student; a number out of range; an image shape that the student does
+            not take; a target out of reach, without ``budget_steps`` or with ``proximal=False``; in a step: a
+            compactor with values that are not finite, a block that runs more than once in a pass.
+        RuntimeError: in a resetting epoch: the optimizer steps, and nothing has called the dynamics before; the
+            dynamics are called, and compactors have gradients, but no pass of the student in training mode was heard.
     """
 
     teacher: Any
@@ -134,6 +146,8 @@ class CapacityDynamics:
             if not good:
                 raise ValueError(f"{name} must be {expected}, but is {value}.")
         self.student = unwrapped(student)
+        if id(self.student) in ATTACHED:
+            raise ValueError("student must have no other CapacityDynamics, but has one: call close() on that first.")
         self.compactors = find_compactors(self.student)
         self.meter = ExportMeter(self.student, image_shape)
         self.weights = [compactor.weight for compactor in self.compactors.values()]
@@ -166,10 +180,14 @@ class CapacityDynamics:
             self.tap()
         self.handles = [handle for tap in self.taps.values() for handle in tap.handles]
         self.handles.append(optimizer.register_step_post_hook(self.after_step))
+        self.handles.append(after_every_step(self))
+        ATTACHED[id(self.student)] = self
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ``ValueError`` for a compactor that would never be trained."""
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        """Raise ``ValueError`` for what is no optimizer, or leaves a compactor untrained."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__name__}.")
+        trained = trained_by(optimizer)
         missing = [name for name, c in self.compactors.items() if id(c.weight) not in trained]
         if missing:
             raise ValueError(
@@ -183,28 +201,44 @@ class CapacityDynamics:
         check_correspondence(self.student, teacher)
         self.teacher.eval()
         taught = {name: teacher.get_submodule(name) for name in self.compactors}
-        self.taps = {
-            # A pass without gradients, as when batch norms are brought up to date, is no part of a step; nor is one of
-            # the teacher over a gallery, while the student is tested.
-            "student": PassTap(
-                self.student,
-                dict(self.compactors),
-                lambda: self.resetting and self.student.training and torch.is_grad_enabled(),
+        # A pass without gradients, as when batch norms are brought up to date, is no part of a step; nor is one of the
+        # teacher over a gallery, while the student is tested.
+        tap = PassTap(
+            self.student,
+            dict(self.compactors),
+            lambda: (
+                self.resetting
+                and self.student.training
+                and torch.is_grad_enabled()
+                and any(weight.requires_grad for weight in self.weights)
             ),
+        )
+        self.taps = {
+            "student": tap,
+            # The teacher may be first, but then the student follows.
             "teacher": PassTap(
-                self.teacher, taught, lambda: self.resetting and self.student.training and not teacher.training
+                self.teacher,
+                taught,
+                lambda: self.resetting and self.student.training and not teacher.training,
+                lambda done: any(done.images is own.images for own in tap.passes),
             ),
         }
 
     @property
     def resetting(self) -> bool:
         """Whether gradients are reset in this epoch."""
-        return self.teacher is not None and self.epoch > self.reset_epoch
+        return bool(self.taps) and self.epoch > self.reset_epoch
 
     def __call__(self) -> None:
         """Change the gradients between backward and step."""
         if self.resetting and self.taps["student"].passes:
             self.reset_gradients()
+        elif self.resetting and any(w.grad is not None and bool(w.grad.any()) for w in self.weights):
+            raise RuntimeError(
+                "gradients are to be reset, but no pass of the student was heard since dynamics() was last called: "
+                "call it as student(images), not by one of its methods or parts, and keep it in training mode; batch "
+                "norms alone may be in eval mode."
+            )
         if not self.proximal:
             for weight in self.weights:
                 add_lasso_gradient(weight, self.lasso_weight)
@@ -212,12 +246,13 @@ class CapacityDynamics:
     @torch.no_grad()
     def reset_gradients(self) -> None:
         """Let the batches of this step enter the queues and zero the gradients of the marked rows."""
-        student, teacher = (tap.take() for tap in self.taps.values())
-        if [id(p.images) for p in student] != [id(p.images) for p in teacher]:
+        tap, taught = self.taps.values()
+        if [id(p.images) for p in tap.passes] != [id(p.images) for p in taught.passes]:
+            taught.take()
             with eval_mode(self.teacher):
-                for done in student:
+                for done in tap.passes:
                     self.teacher(done.images)
-            teacher = self.taps["teacher"].take()
+        student, teacher = tap.take(), taught.take()
         features = [torch.cat([p.features[n] for p in side]) for n in self.compactors for side in (student, teacher)]
         # All side by side, so that processes talk once.
         parts = gathered(torch.cat(features, dim=1)).split([part.shape[1] for part in features], dim=1)
@@ -232,8 +267,6 @@ class CapacityDynamics:
         # A fused optimizer is called even then, and skips the step by itself.
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
-            for tap in self.taps.values():
-                tap.take()
             return
         if self.resetting and self.taps["student"].passes:
             raise RuntimeError(
@@ -252,6 +285,12 @@ class CapacityDynamics:
             shrink_rows(weight, rates[id(weight)] * self.lasso_weight)
         if self.budget is not None:
             self.lasso_weight *= self.budget.follow(self.steps, self.widths(), before)
+
+    def forget_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop the passes of a step that another optimizer has taken with the compactors, or that was skipped."""
+        if not trained_by(optimizer).isdisjoint(map(id, self.weights)):
+            for tap in self.taps.values():
+                tap.take()
 
     def measure(self) -> ExportedCost:
         """Return what the network would cost if it were exported now."""
@@ -285,7 +324,12 @@ class CapacityDynamics:
             then: another hook to run after it, such as a HookContainer's.
             export_after: after this epoch ``replace_student`` is called, whose errors come after the first epoch; None
                 for never.
+
+        Raises:
+            ValueError: ``export_after`` is no positive whole number.
         """
+        if export_after is not None and not (isinstance(export_after, Integral) and export_after >= 1):
+            raise ValueError(f"export_after must be None or a whole number, at least 1, but is {export_after!r}.")
         begun = False
 
         def hook(trainer: Any) -> Any:
@@ -306,8 +350,8 @@ class CapacityDynamics:
     def replace_student(self, trainer: Any) -> nn.Module:
         """Put the exported network in the student's place in a trainer, where the training goes on with it.
 
-        Parameter groups get the new parameters where the old ones of the same name were, without their momentum, and
-        the bias of a merged convolution where that of its normalisation was; learning rates and schedulers stay. A
+        Parameter groups get the new parameters where the old ones of the same name stood, without their momentum, and
+        the bias of a merged convolution where that of its normalisation stood; learning rates and schedulers stay. A
         DistributedDataParallel wrapper is made anew with the same settings, but for communication hooks and the size
         of its buckets. The hooks are removed. A checkpoint taken from now on holds the small network.
 
@@ -315,8 +359,8 @@ class CapacityDynamics:
             The exported network, in training mode.
 
         Raises:
-            ValueError: the trainer has no model that is this student, or its ``student_features`` are outputs of
-                modules that are merged.
+            ValueError: the trainer has no model that is this student, or has it as ``torch.compile`` returned it and
+                not compiled in place; its ``student_features`` are outputs of modules that are merged.
         """
         small = self.export().train()
         replace_student(trainer, self.student, small)
@@ -390,35 +434,65 @@ class CapacityDynamics:
         """Remove all hooks from both networks and the optimizer."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
+        self.handles, self.taps = [], {}
+        ATTACHED.pop(id(self.student), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return queues, marks and progress; the compactors themselves are in the student's state."""
         return {
+            "widths": {name: len(compactor.weight) for name, compactor in self.compactors.items()},
             "resets": self.resets.state_dict(),
             "lasso_weight": self.lasso_weight,
             "epoch": self.epoch,
             "steps": self.steps,
             "budget": None if self.budget is None else self.budget.state_dict(),
-            "history": self.history,
+            "history": list(self.history),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, or raise ``ValueError`` if it was under other settings."""
+        """Go on where ``state_dict`` was taken; under other settings raise ``ValueError`` and load nothing."""
+        own = self.state_dict()
+        missing = [key for key in own if key not in state]
+        if missing:
+            raise ValueError(f"the state must be what state_dict returned, but lacks {missing}.")
+        if state["widths"] != own["widths"]:
+            raise ValueError(
+                f"the state is of compactors with the widths {state['widths']}, but the student has {own['widths']}."
+            )
         if (self.budget is None) != (state["budget"] is None):
             with_one, without = ("state", "dynamics") if self.budget is None else ("dynamics", "state")
             raise ValueError(f"the {with_one} has target_params or target_flops, but the {without} has none.")
+        shapes, own_shapes = ({key: part.shape for key, part in each["resets"].items()} for each in (state, own))
+        if shapes != own_shapes:
+            raise ValueError(
+                "the state was taken with another queue_size, or with a teacher where there is none now, or the other "
+                "way round."
+            )
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
-        try:
-            self.resets.load_state_dict(state["resets"])
-        except RuntimeError as error:
-            raise ValueError(
-                "the state was taken with another queue_size, with other compactors, or with a teacher where there is "
-                f"none now, or the other way round: {error}"
-            ) from error
+        self.resets.load_state_dict(state["resets"])
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.history = list(state["history"])
+
+
+def trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return the ids of the parameters of an optimizer."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def after_every_step(dynamics: CapacityDynamics) -> RemovableHandle:
+    """Call ``forget_step`` after each step of any optimizer, as long as the dynamics live."""
+    # What torch holds on to for all optimizers would otherwise keep both networks alive.
+    reference = weakref.ref(dynamics)
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive.forget_step(optimizer)
+
+    handle = register_optimizer_step_post_hook(hook)
+    weakref.finalize(dynamics, handle.remove)
+    return handle
 
 
 def widths_in(row: dict[str, Any]) -> dict[str, int]:

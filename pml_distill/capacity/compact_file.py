@@ -64,7 +64,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
         path: where to write it.
 
     Raises:
-        ValueError: for a network that still has compactors.
+        ValueError: for what is no network, or one that still has compactors.
     """
     if find_compactors(model):
         raise ValueError(f"{type(model).__name__} has compactors: save what export returns")
@@ -83,6 +83,9 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
 def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     """Return the network that :func:`save_compact` wrote, on the CPU, in eval mode.
 
+    Convolutions, linear layers, batch norms and identities are rebuilt, other modules are compared by what they print.
+    A setting that a module of your own does not print goes unnoticed: give a ``model`` that has the right one.
+
     Args:
         path: the file.
         model: a network of the architecture before it was compacted, with any weights; it is left as it is. Needed
@@ -90,7 +93,7 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
 
     Raises:
         ValueError: for a file that is not of this format, for one of another architecture than ``model``, or with
-            other settings in a layer that has no weights; for one that names no architecture when ``model`` is not
+            other settings in a layer that is not rebuilt; for one that names no architecture when ``model`` is not
             given; for a ``model`` that is no network.
     """
     if not isinstance(model, nn.Module | None):
@@ -148,7 +151,8 @@ def describe(model: nn.Module) -> dict[str, dict]:
             if type(module) in (nn.Conv2d, nn.Linear):
                 layers[name]["bias"] = module.bias is not None
             if type(module) not in REBUILT:
-                layers[name]["settings"] = module.extra_repr()
+                # Some, such as torchvision's FrozenBatchNorm2d, print more than their extra_repr.
+                layers[name]["settings"] = repr(module).removeprefix(f"{type(module).__name__}(").removesuffix(")")
     return layers
 
 
@@ -169,12 +173,14 @@ def difference(expected: dict[str, dict], layers: dict[str, dict]) -> str:
 
 def architecture(model: Any, layers: dict[str, dict]) -> str:
     """Return what :func:`build` makes such a network of, or an empty string."""
-    name, library = "", type(model).__module__
-    if library == "torchvision.models.resnet":
-        stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-        name = TORCHVISION.get((type(stages[0][0]).__name__, *(len(stage) for stage in stages)), "")
-    elif library == "timm.models.resnet":
-        name = model.default_cfg.get("architecture", "")
+    name, library = "", f"{type(model).__module__}.{type(model).__name__}"
+    if library == "torchvision.models.resnet.ResNet":
+        # A stage may have been replaced by a module without blocks.
+        stages = [list(stage.children()) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)]
+        name = TORCHVISION.get((*{type(block).__name__ for block in stages[0]}, *map(len, stages)), "")
+    elif library == "timm.models.resnet.ResNet":
+        # Only timm's functions leave a name.
+        name = getattr(model, "default_cfg", {}).get("architecture", "")
     if not name:
         return ""
     name = f"{library.split('.')[0]} {name}"

@@ -171,8 +171,8 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
         ``"layer2.0.bn2"``; in a teacher of the same family the normalisation itself has that name.
 
     Raises:
-        ValueError: for a network without a known block or with compactors already, and for blocks that cannot be
-            compacted, with the reason.
+        ValueError: for a model that is no network, or one without a known block or with compactors already, and for
+            blocks that cannot be compacted, with the reason.
 
     Example:
         >>> from pml_distill.models import SmallResNet
@@ -217,6 +217,8 @@ def compacted_chains(model: nn.Module) -> list[Any]:
 
 def find_chains(model: nn.Module, positions: str) -> list[Chain]:
     """Return the chains of the known blocks in the order of the forward pass."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a network, but is a {type(model).__name__}.")
     known = dict(REGISTERED)
     for (module, name), chains in KNOWN.items():
         if module in sys.modules:
@@ -253,13 +255,21 @@ def check_chain(chain: Chain) -> None:
             f"{type(chain.norm).__name__} cannot be merged into a convolution; expected nn.BatchNorm2d with running "
             "statistics, nn.SyncBatchNorm or torchvision's FrozenBatchNorm2d"
         )
+    problem = mixing(chain)
+    if problem:
+        refuse(problem)
+
+
+def mixing(chain: Chain) -> str:
+    """Return what keeps channels from being dropped between normalisation and next convolution, or an empty string."""
     for place in range(2, len(chain.path) - 1):
         name, module = chain.path[place], chain.part(place)
         if not keeps_channels_apart(module, chain.conv.weight):
-            refuse(
+            return (
                 f"{name} ({type(module).__name__}) stands before the next convolution, and does not work on fewer "
                 "channels with the same result, or does not keep zeros zero"
             )
+    return ""
 
 
 def is_batch_norm(module: nn.Module) -> bool:

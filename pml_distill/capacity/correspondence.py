@@ -3,11 +3,14 @@ from typing import Any
 
 from torch import nn
 
+from ..teachers import EnsembleTeacher
 from .compactor import find_chains
 
 
 def check_networks(student: Any, teacher: Any) -> None:
-    """Raise ``ValueError`` for what hides the passes of the student, or is no network."""
+    """Raise ``ValueError`` for what hides the passes of the student, or is no network, or several."""
+    if not isinstance(student, nn.Module):
+        raise ValueError(f"student must be a network, but is a {type(student).__name__}.")
     if isinstance(student, nn.DataParallel) or hasattr(student, "_orig_mod"):
         raise ValueError(
             f"student must be the network itself, or in DistributedDataParallel, but is of type "
@@ -15,6 +18,8 @@ def check_networks(student: Any, teacher: Any) -> None:
         )
     if not isinstance(teacher, nn.Module | None):
         raise ValueError(f"teacher must be a network, a FrozenTeacher or None, but is a {type(teacher).__name__}.")
+    if isinstance(teacher, EnsembleTeacher):
+        raise ValueError("teacher must be a single network, but is an EnsembleTeacher: give one of its teachers.")
 
 
 def check_correspondence(student: nn.Module, teacher: nn.Module) -> None:

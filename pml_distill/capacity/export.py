@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compactor import Compactor, compacted_chains, find_compactors, is_batch_norm, replace_module
+from .compactor import Compactor, compacted_chains, find_compactors, is_batch_norm, mixing, replace_module
 
 
 def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) -> nn.Module:
@@ -26,16 +26,17 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
 
     Args:
         model: a network from :func:`insert_compactors`, in eval mode.
-        threshold: rows shorter than this are dropped; of each compactor the longest row stays. The pull of a group
-            lasso of weight w leaves rows swinging by about learning rate * w / (1 - momentum): a threshold below that
-            finds nothing before the learning rate has come down.
+        threshold: rows shorter than this are dropped; of each compactor the longest row stays, the first where all are
+            zero. The pull of a group lasso of weight w leaves rows swinging by about learning rate * w / (1 -
+            momentum): a threshold below that finds nothing before the learning rate has come down.
         fold_norms: also merge every other normalisation that directly follows a convolution, such as those of stem,
             shortcuts and block outputs. The network has to be traceable by ``torch.fx``.
 
     Raises:
-        ValueError: in training mode, without compactors, for a compactor with values that are not finite, for a
-            threshold below 0 or above all rows of all compactors, for ``fold_norms`` of a network that cannot be
-            traced.
+        ValueError: for what is no network, in training mode, without compactors, for a compactor with values that are
+            not finite, for a module between normalisation and next convolution that has learned to lift zeros or to
+            mix channels, for a threshold below 0 or above all rows of all compactors, unless they are all zero, for
+            ``fold_norms`` of a network that cannot be traced.
 
     Example:
         >>> from pml_distill.capacity import insert_compactors
@@ -78,10 +79,16 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
     broken = [name for name, rows in norms.items() if not rows.isfinite().all()]
     if broken:
         raise ValueError(f"the compactor behind {', '.join(broken)} has values that are not finite")
+    for chain in compacted_chains(model):
+        # What kept zeros zero at the insertion may have learned not to.
+        problem = mixing(chain)
+        if problem:
+            raise ValueError(f"cannot merge the compactor behind {chain.name}: {problem}")
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, but is {threshold}")
     largest = {name: rows.max().item() for name, rows in norms.items()}
-    if all(value < threshold for value in largest.values()):
+    # No threshold would help a network whose rows are all zero.
+    if 0 < max(largest.values()) < threshold:
         listed = ", ".join(f"{name} {value:.3g}" for name, value in largest.items())
         raise ValueError(f"threshold={threshold} would empty every block; the largest row norms are: {listed}")
 

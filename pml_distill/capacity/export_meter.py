@@ -1,4 +1,6 @@
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -39,7 +41,7 @@ class ExportMeter:
         image_shape: (C, H, W).
 
     Raises:
-        ValueError: for a network without compactors.
+        ValueError: for a network without compactors; ``image_shape`` is no (C, H, W), or the network cannot run on it.
 
     Example:
         >>> from pml_distill.capacity import insert_compactors
@@ -56,10 +58,22 @@ class ExportMeter:
         self.chains = compacted_chains(model)
         if not self.chains:
             raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it first")
+        if (
+            not isinstance(image_shape, Sequence)
+            or len(image_shape) != 3
+            or not all(isinstance(size, Integral) and size > 0 for size in image_shape)
+        ):
+            raise ValueError(f"image_shape must be (C, H, W), three positive whole numbers, but is {image_shape!r}.")
         self.model = model
         parameter = next(model.parameters())
         with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
+            image = torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype)
+            try:
+                model(image)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"image_shape must be a shape that {type(model).__name__} takes, but is {image_shape}: {error}"
+                ) from error
         counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         self.total_flops = counter.get_total_flops()
         root = type(model).__name__

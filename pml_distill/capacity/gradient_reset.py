@@ -1,3 +1,5 @@
+from numbers import Integral
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -63,8 +65,8 @@ class GradientReset(nn.Module):
     ):
         super().__init__()
         for name, value in (("num_channels", num_channels), ("queue_size", queue_size), ("neighbors", neighbors)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}.")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, but is {value!r}.")
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio must be from 0 to 1, but is {ratio}.")
         if metric not in METRICS:

@@ -22,18 +22,26 @@ class PassTap:
         entry: what is called with the images.
         modules: modules inside of it with outputs (B, C, H, W), by name.
         wanted: asked at the beginning of a pass whether to keep it.
+        still_wanted: asked then about each pass that is kept.
 
     Attributes:
         passes: those kept since the last ``take``.
     """
 
-    def __init__(self, entry: nn.Module, modules: dict[str, nn.Module], wanted: Callable[[], bool]):
+    def __init__(
+        self,
+        entry: nn.Module,
+        modules: dict[str, nn.Module],
+        wanted: Callable[[], bool],
+        still_wanted: Callable[[Pass], bool] = lambda _: True,
+    ):
         self.passes: list[Pass] = []
         self.current: Pass | None = None
 
         def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             # A copy of the network, such as a moving average of it, has its hooks too.
             if module is entry:
+                self.passes = [done for done in self.passes if still_wanted(done)]
                 self.current = Pass((*args, *kwargs.values())[0], {}) if wanted() else None
 
         def collect(name: str, output: torch.Tensor) -> None:

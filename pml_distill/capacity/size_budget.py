@@ -2,6 +2,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .compactor import Compactor
@@ -38,8 +39,11 @@ class SizeBudget:
     ):
         if not 0 < share < 1:
             raise ValueError(f"{target} is the share that shall remain and must lie between 0 and 1, but is {share}.")
-        if steps is None or steps < 1:
-            raise ValueError(f"{target} needs budget_steps, the steps after which it is met, but that is {steps}.")
+        if not isinstance(steps, (int, np.integer)) or steps < 1:
+            raise ValueError(
+                f"{target} needs budget_steps, a positive whole number, the steps after which it is met, but that is "
+                f"{steps!r}."
+            )
         self.measured = {"target_params": "parameters", "target_flops": "flops"}[target]
         self.compactors, self.meter, self.steps, self.threshold = compactors, meter, steps, threshold
         self.weights = [compactor.weight for compactor in compactors.values()]
@@ -109,7 +113,8 @@ class SizeBudget:
         gone_rows = (going | (lengths < self.threshold)).split(self.counts)
         lengths_of = lengths.split(self.counts)
         for gone, own in zip(gone_rows, lengths_of):
-            gone[own.argmax()] = False  # stays in any case
+            if gone.all():
+                gone[own.argmax()] = False  # stays in any case
         self.fill_up(gone_rows, lengths_of)
         self.alive = [(~gone).to(w.dtype).view(-1, 1, 1, 1) for gone, w in zip(gone_rows, self.weights)]
         self.hold()

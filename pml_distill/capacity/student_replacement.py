@@ -25,12 +25,13 @@ def replace_student(trainer: Any, student: nn.Module, small: nn.Module) -> None:
     key = key_in(trainer, student)
     wrapper = trainer.models[key]
     old, new = dict(student.named_parameters()), dict(small.named_parameters())
-    gone, sources = {id(p) for p in old.values()}, origins(student, new)
+    heirs: dict[int, list[nn.Parameter]] = {id(p): [] for p in old.values()}
+    for name, source in origins(student, new).items():
+        heirs[id(old[source])].append(new[name])
     for optimizer in trainer.optimizers.values():
         for group in optimizer.param_groups:
-            own = {id(p) for p in group["params"]}
-            kept = [p for p in group["params"] if id(p) not in gone]
-            group["params"] = kept + [p for name, p in new.items() if id(old[sources[name]]) in own]
+            # In place: states in checkpoints go by the order.
+            group["params"] = [heir for p in group["params"] for heir in heirs.get(id(p), [p])]
         for parameter in old.values():
             optimizer.state.pop(parameter, None)
     before, after = (sum(p.numel() for p in parameters.values()) for parameters in (old, new))
@@ -45,6 +46,12 @@ def replace_student(trainer: Any, student: nn.Module, small: nn.Module) -> None:
 def key_in(trainer: Any, student: nn.Module) -> str:
     """Return the student's key in ``trainer.models``, or raise ``ValueError`` for what forbids to replace it."""
     keys = [key for key, model in trainer.models.items() if unwrapped(model) is student]
+    compiled = [k for k, m in trainer.models.items() if unwrapped(getattr(unwrapped(m), "_orig_mod", None)) is student]
+    if compiled:
+        raise ValueError(
+            f'trainer.models["{compiled[0]}"] is what torch.compile(student) returned, in which the student cannot be '
+            "replaced; give the student itself, compiled in place by student.compile()."
+        )
     if not keys:
         raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
     merged = [chain.name_of(part) for chain in compacted_chains(student) for part in chain.path[:2]]
@@ -62,7 +69,7 @@ def key_in(trainer: Any, student: nn.Module) -> str:
 
 
 def origins(student: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return the student's parameter in whose group each parameter of the exported network belongs."""
+    """Return the student's parameter in whose place each parameter of the exported network belongs."""
     old, found = dict(student.named_parameters()), {name: name for name in names}
     for chain in compacted_chains(student):
         conv, norm = chain.name_of(chain.path[0]), f"{chain.name}.0.bias"

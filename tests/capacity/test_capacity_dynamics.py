@@ -1,11 +1,13 @@
 import copy
 import functools
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import types
+import weakref
 
 import pytest
 import timm
@@ -21,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pml_distill.capacity import CapacityDynamics, insert_compactors
 from pml_distill.losses import AbsoluteTeacherLoss, PooledFeatureLoss
 from pml_distill.models import SmallResNet
-from pml_distill.teachers import FrozenTeacher
+from pml_distill.teachers import EnsembleTeacher, FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
 from pml_distill.utils import model_cost
 
@@ -120,6 +122,64 @@ def test_nothing_is_kept_of_a_gallery_that_the_teacher_embeds_while_the_student_
     assert not dynamics.taps["teacher"].passes
 
 
+def test_nothing_is_kept_of_a_gallery_that_the_teacher_embeds_while_the_student_is_in_training_mode():
+    student, teacher, _, dynamics = setting()
+    with torch.no_grad():
+        for seed in range(5):
+            teacher(images(seed=seed))
+    assert len(dynamics.taps["teacher"].passes) == 1
+
+
+def test_the_teacher_runs_once_on_each_accumulated_batch_whichever_network_is_first():
+    for order in (("student", "teacher"), ("teacher", "student")):
+        student, teacher, _, dynamics = setting()
+        calls = []
+        teacher.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for seed in range(3):
+            batch = images(seed=seed)
+            for network in order:
+                backward(student, batch) if network == "student" else teacher(batch)
+        dynamics()
+        assert len(calls) == 3 and dynamics.resets[0].count == 24
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_nothing_is_kept_of_steps_that_another_optimizer_takes(fused):
+    student, teacher, _, dynamics = setting()
+    other = torch.optim.SGD(student.parameters(), lr=0.01, fused=fused)
+    head = torch.optim.SGD(torch.nn.Linear(16, 8).parameters(), lr=0.01)
+    for seed in range(3):
+        backward(student, images(seed=seed))
+        head.step()
+        assert len(dynamics.taps["student"].passes) == 1
+        other.step()
+        assert not dynamics.taps["student"].passes
+    student.requires_grad_(False)
+    student(images())
+    assert not dynamics.taps["student"].passes
+
+
+def test_a_student_has_one_dynamics_at_a_time():
+    student, teacher, optimizer, dynamics = setting()
+    arguments = {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "image_shape": SHAPE, "queue_size": 8}
+    with pytest.raises(ValueError, match=r"no other CapacityDynamics, but has one: call close\(\) on that first"):
+        CapacityDynamics(student, None, **arguments)
+    dynamics.close()
+    CapacityDynamics(student, teacher, **arguments).close()
+    CapacityDynamics(student, None, **arguments)
+    # Nothing holds the last one but its optimizer.
+    del arguments
+    CapacityDynamics(student, None, optimizer, SHAPE)
+
+
+def test_networks_and_dynamics_can_go_without_being_closed():
+    parts = setting()
+    gone = weakref.ref(parts[0])
+    del parts
+    gc.collect()
+    assert gone() is None
+
+
 def test_the_exported_network_has_no_hooks_and_the_training_goes_on(tmp_path):
     student, _, optimizer, dynamics = setting()
     steps(student, dynamics, optimizer, 1)
@@ -153,6 +213,42 @@ def test_a_student_called_by_keyword_counts():
     student(images=images()).square().sum().backward()
     dynamics()
     assert all(reset.count == 8 for reset in dynamics.resets)
+
+
+@pytest.mark.parametrize("run", ["by a method", "in eval mode", "twice called"])
+def test_gradients_of_a_pass_that_was_not_heard_are_refused(run):
+    student, _, _, dynamics = setting()
+    if run == "by a method":
+        student.forward(images()).square().sum().backward()
+    elif run == "in eval mode":
+        backward(student.eval(), images())
+    else:
+        backward(student, images())
+        dynamics()
+    with pytest.raises(RuntimeError, match=r"no pass of the student was heard .* call it as student\(images\)"):
+        dynamics()
+
+
+def test_steps_without_gradients_of_the_compactors_need_no_pass():
+    student, _, optimizer, dynamics = setting()
+    dynamics()
+    backward(student, images())
+    dynamics()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    dynamics()
+    optimizer.step()
+    assert dynamics.steps == 2
+
+
+def test_closed_it_does_nothing_more():
+    student, _, optimizer, dynamics = setting(lasso_weight=1.0)
+    dynamics.close()
+    backward(student, images())
+    before = gradients(dynamics)
+    dynamics()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(dynamics))) and dynamics.steps == 0
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -363,6 +459,13 @@ def test_a_budget_is_filled_up_with_rows_that_still_fit():
     assert before < dynamics.measure().parameters <= dynamics.budget.target
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
+def test_a_budget_is_not_exceeded_where_rows_are_alike(share):
+    student, _, optimizer, dynamics = setting(False, rate=0.0, target_flops=share, budget_steps=1)
+    steps(student, dynamics, optimizer, 1)
+    assert dynamics.budget.met and dynamics.measure().flops <= share * dynamics.meter.measure(0.0).flops
+
+
 class Readings(TorchDispatchMode):
     """Counts what waits for the device."""
 
@@ -466,6 +569,14 @@ def test_a_state_resumes_the_run():
     assert dynamics.budget.met and other[3].budget.met and dynamics.lasso_weight == other[3].lasso_weight
 
 
+def test_a_state_stays_as_it_was_while_the_training_goes_on():
+    *_, dynamics = setting(False)
+    dynamics.end_epoch()
+    state = dynamics.state_dict()
+    dynamics.end_epoch()
+    assert [row["epoch"] for row in state["history"]] == [1]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -480,6 +591,15 @@ def test_a_state_resumes_the_run():
         ),
         (lambda s, t, o: CapacityDynamics(s, s, o, SHAPE), "teacher is the student"),
         (lambda s, t, o: CapacityDynamics(s, FrozenTeacher(s), o, SHAPE), "teacher is the student"),
+        (lambda s, t, o: CapacityDynamics("x", t, o, SHAPE), "student must be a network, but is a str"),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, None, SHAPE),
+            "optimizer must be a torch.optim.Optimizer, but is a None",
+        ),
+        (
+            lambda s, t, o: CapacityDynamics(s, EnsembleTeacher([FrozenTeacher(t)]), o, SHAPE),
+            "is an EnsembleTeacher: give one of its teachers",
+        ),
         (lambda s, t, o: CapacityDynamics(s, lambda x: x, o, SHAPE), "must be a network.* but is a function"),
         (
             lambda s, t, o: CapacityDynamics(torch.compile(s, backend="eager"), t, o, SHAPE),
@@ -496,6 +616,17 @@ def test_a_state_resumes_the_run():
         ),
         (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_params=2), "between 0 and 1, but is 2"),
         (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5), "needs budget_steps"),
+        (
+            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=2.5),
+            "needs budget_steps, a positive whole number, .* but that is 2.5",
+        ),
+        *[
+            (
+                lambda s, t, o, epoch=epoch: CapacityDynamics(s, t, o, SHAPE).end_of_epoch_hook(export_after=epoch),
+                f"export_after must be None or a whole number, at least 1, but is {epoch!r}",
+            )
+            for epoch in (0, -1, "x", 1.5)
+        ],
         (
             lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, proximal=False),
             "needs proximal=True",
@@ -538,6 +669,29 @@ def test_a_state_of_other_settings_is_refused(kwargs):
     for source, target in ((dynamics, other), (other, dynamics)):
         with pytest.raises(ValueError, match="the state was taken with another queue_size"):
             target.load_state_dict(source.state_dict())
+
+
+def test_a_state_of_other_compactors_is_refused():
+    states = []
+    for positions in ("inner", "all"):
+        student = torchvision.models.resnet50(num_classes=8)
+        insert_compactors(student, positions)
+        dynamics = CapacityDynamics(student, None, torch.optim.SGD(student.parameters(), lr=0.1), (3, 32, 32))
+        states.append(dynamics.state_dict())
+    with pytest.raises(ValueError, match=r"with the widths \{'layer1.0.bn2': 64.*the student has \{'layer1.0.bn1': 64"):
+        dynamics.load_state_dict(states[0])
+
+
+def test_of_a_refused_state_nothing_is_loaded():
+    kwargs = {"target_params": 0.5, "budget_steps": 1}
+    student, _, optimizer, dynamics = setting(queue_size=32, **kwargs)
+    steps(student, dynamics, optimizer, 1)
+    *_, other = setting(**kwargs)
+    with pytest.raises(ValueError, match="another queue_size"):
+        other.load_state_dict(dynamics.state_dict())
+    assert dynamics.budget.met and not other.budget.met
+    with pytest.raises(ValueError, match=r"the state must be what state_dict returned, but lacks \['widths', 'resets'"):
+        other.load_state_dict({})
 
 
 @pytest.mark.parametrize(
@@ -744,7 +898,7 @@ def test_in_a_trainer_with_mixed_precision_and_accumulation(amp_dtype, accumulat
 
 
 def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
-    student, teacher, _, _ = setting()
+    student, teacher = network(), network(1, compactors=False)
     embedder = torch.nn.Linear(16, 8)
     compactors = [p for name, p in student.named_parameters() if name.endswith("bn1.1.weight")]
     others = [p for p in student.parameters() if not any(p is c for c in compactors)]
@@ -810,6 +964,19 @@ def test_an_export_that_takes_away_what_the_trainer_taps_is_refused_after_the_fi
     assert len(dynamics.history) == 2
 
 
+def test_a_student_that_is_compiled_is_exported_in_a_trainer_only_where_it_is_compiled_in_place():
+    student, _, optimizer, dynamics = setting(False)
+    models = {"embedder": torch.nn.Linear(16, 8), "trunk": torch.compile(student, backend="eager")}
+    trainer = types.SimpleNamespace(models=models, optimizers={"trunk_optimizer": optimizer}, gradient_clippers={})
+    with pytest.raises(ValueError, match=r'models\["trunk"\] is what torch.compile.* in place by student.compile\(\)'):
+        dynamics.end_of_epoch_hook(export_after=2)(trainer)
+    assert not dynamics.history
+    student.compile(backend="eager")
+    models["trunk"] = student
+    small = dynamics.replace_student(trainer)
+    assert models["trunk"] is small and small(images()).shape == (8, 16)
+
+
 def test_the_first_line_of_a_resumed_run_comes_with_the_whole_table_and_other_processes_are_silent(capsys, monkeypatch):
     *_, dynamics = setting(False)
     hook = dynamics.end_of_epoch_hook()
@@ -848,6 +1015,23 @@ def test_after_the_export_each_parameter_is_in_the_group_that_it_was_in():
     expected += [[p for p in small.parameters() if p.ndim <= 1]]
     assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == [[id(p) for p in g] for g in expected]
     assert any(p is small.layer1[0].conv1.bias for p in optimizer.param_groups[1]["params"])
+
+
+@pytest.mark.parametrize("order", [list, lambda params: sorted(params, key=lambda p: p.ndim)])
+def test_a_checkpoint_after_the_export_fits_an_optimizer_of_the_small_network_in_the_same_order(order):
+    def in_order(model):
+        return order([*embedder.parameters(), *model.parameters(), *head.parameters()])
+
+    student, embedder, head = torchvision.models.resnet50(num_classes=8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    insert_compactors(student)
+    optimizer, small = replaced(student, in_order(student))
+    loss = head(embedder(small(torch.randn(2, 3, 32, 32)))).square().mean()
+    loss.backward()
+    optimizer.step()
+    anew = torch.optim.SGD(in_order(small), lr=0.01, momentum=0.9)
+    anew.load_state_dict(optimizer.state_dict())
+    assert len(anew.state) == len(in_order(small))
+    assert all(torch.equal(anew.state[p]["momentum_buffer"], p.grad) for p in in_order(small))
 
 
 def test_the_bias_of_a_merged_convolution_goes_with_its_weight_where_the_normalisation_has_none():

@@ -1,3 +1,4 @@
+import functools
 import inspect
 import json
 import sys
@@ -5,6 +6,7 @@ import textwrap
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torchvision
 from networks import images, network, pruned
@@ -61,6 +63,35 @@ def test_other_networks_come_back_with_their_architecture_given(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images()), small(images()))
     assert given.layer1[0].conv1.out_channels == 8
+
+
+def without(stage):
+    model = torchvision.models.resnet18()
+    setattr(model, stage, torch.nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: without("layer4"),
+        lambda: without("layer1"),
+        lambda: timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, [1, 1, 1, 1]),
+        lambda: torchvision.models.resnet.BasicBlock(3, 3),
+    ],
+)
+def test_networks_that_no_function_of_a_library_makes_have_no_architecture(make, tmp_path):
+    model = make()
+    model.fc = torch.nn.Identity()
+    insert_compactors(model)
+    small = export(model.eval())
+    save_compact(small, tmp_path / "small")
+    with safetensors.safe_open(tmp_path / "small", "pt") as file:
+        assert file.metadata()["architecture"] == ""
+    given = make()
+    given.fc = torch.nn.Identity()
+    with torch.no_grad():
+        assert torch.equal(load_compact(tmp_path / "small", given)(images()), small(images()))
 
 
 def test_can_be_read_without_this_package(tmp_path):
@@ -120,6 +151,23 @@ def test_another_pooling_is_not_taken_for_the_architectures_own(tmp_path):
         load_compact(tmp_path / "small", torchvision.models.resnet18())
     with torch.no_grad():
         assert torch.equal(load_compact(tmp_path / "small", changed())(images()), small(images()))
+
+
+def test_a_frozen_normalisation_of_another_eps_is_refused(tmp_path):
+    def frozen(eps):
+        norm = functools.partial(torchvision.ops.FrozenBatchNorm2d, eps=eps)
+        return torchvision.models.resnet18(norm_layer=norm)
+
+    model = frozen(0.1)
+    insert_compactors(model)
+    small = export(model.eval())
+    save_compact(small, tmp_path / "small")
+    with pytest.raises(
+        ValueError, match=r"bn1 is FrozenBatchNorm2d\(64, eps=1e-05\) in the net.*eps=0.1\) in the file"
+    ):
+        load_compact(tmp_path / "small", frozen(1e-5))
+    with torch.no_grad():
+        assert torch.equal(load_compact(tmp_path / "small", frozen(0.1))(images()), small(images()))
 
 
 def test_a_model_that_is_no_network_is_refused(small, tmp_path):

@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import timm
@@ -7,7 +8,7 @@ import torchvision
 from networks import NETWORKS, images, network
 from torch import nn
 
-from pml_distill.capacity import Compactor, export, find_compactors, insert_compactors, register_block
+from pml_distill.capacity import Compactor, export, find_compactors, insert_compactors, register_block, save_compact
 
 
 @pytest.mark.parametrize("positions", ["inner", "all"])
@@ -142,6 +143,14 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(model, reason):
     with pytest.raises(ValueError, match=reason):
         insert_compactors(model)
     assert not any(isinstance(module, Compactor) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "function", [insert_compactors, find_compactors, export, functools.partial(save_compact, path="x")]
+)
+def test_what_is_no_network_is_refused(function):
+    with pytest.raises(ValueError, match="model must be a network, but is a str"):
+        function("resnet18")
 
 
 def test_errors_name_the_argument():

@@ -9,7 +9,7 @@ from networks import NETWORKS, images, network, pruned
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from pml_distill.capacity import export, find_compactors, insert_compactors
+from pml_distill.capacity import ExportMeter, export, find_compactors, insert_compactors
 from pml_distill.capacity.export import merge
 from pml_distill.utils import model_cost
 
@@ -128,6 +128,16 @@ def test_the_longest_row_of_each_compactor_stays():
     torch.testing.assert_close(small.layer1[0].conv2.weight, model.layer1[0].conv2.weight[:, 2:3])
 
 
+def test_where_all_rows_are_zero_the_first_stays():
+    model = network("SmallResNet")
+    for compactor in insert_compactors(model).values():
+        compactor.weight.data.zero_()
+    small, expected = export(model), ExportMeter(model, (3, 64, 64)).measure().parameters
+    assert small.layer1[0].conv1.out_channels == 1 and sum(p.numel() for p in small.parameters()) == expected
+    with torch.no_grad():
+        torch.testing.assert_close(small(images()), model(images()), rtol=1e-5, atol=1e-5)
+
+
 def test_rows_at_the_threshold_stay():
     model = network("SmallResNet")
     first, *_ = insert_compactors(model).values()
@@ -186,6 +196,26 @@ def test_errors_say_what_to_do():
         export(model, threshold=float("nan"))
     compactors["layer2.1.bn1"].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="the compactor behind layer2.1.bn1 has values that are not finite"):
+        export(model)
+
+
+def test_an_activation_that_has_learned_a_shift_is_refused():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return x.relu() + self.shift
+
+    model = network("torchvision resnet18")
+    model.layer2[1].relu = Shifted().eval()
+    insert_compactors(model)["layer2.1.bn1"].weight.data[5:] = 0
+    small = export(model)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images()), model(images()), rtol=1e-5, atol=1e-5)
+    model.layer2[1].relu.shift.data += 0.1
+    with pytest.raises(ValueError, match=r"behind layer2.1.bn1: relu \(Shifted\) stands .* does not keep zeros zero"):
         export(model)
 
 

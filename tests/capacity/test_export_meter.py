@@ -59,6 +59,22 @@ def test_modes_are_restored():
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (3, 32, 0), (3, 32.0, 32), 32, None])
+def test_needs_a_shape_of_images(shape):
+    model = network("SmallResNet")
+    insert_compactors(model)
+    with pytest.raises(ValueError, match=r"image_shape must be \(C, H, W\), three positive whole numbers, but is"):
+        ExportMeter(model, shape)
+
+
+def test_a_shape_that_the_network_does_not_take_is_named():
+    model = network("SmallResNet")
+    insert_compactors(model)
+    with pytest.raises(ValueError, match=r"must be a shape that SmallResNet takes, but is \(1, 32, 32\): Given groups"):
+        ExportMeter(model.train(), (1, 32, 32))
+    assert model.training
+
+
 def test_needs_compactors():
     with pytest.raises(ValueError, match="SmallResNet has no compactors"):
         ExportMeter(network("SmallResNet"), (3, 32, 32))

@@ -180,9 +180,10 @@ def test_the_proximal_step_shortens_rows_and_makes_short_ones_zero():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GradientReset(0), "num_channels must be at least 1, but is 0"),
-        (lambda: GradientReset(4, queue_size=0), "queue_size must be at least 1, but is 0"),
-        (lambda: GradientReset(4, neighbors=0), "neighbors must be at least 1, but is 0"),
+        (lambda: GradientReset(0), "num_channels must be a whole number, at least 1, but is 0"),
+        (lambda: GradientReset(4, queue_size=0), "queue_size must be a whole number, at least 1, but is 0"),
+        (lambda: GradientReset(4, queue_size=10.5), "queue_size must be a whole number, at least 1, but is 10.5"),
+        (lambda: GradientReset(4, neighbors=0), "neighbors must be a whole number, at least 1, but is 0"),
         (lambda: GradientReset(4, ratio=1.5), "ratio must be from 0 to 1, but is 1.5"),
         (lambda: GradientReset(4, metric="l2"), "metric must be one of cosine, euclidean, but is 'l2'"),
         (
