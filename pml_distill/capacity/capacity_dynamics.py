@@ -10,8 +10,6 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import is_distributed
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from ..teachers import FrozenTeacher
 from ..trainers.base_distillation_trainer import unwrapped
@@ -67,7 +65,7 @@ class CapacityDynamics:
 
     While it is attached neither network can be pickled as a whole: save their state dicts, or ``close()`` first; also
     before another one is attached to the student. Passes with gradients of the student in training mode wait, with
-    their images, for ``dynamics()``, or until any optimizer steps with the compactors.
+    their images, for ``dynamics()``.
 
     Under ``DistributedDataParallel`` the features of all processes are gathered, so that all mark the same rows. In
     each step all processes need as many images, or the gathering aborts: ``drop_last=True`` for the data loader.
@@ -180,14 +178,13 @@ class CapacityDynamics:
             self.tap()
         self.handles = [handle for tap in self.taps.values() for handle in tap.handles]
         self.handles.append(optimizer.register_step_post_hook(self.after_step))
-        self.handles.append(after_every_step(self))
         ATTACHED[id(self.student)] = self
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ``ValueError`` for what is no optimizer, or leaves a compactor untrained."""
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__name__}.")
-        trained = trained_by(optimizer)
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, c in self.compactors.items() if id(c.weight) not in trained]
         if missing:
             raise ValueError(
@@ -267,6 +264,8 @@ class CapacityDynamics:
         # A fused optimizer is called even then, and skips the step by itself.
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
+            for tap in self.taps.values():
+                tap.take()
             return
         if self.resetting and self.taps["student"].passes:
             raise RuntimeError(
@@ -285,12 +284,6 @@ class CapacityDynamics:
             shrink_rows(weight, rates[id(weight)] * self.lasso_weight)
         if self.budget is not None:
             self.lasso_weight *= self.budget.follow(self.steps, self.widths(), before)
-
-    def forget_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the passes of a step that another optimizer has taken with the compactors, or that was skipped."""
-        if not trained_by(optimizer).isdisjoint(map(id, self.weights)):
-            for tap in self.taps.values():
-                tap.take()
 
     def measure(self) -> ExportedCost:
         """Return what the network would cost if it were exported now."""
@@ -473,26 +466,6 @@ class CapacityDynamics:
         self.resets.load_state_dict(state["resets"])
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.history = list(state["history"])
-
-
-def trained_by(optimizer: torch.optim.Optimizer) -> set[int]:
-    """Return the ids of the parameters of an optimizer."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def after_every_step(dynamics: CapacityDynamics) -> RemovableHandle:
-    """Call ``forget_step`` after each step of any optimizer, as long as the dynamics live."""
-    # What torch holds on to for all optimizers would otherwise keep both networks alive.
-    reference = weakref.ref(dynamics)
-
-    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive.forget_step(optimizer)
-
-    handle = register_optimizer_step_post_hook(hook)
-    weakref.finalize(dynamics, handle.remove)
-    return handle
 
 
 def widths_in(row: dict[str, Any]) -> dict[str, int]:

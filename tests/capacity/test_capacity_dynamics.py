@@ -143,22 +143,6 @@ def test_the_teacher_runs_once_on_each_accumulated_batch_whichever_network_is_fi
         assert len(calls) == 3 and dynamics.resets[0].count == 24
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_nothing_is_kept_of_steps_that_another_optimizer_takes(fused):
-    student, teacher, _, dynamics = setting()
-    other = torch.optim.SGD(student.parameters(), lr=0.01, fused=fused)
-    head = torch.optim.SGD(torch.nn.Linear(16, 8).parameters(), lr=0.01)
-    for seed in range(3):
-        backward(student, images(seed=seed))
-        head.step()
-        assert len(dynamics.taps["student"].passes) == 1
-        other.step()
-        assert not dynamics.taps["student"].passes
-    student.requires_grad_(False)
-    student(images())
-    assert not dynamics.taps["student"].passes
-
-
 def test_a_student_has_one_dynamics_at_a_time():
     student, teacher, optimizer, dynamics = setting()
     arguments = {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "image_shape": SHAPE, "queue_size": 8}
@@ -213,6 +197,13 @@ def test_a_student_called_by_keyword_counts():
     student(images=images()).square().sum().backward()
     dynamics()
     assert all(reset.count == 8 for reset in dynamics.resets)
+
+
+def test_a_frozen_student_keeps_no_passes():
+    student, _, _, dynamics = setting()
+    student.requires_grad_(False)
+    student(images())
+    assert not dynamics.taps["student"].passes
 
 
 @pytest.mark.parametrize("run", ["by a method", "in eval mode", "twice called"])
