@@ -8,7 +8,6 @@ import griffe
 
 def to_markdown(text: str) -> str:
     """Return a docstring with its formulas between dollars and its doctests as a section of examples."""
-    text = re.sub(r":(?:class|func|meth):`~?([^`]+)`", r"`\1`", text)
     text = re.sub(r":math:`([^`]+)`", r"$\1$", text)
     text = re.sub(r"(?m)^( *)\.\. math::(?:[ \t]*\n+(?=\1 ))?[ \t]*(.+(?:\n\1 +\S.*)*)", block, text)
     text = re.sub(r"(?m)^Example:$", "Examples:", text)

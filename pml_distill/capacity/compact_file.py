@@ -60,14 +60,14 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
     The file is written under another name first: when saving fails, an older file stays whole. Needs safetensors.
 
     Args:
-        model: a network from :func:`export`.
+        model: a network from ``export``.
         path: where to write it.
 
     Raises:
         ValueError: for what is no network, or one that still has compactors.
     """
     if find_compactors(model):
-        raise ValueError(f"{type(model).__name__} has compactors: save what export returns")
+        raise ValueError(f"{type(model).__name__} has compactors: save what export returns.")
     layers = describe(model)
     metadata = {"format": FORMAT, "architecture": architecture(model, layers), "layers": json.dumps(layers)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -81,7 +81,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
-    """Return the network that :func:`save_compact` wrote, on the CPU, in eval mode.
+    """Return the network that ``save_compact`` wrote, on the CPU, in eval mode.
 
     Convolutions, linear layers, batch norms and identities are rebuilt, other modules are compared by what they print.
     A setting that a module of your own does not print goes unnoticed: give a ``model`` that has the right one.
@@ -97,21 +97,21 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
             given; for a ``model`` that is no network.
     """
     if not isinstance(model, nn.Module | None):
-        raise ValueError(f"model must be a network or None, got {model!r}")
+        raise ValueError(f"model must be a network or None, but is a {type(model).__name__}.")
     metadata, tensors = read(path)
     name, layers = metadata["architecture"], json.loads(metadata["layers"])
     if model is None:
         if not name:
             raise ValueError(
                 f"{path} names no architecture of torchvision or timm: give model, a network as it was before "
-                "insert_compactors"
+                "insert_compactors."
             )
         model = build(name)
     model = copy.deepcopy(model).cpu()
     found = describe(model)
     problem = difference(found, layers)
     if problem:
-        raise ValueError(f"{path} holds {name or 'a network'} and does not fit {type(model).__name__}: {problem}")
+        raise ValueError(f"{path} holds {name or 'a network'} and does not fit {type(model).__name__}: {problem}.")
     for layer_name, layer in layers.items():
         if layer != found[layer_name]:
             arguments = {key: value for key, value in layer.items() if key != "type"}
@@ -135,7 +135,9 @@ def read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, torch.Tenso
     except safetensors().SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not from save_compact: expected format {FORMAT!r}, got {metadata.get('format')!r}")
+        raise ValueError(
+            f"{path} is not from save_compact: its format must be {FORMAT!r}, but is {metadata.get('format')!r}."
+        )
     return metadata, tensors
 
 
@@ -172,7 +174,7 @@ def difference(expected: dict[str, dict], layers: dict[str, dict]) -> str:
 
 
 def architecture(model: Any, layers: dict[str, dict]) -> str:
-    """Return what :func:`build` makes such a network of, or an empty string."""
+    """Return what ``build`` makes such a network of, or an empty string."""
     name, library = "", f"{type(model).__module__}.{type(model).__name__}"
     if library == "torchvision.models.resnet.ResNet":
         # A stage may have been replaced by a module without blocks.

@@ -108,7 +108,7 @@ def register_block(
     inner: Sequence[Sequence[str]],
     all_positions: Sequence[Sequence[str]] | None = None,
 ) -> None:
-    """Let :func:`insert_compactors` know a block of your own.
+    """Let ``insert_compactors`` know a block of your own.
 
     A chain is a sequence of names of modules of the block, ``(convolution, normalisation, ..., next convolution)``,
     dotted where they lie deeper (``"body.0"``), in the order of the forward pass and complete: modules between
@@ -130,22 +130,22 @@ def register_block(
         >>> register_block(Block, inner=[("reduce", "norm1", "act", "expand")])
     """
     if not (isinstance(block_type, type) and issubclass(block_type, nn.Module)):
-        raise ValueError(f"block_type must be a class of modules, got {block_type!r}")
+        raise ValueError(f"block_type must be a class of modules, but is {block_type!r}.")
     if not inner:
-        raise ValueError("inner must name at least one chain, got none")
+        raise ValueError("inner must name at least one chain, but is empty.")
     for chain in (*inner, *(all_positions or ())):
         if isinstance(chain, str):
-            raise ValueError(f"a chain is a sequence of names, such as ({chain!r}, ...), got {chain!r} itself")
+            raise ValueError(f"a chain is a sequence of names, such as ({chain!r}, ...), but is {chain!r} itself.")
     inner_chains = tuple(tuple(chain) for chain in inner)
     all_chains = inner_chains if all_positions is None else tuple(tuple(chain) for chain in all_positions)
     for chain in all_chains + inner_chains:
         if len(chain) < 3:
             raise ValueError(
-                f"a chain names a convolution, its normalisation and the next convolution at least, got {chain}"
+                f"a chain names a convolution, its normalisation and the next convolution at least, but is {chain}."
             )
     if not set(inner_chains) <= set(all_chains):
         raise ValueError(
-            f"all_positions must contain the inner chains, got inner={inner}, all_positions={all_positions}"
+            f"all_positions must contain the inner chains, but inner is {inner} and all_positions {all_positions}."
         )
     REGISTERED[block_type] = (inner_chains, all_chains)
 
@@ -158,7 +158,7 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
     optimizer afterwards, since the compactors are new parameters.
 
     Recognised are the BasicBlock and Bottleneck of torchvision and timm (Wide-ResNet and SE-ResNet among them), the
-    block of ``pml_distill.models``, and those given to :func:`register_block`. The widths of stem, shortcuts and block
+    block of ``pml_distill.models``, and those given to ``register_block``. The widths of stem, shortcuts and block
     outputs are left alone.
 
     Args:
@@ -181,12 +181,12 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
         (['layer1.0.bn1', 'layer1.1.bn1'], 6)
     """
     if positions not in ("inner", "all"):
-        raise ValueError(f'positions must be "inner" or "all", got {positions!r}')
+        raise ValueError(f'positions must be "inner" or "all", but is {positions!r}.')
     chains = find_chains(model, positions)
     if not chains:
         raise ValueError(
             f"{type(model).__name__} has no block to put compactors in: expected the BasicBlock or Bottleneck of "
-            "torchvision or timm, that of pml_distill.models, or a block given to register_block"
+            "torchvision or timm, that of pml_distill.models, or a block given to register_block."
         )
     for chain in chains:
         check_chain(chain)
@@ -206,7 +206,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def find_compactors(model: nn.Module) -> dict[str, Compactor]:
-    """Return the compactors of a network as :func:`insert_compactors` did, or an empty dictionary."""
+    """Return the compactors of a network as ``insert_compactors`` did, or an empty dictionary."""
     return {chain.name: chain.compactor for chain in compacted_chains(model)}
 
 
@@ -234,7 +234,7 @@ def check_chain(chain: Chain) -> None:
     """Raise ValueError with the reason for a chain that could not be merged."""
 
     def refuse(reason: str) -> None:
-        raise ValueError(f"cannot put a compactor behind {chain.name}: {reason}")
+        raise ValueError(f"cannot put a compactor behind {chain.name}: {reason}.")
 
     if chain.compactor is not None:
         refuse("there is one already")

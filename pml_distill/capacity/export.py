@@ -25,7 +25,7 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
     (CVPR 2023). The authors' merging fails for a block that keeps one channel; this one does not.
 
     Args:
-        model: a network from :func:`insert_compactors`, in eval mode.
+        model: a network from ``insert_compactors``, in eval mode.
         threshold: rows shorter than this are dropped; of each compactor the longest row stays, the first where all are
             zero. The pull of a group lasso of weight w leaves rows swinging by about learning rate * w / (1 -
             momentum): a threshold below that finds nothing before the learning rate has come down.
@@ -72,25 +72,25 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
     """Raise ValueError for what cannot be exported."""
     compactors = find_compactors(model)
     if not compactors:
-        raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it and train it first")
+        raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it and train it first.")
     if any(module.training for module in model.modules()):
-        raise ValueError("the network is in training mode, where normalisations cannot be merged: call eval() first")
+        raise ValueError("the network is in training mode, where normalisations cannot be merged: call eval() first.")
     norms = {name: compactor.row_norms().detach() for name, compactor in compactors.items()}
     broken = [name for name, rows in norms.items() if not rows.isfinite().all()]
     if broken:
-        raise ValueError(f"the compactor behind {', '.join(broken)} has values that are not finite")
+        raise ValueError(f"the compactor behind {', '.join(broken)} has values that are not finite.")
     for chain in compacted_chains(model):
         # What kept zeros zero at the insertion may have learned not to.
         problem = mixing(chain)
         if problem:
-            raise ValueError(f"cannot merge the compactor behind {chain.name}: {problem}")
+            raise ValueError(f"cannot merge the compactor behind {chain.name}: {problem}.")
     if not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, but is {threshold}")
+        raise ValueError(f"threshold must be at least 0, but is {threshold}.")
     largest = {name: rows.max().item() for name, rows in norms.items()}
     # No threshold would help a network whose rows are all zero.
     if 0 < max(largest.values()) < threshold:
         listed = ", ".join(f"{name} {value:.3g}" for name, value in largest.items())
-        raise ValueError(f"threshold={threshold} would empty every block; the largest row norms are: {listed}")
+        raise ValueError(f"threshold={threshold} would empty every block; the largest row norms are: {listed}.")
 
 
 def kept_rows(compactor: Compactor, threshold: float) -> torch.Tensor:

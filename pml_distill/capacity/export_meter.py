@@ -34,10 +34,10 @@ class ExportMeter:
 
     The network runs once, when the meter is made, on one black image in eval mode; measuring then takes the row
     norms and arithmetic alone. Parameters and FLOPs (two per multiply-add) are those that
-    :func:`pml_distill.utils.model_cost` finds for ``export(model, threshold)``.
+    ``pml_distill.utils.model_cost`` finds for ``export(model, threshold)``.
 
     Args:
-        model: a network from :func:`insert_compactors`; its mode is restored.
+        model: a network from ``insert_compactors``; its mode is restored.
         image_shape: (C, H, W).
 
     Raises:
@@ -57,7 +57,7 @@ class ExportMeter:
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...]):
         self.chains = compacted_chains(model)
         if not self.chains:
-            raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it first")
+            raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it first.")
         if (
             not isinstance(image_shape, Sequence)
             or len(image_shape) != 3

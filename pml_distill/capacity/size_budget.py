@@ -17,7 +17,7 @@ class SizeBudget:
     many go, and from then on those that are zero stay zero.
 
     Args:
-        compactors: by name, as :func:`find_compactors` returns them.
+        compactors: by name, as ``find_compactors`` returns them.
         meter: of the network.
         target: ``"target_params"`` or ``"target_flops"``, what is counted.
         share: of the network's parameters or FLOPs that shall remain, from 0 to 1.

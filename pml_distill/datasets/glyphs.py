@@ -18,10 +18,9 @@ class Glyphs(ClassDisjointImages):
     """Printed characters: a class per character, an image per face. The offline default dataset.
 
     All characters that the 16 text faces shipped with matplotlib have in common (DejaVu Sans, Sans Mono and
-    Serif, STIX General, upright, bold, oblique and both), 680 classes of 16 images (676 with matplotlib
-    3.10): enough classes, with few enough examples each, for embeddings to be tested on classes never seen, as with
-    CUB. Characters that
-    look alike (the Latin, Greek and Cyrillic A) are one class with one image per face: those whose squared
+    Serif, STIX General, upright, bold, oblique and both), 680 classes of 16 images (676 with matplotlib 3.10): enough
+    classes, with few enough examples each, for embeddings to be tested on classes never seen, as with CUB. Characters
+    that look alike (the Latin, Greek and Cyrillic A) are one class with one image per face: those whose squared
     difference, averaged over the faces, is below 6 % of the fainter one's squared ink.
 
     Rendered without network in about two seconds at the first use and cached as

@@ -20,8 +20,8 @@ class AsymmetricRegressionLoss(BaseDistillationLoss):
     0.7718 / 0.6684 (CUB), 0.6371 / 0.7731 (Cars), 0.7482 / 0.6778 (SOP), the defaults being the last.
 
     Args:
-        student_weight: lambda_2, of the student-student similarities, not negative.
         teacher_weight: lambda_1, of the student-teacher similarities, not negative.
+        student_weight: lambda_2, of the student-student similarities, not negative.
         **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
 
     Shapes:

@@ -13,8 +13,8 @@ class ProbabilisticTransferLoss(BaseDistillationLoss):
 
     The Kullback-Leibler divergence of each row, the query itself among the candidates; the cosines are of rows that
     are divided by their length plus :math:`\epsilon`. The distance is not used; the two widths may differ; the spaces
-    do not end up aligned. With ``indices_tuple`` the candidates of a query
-    are itself and those it is paired with; queries without any are left out.
+    do not end up aligned. With ``indices_tuple`` the candidates of a query are itself and those it is paired with;
+    queries without any are left out.
 
     Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018.
     The authors average over all B^2 entries: divide by B for their scale (a weight of 30000 there is 30000 / B

@@ -155,7 +155,7 @@ def test_what_is_no_network_is_refused(function):
 
 def test_errors_name_the_argument():
     model = torchvision.models.resnet18()
-    with pytest.raises(ValueError, match='positions must be "inner" or "all", got \'outer\''):
+    with pytest.raises(ValueError, match='positions must be "inner" or "all", but is \'outer\''):
         insert_compactors(model, "outer")
     insert_compactors(model)
     with pytest.raises(ValueError, match="behind layer1.0.bn1: there is one already"):
@@ -166,9 +166,9 @@ def test_errors_name_the_argument():
         register_block(Block, inner=[("reduce", "norm", "expand")], all_positions=[])
     with pytest.raises(ValueError, match="inner must name at least one chain"):
         register_block(Block, inner=[])
-    with pytest.raises(ValueError, match="a chain is a sequence of names, .* got 'reduce' itself"):
+    with pytest.raises(ValueError, match="a chain is a sequence of names, .* but is 'reduce' itself"):
         register_block(Block, inner=("reduce", "norm", "expand"))
-    with pytest.raises(ValueError, match=r"block_type must be a class of modules, got ReLU\(\)"):
+    with pytest.raises(ValueError, match=r"block_type must be a class of modules, but is ReLU\(\)"):
         register_block(nn.ReLU(), inner=[("reduce", "norm", "expand")])
     model = torchvision.models.resnet18()
     model.layer1[0].bn1 = nn.Sequential()
