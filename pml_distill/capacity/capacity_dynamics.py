@@ -428,7 +428,8 @@ class CapacityDynamics:
         for handle in self.handles:
             handle.remove()
         self.handles, self.taps = [], {}
-        ATTACHED.pop(id(self.student), None)
+        if ATTACHED.get(id(self.student)) is self:
+            del ATTACHED[id(self.student)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return queues, marks and progress; the compactors themselves are in the student's state."""

@@ -18,7 +18,7 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
 
     Items:
         (data, label), the label being -1 for a sample of ``unlabeled``. If both datasets yield an index, it goes on
-        from the first to the second: (data, label, index).
+        from the first to the second: (data, label, index). Where only one does, a batch of both goes without.
 
     Attributes:
         labels: (len,) int64 tensor, -1 for the samples of ``unlabeled``.
@@ -37,7 +37,6 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
         if known.shape != (len(labeled),):
             raise ValueError(f"labels must be ({len(labeled)},), one per sample, but have shape {tuple(known.shape)}.")
         self.labeled, self.unlabeled = labeled, unlabeled
-        self.with_index = all(len(data) and has_index(get_items(data, [0])[0]) for data in (labeled, unlabeled))
         self.labels = torch.cat([known, torch.full((len(unlabeled),), UNLABELED)])
 
     def __len__(self) -> int:
@@ -53,12 +52,9 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
         own = iter(get_items(self.labeled, [i for i in wanted if i < size]))
         others = iter(get_items(self.unlabeled, [i - size for i in wanted if i >= size]))
         items = [next(own) if i < size else without_label(next(others), size) for i in wanted]
-        return items if self.with_index else [item[:2] for item in items]
-
-
-def has_index(item: Any) -> bool:
-    """Whether an item is (data, label, index)."""
-    return type(item) in (tuple, list) and len(item) > 2
+        # A batch has an index for all or for none.
+        shortest = min(map(len, items), default=0)
+        return [item[:shortest] for item in items]
 
 
 def without_label(item: Any, offset: int) -> tuple:

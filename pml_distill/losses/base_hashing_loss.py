@@ -55,8 +55,9 @@ class BaseHashingLoss(BaseMetricLossFunction):
         shapes = f"embeddings has shape {tuple(embeddings.shape)} and labels has shape {tuple(labels.shape)}"
         if embeddings.ndim != 2 or labels.ndim not in (1, 2) or len(labels) != len(embeddings):
             raise ValueError(f"{name} expects embeddings (B, bits) and labels (B,) or (B, C), but {shapes}.")
-        # Reading labels would stall a GPU.
-        if labels.ndim == 2 and not labels.is_cuda and not ((labels == 0) | (labels == 1)).all():
+        # Reading labels would stall a GPU, and break a compiled graph.
+        read = not (labels.is_cuda or torch.compiler.is_compiling())
+        if labels.ndim == 2 and read and not ((labels == 0) | (labels == 1)).all():
             raise ValueError(f"multi-hot labels must be 0 or 1, but go from {labels.min()} to {labels.max()}.")
         return labels
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -60,13 +62,17 @@ class CentralSimilarityLoss(BaseHashingLoss):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("hash_centers", centers)
         self.register_buffer("random_center", 2.0 * torch.randint(2, (embedding_size,), generator=generator) - 1)
+        self.min_center_distance = self.smallest_distance()
         self.add_to_recordable_attributes(
             list_of_names=["num_classes", "embedding_size", "quantization_weight", "min_center_distance"], is_stat=False
         )
 
-    @property
-    def min_center_distance(self) -> int:
-        """The smallest Hamming distance between two centers."""
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.min_center_distance = self.smallest_distance()
+
+    def smallest_distance(self) -> int:
+        """Return the smallest Hamming distance between two centers."""
         return center_distances(self.hash_centers)[0] if self.num_classes > 1 else self.embedding_size
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):

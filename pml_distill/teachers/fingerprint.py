@@ -70,6 +70,8 @@ def embedding_signature(teacher: torch.nn.Module, dataset: SeededViews) -> list[
     data, row = default_collate([(dataset.read([0])[0][0], 0)])
     with eval_mode(teacher):
         embedding = teacher(data.teacher if isinstance(data, Views) else data, row)
+    if not isinstance(embedding, torch.Tensor):
+        raise ValueError(f"teacher must return embeddings (B, width), but returned a {type(embedding).__name__}.")
     values = flat(embedding.double().cpu())
     return values[np.linspace(0, len(values) - 1, NUM_VALUES).round().astype(int)].tolist()
 
@@ -166,7 +168,7 @@ def parts_of(dataset: Any) -> Iterator[Any]:
     """Yield a dataset and all that it wraps or joins, such as a ``ConcatDataset``."""
     yield dataset
     inner = [getattr(dataset, name, None) for name in ("dataset", "labeled", "unlabeled")]
-    for part in (*inner, *getattr(dataset, "datasets", ())):
+    for part in (*inner, *(getattr(dataset, "datasets", None) or ())):
         if part is not None:
             yield from parts_of(part)
 

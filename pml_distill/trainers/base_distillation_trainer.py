@@ -341,8 +341,9 @@ class BaseDistillationTrainer(BaseTrainer):
                 another process.
         """
         state = torch.load(path, map_location=self.data_device, weights_only=True)
-        if "data_position" not in state:
-            raise ValueError(f"path {path} must be a file of save_checkpoint, but holds {sorted(state)[:5]}.")
+        if not isinstance(state, dict) or "data_position" not in state:
+            held = sorted(state)[:5] if isinstance(state, dict) else f"a {type(state).__name__}"
+            raise ValueError(f"path {path} must be a file of save_checkpoint, but holds {held}.")
         if state["rank"] != process_rank():
             raise ValueError(
                 f"path {path} was written by process {state['rank']}, but this is process {process_rank()}; let each "
@@ -356,7 +357,7 @@ class BaseDistillationTrainer(BaseTrainer):
             for key, value in objects.items():
                 try:
                     unwrapped(value).load_state_dict(state[name][key])
-                except RuntimeError as error:
+                except (RuntimeError, ValueError) as error:
                     raise ValueError(f'{path} holds other {name}["{key}"] than this trainer: {error}') from error
         for key, memory in self.memories():
             memory.queue_idx, memory.has_been_filled = state["queues"][key]

@@ -14,7 +14,7 @@ class ResumableDataLoader:
     A pass is a function of the random state at its start and of what a sampler shuffles in place, as PML's
     ``MPerClassSampler`` does with its list of labels: to return to a place, the loader restores both, draws the batches
     up to there once more, and puts the random state of the moment back. Of a sampler it knows the attributes that are
-    lists or arrays of numbers or strings, not a random generator of its own.
+    lists or arrays of integers or strings, such as places and classes, not a random generator of its own.
 
     Args:
         dataloader: the loader to walk through.
@@ -72,7 +72,7 @@ class ResumableDataLoader:
             f"{type(sampler).__name__}.{name}": value
             for sampler in self.samplers
             for name, value in getattr(sampler, "__dict__", {}).items()
-            if isinstance(value, (list, np.ndarray)) and value is not dataset
+            if (isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim)) and value is not dataset
         }
 
     def restore(self, order: dict[str, list]) -> None:
@@ -83,7 +83,7 @@ class ResumableDataLoader:
             if current is not None and len(current) == 0:
                 continue  # the sampler fills it itself
             wanted, present = ([repr(item) for item in items or []] for items in (value, plain(current)))
-            if sorted(wanted) != sorted(present):
+            if current is None or sorted(wanted) != sorted(present):
                 raise ValueError(
                     f"sampler must be as it was when the checkpoint was written, but {key} holds other items."
                 )
@@ -99,10 +99,10 @@ def argsort(items: list[str]) -> list[int]:
 
 
 def plain(value: Any) -> Any:
-    """Return numbers, strings and nested lists of them without NumPy's types; None if there is anything else."""
+    """Return integers, strings and nested lists of them without NumPy's types; None if there is anything else."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, list):
         items = [plain(item) for item in value]
         return None if None in items else items
-    return value if isinstance(value, (int, float, str)) else None
+    return value if isinstance(value, (int, str)) else None

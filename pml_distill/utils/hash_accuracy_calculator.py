@@ -251,7 +251,9 @@ class Ranking:
     def count(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the relevant and all items at each distance."""
         size = len(self.query), 2, self.bits + 1
-        counts = torch.empty(size, dtype=torch.long, device=self.query_labels.device)
+        # The threads below are not in the caller's inference mode, whose tensors they could not fill.
+        with torch.inference_mode(False):
+            counts = torch.empty(size, dtype=torch.long, device=self.query_labels.device)
 
         def fill(rows: slice) -> None:
             # Small results that outlive the large ones beside them would keep the memory of these from being reused.

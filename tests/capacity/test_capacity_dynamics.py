@@ -149,7 +149,12 @@ def test_a_student_has_one_dynamics_at_a_time():
     with pytest.raises(ValueError, match=r"no other CapacityDynamics, but has one: call close\(\) on that first"):
         CapacityDynamics(student, None, **arguments)
     dynamics.close()
-    CapacityDynamics(student, teacher, **arguments).close()
+    second = CapacityDynamics(student, teacher, **arguments)
+    dynamics.close()
+    with pytest.raises(ValueError, match="no other CapacityDynamics"):
+        CapacityDynamics(student, teacher, **arguments)
+    second.close()
+    del second
     CapacityDynamics(student, None, **arguments)
     # Nothing holds the last one but its optimizer.
     del arguments

@@ -96,3 +96,7 @@ def test_an_index_that_only_one_part_yields_is_left_out(labeled, unlabeled):
     dataset = LabeledAndUnlabeled(labeled, unlabeled, labels=[0] * 31)
     data, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=62)))
     assert len(data) == len(labels) == 62
+
+
+def test_an_empty_part_takes_no_index_from_the_other():
+    assert LabeledAndUnlabeled(Numbers(), [])[3][1:] == (0, 3)

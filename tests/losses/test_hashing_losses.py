@@ -180,6 +180,14 @@ def test_what_does_not_fit_is_refused(outputs, labels, message):
         CentralSimilarityLoss(5, 16)(outputs, labels)
 
 
+def test_multi_hot_labels_compile_to_a_single_graph():
+    torch._dynamo.reset()
+    outputs, labels = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), torch.eye(6, 3) + torch.eye(3)[0]
+    labels = labels.clamp(max=1)
+    compiled = torch.compile(DeepCauchyHashingLoss(), backend="eager", fullgraph=True)
+    assert compiled(outputs, labels) == pytest.approx(DeepCauchyHashingLoss()(outputs, labels).item())
+
+
 @pytest.mark.parametrize("loss", [DeepCauchyHashingLoss(), CentralSimilarityLoss(5, 16)])
 def test_an_empty_batch_costs_nothing(loss):
     assert loss(torch.zeros(0, 16), torch.zeros(0).long()) == 0

@@ -498,6 +498,11 @@ def test_what_a_refused_checkpoint_would_have_replaced_stays(make_trainer, tmp_p
     wider = network(out=9)
     with pytest.raises(ValueError, match=r'(?s)holds other models\["trunk"\] than this trainer: .*size mismatch'):
         make_trainer(models={"trunk": wider}).load_checkpoint(tmp_path / "state.pth")
+    trunk = network()
+    optimizer = torch.optim.Adam([{"params": [p]} for p in trunk.parameters()])
+    grouped = make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer})
+    with pytest.raises(ValueError, match=r'holds other optimizers\["trunk_optimizer"\] than this trainer'):
+        grouped.load_checkpoint(tmp_path / "state.pth")
     torch.save(before, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="weights.pth must be a file of save_checkpoint, but holds"):
         other.load_checkpoint(tmp_path / "weights.pth")

@@ -29,7 +29,7 @@ class MadeAnew(Sampler):
     """Makes its order in each pass, as user code may."""
 
     def __init__(self):
-        self.order, self.filled = None, []
+        self.order, self.filled, self.size, self.losses = None, [], np.array(48), [0.0]
 
     def __len__(self):
         return 48
@@ -37,6 +37,7 @@ class MadeAnew(Sampler):
     def __iter__(self):
         self.order = torch.randperm(48).tolist()
         self.filled[:] = self.order
+        self.losses.append(float(self.order[0]))
         return iter(self.order)
 
 

@@ -209,3 +209,10 @@ def test_counts_by_product_equal_those_by_words(monkeypatch):
     values = HashAccuracyCalculator(device=torch.device("cpu")).get_accuracy(*arguments)
     monkeypatch.delattr(np, "bitwise_count", raising=False)
     assert HashAccuracyCalculator(device=torch.device("cpu")).get_accuracy(*arguments) == values
+
+
+def test_serves_in_inference_mode():
+    arguments = problem()
+    with torch.inference_mode():
+        values = calculator().get_accuracy(*arguments)
+    assert values == calculator().get_accuracy(*arguments)
