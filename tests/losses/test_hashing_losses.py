@@ -213,4 +213,4 @@ def test_quantization_regularizer_goes_with_any_loss():
 
 def test_quantization_regularizer_bears_large_outputs_in_half_precision():
     loss = QuantizationRegularizer()(torch.full((4, 8), 300.0, dtype=torch.float16))
-    assert loss == pytest.approx(299.0**2)
+    assert loss.item() == pytest.approx(299.0**2)
