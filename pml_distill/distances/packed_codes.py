@@ -1,5 +1,7 @@
 import torch
 
+PART = 1 << 13
+
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """Pack the signs of (N, bits) outputs eight to a byte, (N, ceil(bits / 8)) uint8; 0 counts as -1.
@@ -19,10 +21,13 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def check_unpacked(codes: torch.Tensor, name: str) -> None:
-    """Raise ``ValueError`` for packed codes, whose bytes would be taken for outputs."""
+def check_outputs(codes: torch.Tensor, name: str) -> None:
+    """Raise ``ValueError`` for packed codes, whose bytes would be taken for outputs, and for what is not finite."""
     if codes.dtype == torch.uint8:
         raise ValueError(f"{name} must be outputs or codes of -1 and 1, but is uint8; unpack_codes gives them back.")
+    # In parts, since what the check allocates is as large as the outputs.
+    if not all(part.isfinite().all() for part in codes.split(PART)):
+        raise ValueError(f"{name} {tuple(codes.shape)} must be finite, but has values that are not.")
 
 
 def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:

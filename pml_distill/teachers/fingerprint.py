@@ -72,8 +72,7 @@ def embedding_signature(teacher: torch.nn.Module, dataset: SeededViews) -> list[
         embedding = teacher(data.teacher if isinstance(data, Views) else data, row)
     if not isinstance(embedding, torch.Tensor):
         raise ValueError(f"teacher must return embeddings (B, width), but returned a {type(embedding).__name__}.")
-    values = flat(embedding.double().cpu())
-    return values[np.linspace(0, len(values) - 1, NUM_VALUES).round().astype(int)].tolist()
+    return a_few(flat(embedding.double().cpu()))
 
 
 def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
@@ -136,8 +135,12 @@ def signature(dataset: SeededViews, row: int) -> list[float]:
             "reseed=, a function that seeds it, such as albumentations' Compose.set_random_seed."
         )
     values = flat(data.teacher if isinstance(data, Views) else data)
-    places = np.linspace(0, len(values) - 1, NUM_VALUES).round().astype(int)
-    return [float(values.mean()), *values[places].tolist()]
+    return [float(values.mean()), *a_few(values)]
+
+
+def a_few(values: np.ndarray) -> list[float]:
+    """Return some of the values, from the first to the last at equal steps."""
+    return values[np.linspace(0, len(values) - 1, NUM_VALUES).round().astype(int)].tolist()
 
 
 def alike(values: list[float], others: list[float] | None) -> bool:

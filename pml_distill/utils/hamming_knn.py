@@ -1,8 +1,6 @@
 import torch
 
-from ..distances.packed_codes import check_unpacked, pack_codes, unpack_codes
-
-PART = 1 << 13
+from ..distances.packed_codes import PART, check_outputs, pack_codes, unpack_codes
 
 
 class HammingKNN:
@@ -87,14 +85,12 @@ class HammingKNN:
         """Return the codes packed, if they are codes."""
         if codes.ndim != 2 or codes.numel() == 0:
             raise ValueError(f"{name} must be (N, bits) and not empty, but has shape {tuple(codes.shape)}.")
-        check_unpacked(codes, name)
+        check_outputs(codes, name)
         packed = torch.empty(len(codes), -(-codes.shape[1] // 8), dtype=torch.uint8, device=codes.device)
         # In parts, since what the checks allocate is several times as large as the packed codes.
         for part, place in zip(codes.split(PART), packed.split(PART)):
             if self.only_codes and not (part.abs() == 1).all():
                 raise ValueError(f"{name} {tuple(codes.shape)} must hold only -1 and 1, but has other values.")
-            if not part.isfinite().all():
-                raise ValueError(f"{name} {tuple(codes.shape)} must be finite, but has values that are not.")
             place.copy_(pack_codes(part))
         return packed
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-from ..distances.packed_codes import check_unpacked, pack_codes
+from ..distances.packed_codes import check_outputs, pack_codes
 from ..losses.base_hashing_loss import share_a_label
 from .hamming_knn import HammingKNN
 
@@ -315,9 +315,6 @@ def check(
 ) -> None:
     """Raise if codes and labels do not fit one another."""
     for name, codes, labels in (("query", query, query_labels), ("reference", reference, reference_labels)):
-        check_unpacked(codes, name)
-        if not codes.isfinite().all():
-            raise ValueError(f"{name} {tuple(codes.shape)} must be finite, but has values that are not.")
         if labels.ndim == 2 and not ((labels == 0) | (labels == 1)).all():
             raise ValueError(
                 f"{name}_labels must be 0 or 1 if multi-hot, but go from {labels.min()} to {labels.max()}."
@@ -327,6 +324,7 @@ def check(
                 f"{name} must be (N, bits) with a label for each row, but {name} has shape {tuple(codes.shape)} and "
                 f"{name}_labels {tuple(labels.shape)}."
             )
+        check_outputs(codes, name)
     if query.shape[1] != reference.shape[1]:
         raise ValueError(
             f"query {tuple(query.shape)} and reference {tuple(reference.shape)} must have the same number of bits."
