@@ -236,7 +236,7 @@ class CapacityDynamics:
                 "call it as student(images), not by one of its methods or parts, and keep it in training mode; batch "
                 "norms alone may be in eval mode."
             )
-        if not self.proximal:
+        if not self.proximal and self.handles:
             for weight in self.weights:
                 add_lasso_gradient(weight, self.lasso_weight)
 
@@ -424,7 +424,7 @@ class CapacityDynamics:
             return export(self.student, self.threshold, fold_norms)
 
     def close(self) -> None:
-        """Remove all hooks from both networks and the optimizer."""
+        """Remove all hooks from both networks and the optimizer; from now on calling this changes no gradient."""
         for handle in self.handles:
             handle.remove()
         self.handles, self.taps = [], {}

@@ -237,8 +237,9 @@ def test_steps_without_gradients_of_the_compactors_need_no_pass():
     assert dynamics.steps == 2
 
 
-def test_closed_it_does_nothing_more():
-    student, _, optimizer, dynamics = setting(lasso_weight=1.0)
+@pytest.mark.parametrize("proximal", [True, False])
+def test_closed_it_does_nothing_more(proximal):
+    student, _, optimizer, dynamics = setting(lasso_weight=1.0, proximal=proximal)
     dynamics.close()
     backward(student, images())
     before = gradients(dynamics)
