@@ -35,7 +35,7 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
     Raises:
         ValueError: for what is no network, in training mode, without compactors, for a compactor with values that are
             not finite, for a module between normalisation and next convolution that has learned to lift zeros or to
-            mix channels, for a threshold below 0 or above all rows of all compactors, unless they are all zero, for
+            mix channels, for a threshold below 0 or above all rows of several compactors, unless they are all zero, for
             ``fold_norms`` of a network that cannot be traced.
 
     Example:
@@ -87,8 +87,8 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, but is {threshold}.")
     largest = {name: rows.max().item() for name, rows in norms.items()}
-    # No threshold would help a network whose rows are all zero.
-    if 0 < max(largest.values()) < threshold:
+    # No threshold would help a network whose rows are all zero; a single block keeps its longest row, as any would.
+    if len(largest) > 1 and 0 < max(largest.values()) < threshold:
         listed = ", ".join(f"{name} {value:.3g}" for name, value in largest.items())
         raise ValueError(f"threshold={threshold} would empty every block; the largest row norms are: {listed}.")
 

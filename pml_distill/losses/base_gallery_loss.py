@@ -4,6 +4,9 @@ from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity
 from .base_distillation_loss import BaseDistillationLoss
 from .teacher_queue import TeacherQueue
 
+# What the authors' codes take for the distance of two equal embeddings.
+LEAST_DISTANCE = 1e-6
+
 
 class BaseGalleryLoss(BaseDistillationLoss):
     """Base of the losses that compare a student's query with a gallery of teacher embeddings.
@@ -50,15 +53,18 @@ class BaseGalleryLoss(BaseDistillationLoss):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the (B, G) closeness of student and of teacher to the gallery, and which places are filled.
 
-        Closeness is ``self.distance``, negative where it grows with dissimilarity.
+        Closeness is ``self.distance``; where it grows with dissimilarity, its negative, and at most -1e-6.
         """
         if self.queue is None:
             gallery, filled = ref_emb, torch.ones(len(ref_emb), dtype=torch.bool, device=ref_emb.device)
         else:
             gallery, filled = self.queue.candidates(ref_emb, self.include_batch)
-        sign = 1 if self.distance.is_inverted else -1
-        student = sign * self.distance(self.directed(embeddings), gallery)
-        return student, sign * self.distance(ref_emb, gallery), filled
+        return self.closeness_to(gallery, embeddings), self.closeness_to(gallery, ref_emb), filled
+
+    def closeness_to(self, gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Return the (B, G) closeness of queries to a gallery."""
+        values = self.distance(self.directed(queries), gallery)
+        return values if self.distance.is_inverted else -values.clamp(min=LEAST_DISTANCE)
 
     def nearest(
         self, embeddings: torch.Tensor, ref_emb: torch.Tensor, topk: int

@@ -2,6 +2,7 @@ from functools import lru_cache
 from math import comb
 
 import torch
+from torch.nn import functional as F
 
 from .base_distillation_loss import BaseDistillationLoss, check_positive
 from .similarity_score import similarity_score
@@ -163,24 +164,41 @@ def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch
 class SummedLogCumSumExp(torch.autograd.Function):
     """The sum of ``logcumsumexp(chain, dim=1)`` over the counted places, None for all: (Q, N), (Q, N) -> (Q,).
 
-    Its own backward, because that of ``torch.logcumsumexp`` runs the slow scan twice, once for each sign of the
-    incoming gradient; here a row has one sign.
+    A log-sum-exp is kept as the largest entry and the sum of the exponentials above it. Added up, as
+    ``torch.logcumsumexp`` does, large scores would round the sum away, and the gradient is made of such sums.
     """
 
     @staticmethod
     def forward(ctx, chain, counted):
         """Scan once and keep the result."""
-        scan = chain.logcumsumexp(dim=1)
-        ctx.save_for_backward(chain, scan, counted)
+        largest = chain.cummax(dim=1).values
+        kept = (largest[:, :-1] - largest[:, 1:]).exp()
+        total = recurrence((chain - largest).exp(), kept)
+        ctx.save_for_backward(chain, largest, kept, total, counted)
+        scan = largest + total.log()
         return (scan if counted is None else scan.masked_fill(~counted, 0)).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad):
         """Entry j receives the sum over k >= j of exp(chain_j - scan_k), each at most 1."""
-        chain, scan, counted = ctx.saved_tensors
-        later = -scan if counted is None else (-scan).masked_fill(~counted, ABSENT)
-        later = later.flip(1).logcumsumexp(dim=1).flip(1)
-        return grad[:, None] * (chain + later).exp(), None
+        chain, largest, kept, total, counted = ctx.saved_tensors
+        shares = total.reciprocal() if counted is None else counted / total
+        later = recurrence(shares.flip(1), kept.flip(1)).flip(1)
+        return grad[:, None] * (chain - largest).exp() * later, None
+
+
+def recurrence(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return x with x_0 = added_0 and x_k = added_k + kept_{k-1} x_{k-1}: (Q, N), (Q, N - 1) -> (Q, N).
+
+    The reach of each place is doubled until it is the row, which takes log2(N) passes.
+    """
+    kept, step = F.pad(kept, (1, 0)), 1
+    while step < added.shape[1]:
+        nearer = kept[:, step:]
+        added = added + F.pad(nearer * added[:, :-step], (step, 0))
+        kept = F.pad(nearer * kept[:, :-step], (step, 0))
+        step *= 2
+    return added
 
 
 def soft_losses(

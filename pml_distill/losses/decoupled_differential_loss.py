@@ -25,7 +25,8 @@ class DecoupledDifferentialLoss(BaseGalleryLoss):
     gamma of 100, 5, 1 (CUB, ResNet-18 student; the defaults) or 200, 10, 2 (CUB, MobileNetV3).
 
     Args:
-        topk: k, how many of the teacher's nearest count, at least 2.
+        topk: k, how many of the teacher's nearest count, at least 2; where the gallery has fewer, all of them, and the
+            divisor stays.
         alpha: weight of the nearest one, not negative.
         beta: weight of the wrongly ordered pairs, not negative.
         gamma: weight of the rightly ordered pairs, not negative.
@@ -63,9 +64,8 @@ class DecoupledDifferentialLoss(BaseGalleryLoss):
         expected = expected.masked_fill(expected == 0, 1)
         errors = (found - expected) / (0.1 + expected.abs()) * (filled[:, None] & filled)
         agreement = (found.sign() * expected.sign()).flatten(1)
-        others = filled.sum().clamp(min=1)
         hard, simple = (
-            weight * torch.linalg.vector_norm(errors.flatten(1) * chosen, dim=1) / others
+            weight * torch.linalg.vector_norm(errors.flatten(1) * chosen, dim=1) / (self.topk - 1)
             for weight, chosen in ((self.beta, agreement < 0), (self.gamma, agreement > 0))
         )
         return {

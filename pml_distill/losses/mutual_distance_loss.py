@@ -2,10 +2,7 @@ import torch
 
 from ..distances import EuclideanDistance
 from .base_distillation_loss import check_not_negative
-from .base_gallery_loss import BaseGalleryLoss
-
-# The distance of a teacher's embedding to itself, as the authors' code has it.
-OWN_DISTANCE = 1e-6
+from .base_gallery_loss import LEAST_DISTANCE, BaseGalleryLoss
 
 
 class MutualDistanceLoss(BaseGalleryLoss):
@@ -62,8 +59,8 @@ class MutualDistanceLoss(BaseGalleryLoss):
             counted = counted & ~torch.eye(len(filled), dtype=torch.bool, device=filled.device)
         errors = (student - teacher).square() * counted
         others = self.beta * errors.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
-        to_batch = -student if self.queue is None else self.distance(self.directed(embeddings), ref_emb)
-        own = self.alpha * (to_batch.diagonal() - OWN_DISTANCE).square()
+        to_batch = student if self.queue is None else self.closeness_to(ref_emb, embeddings)
+        own = self.alpha * (to_batch.diagonal() + LEAST_DISTANCE).square()
         return {
             **self.query_losses(own, None, embeddings, "own"),
             **self.query_losses(others, None, embeddings, "others"),

@@ -13,7 +13,7 @@ class SimilarityPreservingLoss(BaseDistillationLoss):
 
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019. The default mean
     over rows is the authors' own scale (a sum over B^2 entries, divided by B^2); they use weight 3000, for
-    classification. A zero row gets no gradient here, and one multiplied by 1e12 in their code.
+    classification. The row of G of a zero embedding gets no gradient here, and one multiplied by 1e12 in their code.
 
     Args:
         **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.

@@ -68,6 +68,18 @@ def test_a_pruned_bottleneck_is_that_of_the_authors(case):
     torch.testing.assert_close(small.conv3.weight.data, given["conv3_pruned"], **exact)
 
 
+def test_a_single_block_under_the_threshold_keeps_its_longest_row_as_the_authors_do():
+    given = arrays("prune_reparam.npz", "c06")
+    block = golden_block(given)
+    compactor = find_compactors(block)["bn2"]
+    longest = compactor.weight.data[3].clone()
+    compactor.weight.data[3] *= 5e-6
+    small = export(block, 1e-5)
+    assert small.conv2.out_channels == 1
+    expected = 5e-6 * torch.einsum("i,ijkl->jkl", longest.flatten(), merge(block.conv2, block.bn2[0]).weight)
+    torch.testing.assert_close(small.conv2.weight.data[0], expected, rtol=1e-8, atol=1e-16)
+
+
 @pytest.mark.parametrize("fold_norms", [False, True])
 @pytest.mark.parametrize("positions", ["inner", "all"])
 @pytest.mark.parametrize("name", NETWORKS)

@@ -9,7 +9,7 @@ from pytorch_metric_learning.reducers import DoNothingReducer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pml_distill.losses import DarkRankLoss
-from pml_distill.losses.dark_rank_loss import subset_levels
+from pml_distill.losses.dark_rank_loss import SummedLogCumSumExp, subset_levels
 
 
 def per_query(loss, *args, **kwargs):
@@ -168,6 +168,19 @@ def test_scores_down_to_minus_ten_thousand_stay_finite(transfer):
     value = loss(student, ref_emb=100 * embeddings(8, seed=1))
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("counted", [None, torch.arange(20) % 3 > 0])
+@pytest.mark.parametrize("size", [1, 1e3, 1e6, 1e12])
+def test_the_hard_gradient_is_exact_for_scores_of_any_size(size, counted):
+    chain = (size * torch.randn(5, 20, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    counted = None if counted is None else counted.expand(5, 20)
+    found = torch.autograd.grad(SummedLogCumSumExp.apply(chain, counted).sum(), chain)[0]
+    expected = torch.zeros(5, 20, dtype=torch.float64)
+    for k in range(20):
+        if counted is None or counted[0, k]:
+            expected[:, : k + 1] += chain.detach().double()[:, : k + 1].softmax(dim=1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("distance", [CosineSimilarity(), DotProductSimilarity(), LpDistance(p=1)])

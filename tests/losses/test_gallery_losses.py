@@ -66,6 +66,30 @@ def check(loss, student, case):
     assert (gradient - official).norm() <= 1e-6 * official.norm()
 
 
+@pytest.mark.parametrize("weights", [{"beta": 5, "gamma": 0}, {"beta": 0, "gamma": 2}])
+def test_d3still_keeps_its_divisor_where_the_gallery_has_fewer_rows(weights):
+    student, teacher = embeddings(8, dtype=torch.float64), embeddings(8, 1, torch.float64)
+    whole, fewer = (DecoupledDifferentialLoss(topk, alpha=0, **weights)(student, ref_emb=teacher) for topk in (8, 20))
+    assert whole > 0 and fewer.item() == pytest.approx(whole.item() * 7 / 19, rel=1e-12)
+
+
+def test_mkd_takes_equal_rows_for_a_millionth_apart():
+    teacher = embeddings(5, dtype=torch.float64)
+    teacher[1] = teacher[0]
+    student = (teacher + 0.01 * embeddings(5, 1, torch.float64)).requires_grad_()
+    unit = torch.nn.functional.normalize
+    between, within = (
+        (unit(rows)[:, None] - unit(teacher)).square().sum(dim=2).clamp(min=1e-12).sqrt() for rows in (student, teacher)
+    )
+    errors = (between - within).square()
+    expected = errors.diagonal().mean() + (errors.sum() - errors.trace()) / 20
+    found = MutualDistanceLoss()(student, ref_emb=teacher)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-8)
+    gradients = [torch.autograd.grad(value, student)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
+    assert MutualDistanceLoss()(teacher, ref_emb=teacher) == 0
+
+
 @map_cases("mkd")
 def test_equals_mkd_on_attention_maps(case):
     student, teacher = torch.tensor(case["f_s"], requires_grad=True), torch.tensor(case["f_t"])
