@@ -3,10 +3,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils.distributed import is_distributed
 from torch.utils.data import Sampler
 
 from ..datasets.partially_labeled import UNLABELED
+from ..utils.distributed import joint_seed, process_count, process_rank
 
 
 class DistributedMPerClassSampler(Sampler[int]):
@@ -50,17 +50,14 @@ class DistributedMPerClassSampler(Sampler[int]):
         return self.num_batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        rank, num_processes, seed = 0, 1, [int(torch.randint(2**62, ()))]
-        if is_distributed():
-            rank, num_processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            torch.distributed.broadcast_object_list(seed)
+        rank, num_processes, seed = process_rank(), process_count(), joint_seed()
         own = self.batch_size // self.m
         if own * num_processes > len(self.classes):
             raise ValueError(
                 f"{num_processes} processes with {own} classes each need {own * num_processes} classes, but labels "
                 f"has {len(self.classes)}; lower batch_size or raise m."
             )
-        generator = np.random.default_rng(seed[0])
+        generator = np.random.default_rng(seed)
         for _ in range(self.num_batches):
             drawn = generator.choice(len(self.classes), own * num_processes, replace=False)
             samples = [generator.choice(c, self.m, replace=len(c) < self.m) for c in (self.classes[i] for i in drawn)]

@@ -2,10 +2,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from pytorch_metric_learning.utils.distributed import is_distributed
 from torch.utils.data import Sampler
 
 from ..datasets.partially_labeled import UNLABELED
+from ..utils.distributed import process_rank
 
 
 class MixedSampler(Sampler[int]):
@@ -76,8 +76,7 @@ class MixedSampler(Sampler[int]):
         return self.num_batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        rank = torch.distributed.get_rank() if is_distributed() else 0
-        random = np.random.default_rng(int(torch.randint(2**62, ())) + rank)
+        random = np.random.default_rng(int(torch.randint(2**62, ())) + process_rank())
         for _, others in zip(range(self.num_batches), self.unlabeled_parts(random)):
             for c in random.choice(len(self.classes), self.classes_per_batch, replace=False):
                 own = self.classes[c]

@@ -2,7 +2,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,25 +123,25 @@ class TeacherCache:
             RuntimeError: another writer is at work in the folder.
             OSError: the disk is too small or full; what is written stays.
         """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, processes = 0, 1
-        if distributed:
-            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.folder.mkdir(parents=True, exist_ok=True)
         # The package of the accuracy calculators costs more than all that teachers need.
+        from ..utils.distributed import in_first_process, process_count, process_rank
         from ..utils.eval_mode import eval_mode
 
-        with locked(self.folder) if rank == 0 else nullcontext(), eval_mode(self.teacher):
-            if rank == 0:
+        rank, processes = process_rank(), process_count()
+        with ExitStack() as stack, eval_mode(self.teacher):
+
+            def begin() -> None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder))
                 self.open_or_create(processes)
-            if distributed:
-                torch.distributed.barrier()
+
+            in_first_process(begin)
             file = BlockFile(self.folder)
             if rank > 0:
                 # Processes that were seeded differently have different teachers.
                 self.check(file)
             self.write_blocks(file, range(rank, file.num_blocks, processes), num_workers, show_progress=rank == 0)
-            if distributed:
+            if processes > 1:
                 torch.distributed.barrier()
 
     def open_or_create(self, processes: int) -> None:

@@ -15,6 +15,8 @@ from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper, is_distributed
 from pytorch_metric_learning.utils.loss_tracker import LossTracker
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from ..datasets import Views
@@ -23,6 +25,7 @@ from ..losses import BaseDistillationLoss, BaseFeatureLoss
 from ..miners import BaseTeacherMiner
 from ..teachers import CachedTeacher, FrozenTeacher
 from ..teachers.cached_teacher import caches
+from ..utils.distributed import process_count, process_rank
 from ..utils.feature_tap import FeatureTap
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
@@ -46,8 +49,10 @@ class BaseDistillationTrainer(BaseTrainer):
     see all rows, and in a batch with such a row neither labels nor what was mined by them: a miner of
     ``pml_distill.miners`` that needs no labels then mines all rows for them anew. One of PML's own losses as
     ``distillation_loss``, for asymmetric learning, needs labels too. A batch without any labelled row has no
-    ``metric_loss``. Under ``DistributedLossWrapper`` each process needs as many labelled rows: use
-    ``MixedSampler``. If the data are ``Views``, student and teacher are shown their own.
+    ``metric_loss``. If the data are ``Views``, student and teacher are shown their own.
+
+    Of several processes without a ``sampler`` each draws its own part of the data. Under ``DistributedLossWrapper``
+    each needs as many labelled rows: use ``MixedSampler``.
 
     Differences from PML's trainers, beyond the additions: loss weights are not applied in place (that breaks the
     backward of losses that end in a root or an exponential), keys must match exactly, and the end-of-epoch hook
@@ -79,7 +84,8 @@ class BaseDistillationTrainer(BaseTrainer):
         ValueError: the teacher is missing, unused, not frozen, among the models, shares parameters with the
             student, or reads a cache of another dataset; a key is unknown; features are named that are not there or
             not used; ``amp_dtype`` or ``accumulation_steps`` is out of range;
-            ``DistributedLossWrapper(efficient=True)`` around a distillation loss.
+            ``DistributedLossWrapper(efficient=True)`` around a distillation loss, or the same of a miner that asks the
+            teacher; of several processes each would train a part of the models for itself.
     """
 
     loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss", "feature_distillation_loss")
@@ -123,6 +129,7 @@ class BaseDistillationTrainer(BaseTrainer):
         sums: dict[str, Any] = dict.fromkeys(self.losses, 0)
         for batch in batches:
             self.zero_losses()
+            self.outputs: list[torch.Tensor] = []
             self.calculate_loss(split_batch(batch))
             self.loss_tracker.update(self.loss_weights)
             self.backward()
@@ -186,6 +193,7 @@ class BaseDistillationTrainer(BaseTrainer):
             output = self.compute_embeddings(student_data)
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
+        self.outputs += [embeddings, projected]
         teacher_embeddings: Any = None
         if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner("tuple_miner"):
             # PML's losses, for asymmetric learning, compare what has one precision and is on one device.
@@ -279,8 +287,12 @@ class BaseDistillationTrainer(BaseTrainer):
 
     def backward(self) -> None:
         """Scale the loss for float16 and go back, unless all weights are 0 in this step."""
-        if isinstance(self.losses["total_loss"], torch.Tensor):
-            self.scaler.scale(self.losses["total_loss"]).backward()
+        total = self.losses["total_loss"]
+        if is_distributed():
+            # DistributedDataParallel waits in all processes for all gradients, whatever losses one of them has.
+            total = total + 0 * sum(output.sum() for output in self.outputs if output.requires_grad)
+        if isinstance(total, torch.Tensor):
+            self.scaler.scale(total).backward()
 
     def clip_gradients(self) -> None:
         """Bring the gradients back to their scale, then clip."""
@@ -310,7 +322,8 @@ class BaseDistillationTrainer(BaseTrainer):
 
         Models, losses, miners, optimizers, schedulers, gradient clippers that have a state, scaler, epoch, the random
         states of Python, NumPy and torch, and the place in the data. Call it last in the end-of-epoch hook. Of several
-        processes each has its own random state and place, and writes a file of its own.
+        processes each has its own random state and place, and writes a file of its own; all call this, and none
+        replaces its older file before all have written.
         """
         state: dict[str, Any] = {
             name: {key: unwrapped(value).state_dict() for key, value in stateful(getattr(self, name))} for name in SAVED
@@ -328,6 +341,8 @@ class BaseDistillationTrainer(BaseTrainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{process_rank()}.tmp")
         torch.save(state, unfinished)
+        if is_distributed():
+            torch.distributed.barrier()
         os.replace(unfinished, path)
 
     def load_checkpoint(self, path: str | os.PathLike) -> int:
@@ -337,8 +352,8 @@ class BaseDistillationTrainer(BaseTrainer):
         weights of a run that was never interrupted.
 
         Raises:
-            ValueError: the checkpoint is of a trainer with other models, optimizers, schedulers or losses, or of
-                another process.
+            ValueError: the checkpoint is of a trainer with other models, optimizers, schedulers or losses, of
+                another process, or of another epoch than those of the other processes.
         """
         state = torch.load(path, map_location=self.data_device, weights_only=True)
         if not isinstance(state, dict) or "data_position" not in state:
@@ -348,6 +363,14 @@ class BaseDistillationTrainer(BaseTrainer):
             raise ValueError(
                 f"path {path} was written by process {state['rank']}, but this is process {process_rank()}; let each "
                 "save to and load from a path of its own."
+            )
+        epochs: list[Any] = [state["epoch"]] * process_count()
+        if is_distributed():
+            torch.distributed.all_gather_object(epochs, state["epoch"])
+        if len(set(epochs)) > 1:
+            raise ValueError(
+                f"path must be the checkpoint of one epoch in all processes, but {path} is of epoch {state['epoch']}, "
+                f"and those of processes 0 to {len(epochs) - 1} are of the epochs {epochs}."
             )
         ours = {name: dict(stateful(getattr(self, name))) for name in SAVED}
         for name, objects in ours.items():
@@ -374,16 +397,22 @@ class BaseDistillationTrainer(BaseTrainer):
         return [(name, module) for name, module in modules if isinstance(module, CrossBatchMemory)]
 
     def initialize_dataloader(self) -> None:
-        """Build the loader, at the place in the data where the checkpoint was written."""
+        """Build the loader, at the place in the data where the checkpoint was written.
+
+        Without a sampler, each of several processes draws its own part of the data.
+        """
+        sampler = self.sampler
+        if sampler is None and is_distributed():
+            sampler = DistributedSampler(self.dataset)
         self.dataloader = ResumableDataLoader(
             c_f.get_train_dataloader(
-                self.dataset, self.batch_size, self.sampler, self.dataloader_num_workers, self.collate_fn
+                self.dataset, self.batch_size, sampler, self.dataloader_num_workers, self.collate_fn
             ),
             self.data_position,
         )
         self.data_position = None
         if len(self.dataloader) == 0:
-            name, drawn = ("dataset", self.dataset) if self.sampler is None else ("sampler", self.sampler)
+            name, drawn = ("dataset", self.dataset) if sampler is None else ("sampler", sampler)
             raise ValueError(f"{name} has {len(drawn)} samples, fewer than batch_size, {self.batch_size}.")
         if not self.iterations_per_epoch:
             self.iterations_per_epoch = max(1, len(self.dataloader) // self.accumulation_steps)
@@ -461,8 +490,15 @@ class BaseDistillationTrainer(BaseTrainer):
                     f'loss_funcs["{key}"] is a DistributedLossWrapper with efficient=True, which gathers only one '
                     "side of each row; use efficient=False."
                 )
+        for key in ("tuple_miner", "distillation_miner"):
+            if self.teacher_miner(key) is not None and getattr(self.mining_funcs[key], "efficient", False):
+                raise ValueError(
+                    f'mining_funcs["{key}"] is a DistributedMinerWrapper with efficient=True, which gathers only one '
+                    "side of each row; use efficient=False."
+                )
         self.check_features()
         self.check_trained()
+        self.check_processes()
         if self.amp_dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"amp_dtype must be None, torch.float16 or torch.bfloat16, but is {self.amp_dtype}.")
         if self.accumulation_steps < 1:
@@ -492,7 +528,7 @@ class BaseDistillationTrainer(BaseTrainer):
 
     def check_trained(self) -> None:
         """Check that what bridges student and teacher learns, unless it is frozen."""
-        trained = {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
+        trained = self.trained()
         for holder, key in (("loss_funcs", "feature_distillation_loss"), ("models", "projection")):
             module = getattr(self, holder).get(key)
             if module is None or key in self.freeze_these:
@@ -503,6 +539,28 @@ class BaseDistillationTrainer(BaseTrainer):
                     f'{holder}["{key}"] has parameters that no optimizer trains, {untrained}; give '
                     f'optimizers["{key}_optimizer"], or "{key}" in freeze_these.'
                 )
+
+    def check_processes(self) -> None:
+        """Check that what learns beside a network in DistributedDataParallel is in there too."""
+        if process_count() == 1:
+            return
+        trained, alone, joint = self.trained(), [], []
+        for holder in ("models", "loss_funcs"):
+            for key, module in getattr(self, holder).items():
+                name = f'{holder}["{key}"]'
+                if any(isinstance(part, DistributedDataParallel) for part in module.modules()):
+                    joint.append(name)
+                elif key not in self.freeze_these and any(id(p) in trained for p in module.parameters()):
+                    alone.append(name)
+        if alone and joint:
+            raise ValueError(
+                f"{' and '.join(alone)} would learn in each process for itself, while {joint[0]} is in "
+                "DistributedDataParallel; put it in there too."
+            )
+
+    def trained(self) -> set[int]:
+        """Return the ids of the parameters that the optimizers train."""
+        return {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
 
     def set_schema(self) -> None:
         """Hold every key to the exact name; PML, which checks next, accepts what merely begins like one."""
@@ -567,11 +625,6 @@ def needs_labels(loss: Any) -> bool:
     return isinstance(loss, BaseMetricLossFunction) and not isinstance(loss, BaseDistillationLoss)
 
 
-def process_rank() -> int:
-    """Return the number of this process, 0 if it is alone."""
-    return torch.distributed.get_rank() if is_distributed() else 0
-
-
 def without_wrapper(loss: Any) -> Any:
     """Return what a ``DistributedLossWrapper`` wraps, another loss as it is."""
     return loss.loss if isinstance(loss, DistributedLossWrapper) else loss
@@ -623,5 +676,5 @@ def stateful(objects: dict[str, Any] | None) -> list[tuple[str, Any]]:
 
 def unwrapped(module: Any) -> Any:
     """Return the module inside of a data-parallel wrapper."""
-    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    wrappers = (torch.nn.DataParallel, DistributedDataParallel)
     return module.module if isinstance(module, wrappers) else module

@@ -69,6 +69,7 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
         with self.autocast():
             weight = next(self.models["classifier"].parameters(), embeddings)
             logits = in_float32(self.models["classifier"](embeddings.to(weight.dtype)))
+        self.outputs.append(logits)
         if self.wants("classifier_loss"):
             known, known_labels = only_labeled(logits, labels)
             if len(known):

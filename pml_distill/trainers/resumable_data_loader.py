@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from ..utils.distributed import joint_seed
 from .random_state import get_random_state, set_random_state
 
 
@@ -42,18 +43,25 @@ class ResumableDataLoader:
         self.held = {key: (value, plain(value)) for key, value in self.lists().items()}
         if position is None or not position["batches"]:
             self.start, self.batches = get_random_state(), 0
-            iterator = iter(self.dataloader)
+            iterator = self.begin()
         else:
             now = get_random_state()
             self.start, self.batches = position["start"], position["batches"]
             set_random_state(self.start)
-            iterator = iter(self.dataloader)
+            iterator = self.begin()
             for _ in islice(iterator, self.batches):
                 pass
             set_random_state(now)
         for batch in iterator:
             self.batches += 1
             yield batch
+
+    def begin(self) -> Iterator[Any]:
+        """Begin a pass, in another order where a sampler asks to be told, as torch's ``DistributedSampler`` does."""
+        for set_epoch in (getattr(sampler, "set_epoch", None) for sampler in self.samplers):
+            if set_epoch is not None:
+                set_epoch(joint_seed())
+        return iter(self.dataloader)
 
     def position(self) -> dict[str, Any]:
         """Return the number of batches drawn since the start of this pass, and the random state and order there."""

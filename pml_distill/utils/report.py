@@ -5,13 +5,14 @@ import statistics
 from collections.abc import Sequence
 
 import torch
-from pytorch_metric_learning.utils.distributed import is_distributed
 from tqdm import tqdm
+
+from .distributed import process_rank
 
 
 def write(text: str) -> None:
     """Print beside a progress bar, in the first process only."""
-    if not is_distributed() or torch.distributed.get_rank() == 0:
+    if process_rank() == 0:
         tqdm.write(text)
 
 

@@ -287,6 +287,22 @@ def test_a_process_with_another_teacher_is_refused(tmp_path):
     assert torch.allclose(embeddings, expected(make_teacher(), make_dataset()), atol=1e-5)
 
 
+def write_where_another_cache_is(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    with pytest.raises(ValueError, match="belongs to something else:\n  teacher: "):
+        TeacherCache(folder / "cache", make_teacher(seed=1), make_dataset(), batch_size=8).write()
+    # Both processes have left it, so that they meet again.
+    TeacherCache(folder / "new", make_teacher(), make_dataset(), batch_size=8).write()
+    torch.distributed.destroy_process_group()
+
+
+def test_what_the_first_process_refuses_is_refused_in_all(tmp_path):
+    TeacherCache(tmp_path / "cache", make_teacher(), make_dataset(), batch_size=8).write()
+    torch.multiprocessing.spawn(write_where_another_cache_is, args=(tmp_path,), nprocs=2)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "new")
+
+
 def hold(folder, ready, done):
     with block_file.locked(folder):
         ready.set()

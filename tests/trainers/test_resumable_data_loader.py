@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.samplers import FixedSetOfTriplets, HierarchicalSampler, MPerClassSampler
-from torch.utils.data import BatchSampler, DataLoader, Sampler, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, SubsetRandomSampler
 
 from pml_distill.trainers.resumable_data_loader import ResumableDataLoader
 
@@ -47,6 +47,10 @@ SAMPLERS = {
     "hierarchical": lambda: {"batch_sampler": HierarchicalSampler(torch.stack([LABELS, LABELS // 2], 1), 4, 2)},
     "wrapped": lambda: {"batch_sampler": BatchSampler(MPerClassSampler(LABELS, 2, 8, 48), 8, True)},
     "batches": lambda: {"batch_sampler": ShuffledInPlace()},
+    "distributed": lambda: {
+        "sampler": DistributedSampler(torch.arange(96), num_replicas=2, rank=1),
+        "batch_size": 8,
+    },
     "made_anew": lambda: {"sampler": MadeAnew(), "batch_size": 8},
     "shuffle": lambda: {"shuffle": True, "batch_size": 8},
 }
@@ -56,7 +60,7 @@ def loader(kind):
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    return DataLoader(torch.arange(48), **SAMPLERS[kind]())
+    return DataLoader(torch.arange(96), **SAMPLERS[kind]())
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
@@ -111,3 +115,8 @@ def test_refuses_a_sampler_of_other_items(saved, now, named):
     next(iter(first))
     with pytest.raises(ValueError, match=f"sampler must be as it was .*, but {named} holds other items"):
         ResumableDataLoader(DataLoader(torch.arange(48), 8, sampler=now), first.position())
+
+
+def test_a_distributed_sampler_draws_each_pass_in_another_order():
+    first, second = (torch.cat(list(straight)) for straight in [ResumableDataLoader(loader("distributed"))] * 2)
+    assert not torch.equal(first, second) and len(first) == 48

@@ -1,0 +1,38 @@
+"""This process among those that train together; alone, it is the first and only one."""
+
+from collections.abc import Callable
+
+import torch
+from pytorch_metric_learning.utils.distributed import is_distributed
+
+
+def process_rank() -> int:
+    """Return the number of this process, from 0."""
+    return torch.distributed.get_rank() if is_distributed() else 0
+
+
+def process_count() -> int:
+    """Return how many processes there are."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
+
+
+def joint_seed() -> int:
+    """Return what the first process draws from torch's global generator; all processes call this and draw."""
+    seed = [int(torch.randint(2**62, ()))]
+    if is_distributed():
+        torch.distributed.broadcast_object_list(seed)
+    return seed[0]
+
+
+def in_first_process(action: Callable[[], object]) -> None:
+    """Run this in the first process, and let the others wait; what it raises there is raised in all of them."""
+    outcome: list[Exception | None] = [None]
+    if process_rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            outcome = [error]
+    if is_distributed():
+        torch.distributed.broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
