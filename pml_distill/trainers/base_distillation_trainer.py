@@ -288,7 +288,7 @@ class BaseDistillationTrainer(BaseTrainer):
     def backward(self) -> None:
         """Scale the loss for float16 and go back, unless all weights are 0 in this step."""
         total = self.losses["total_loss"]
-        if is_distributed():
+        if process_count() > 1:
             # DistributedDataParallel waits in all processes for all gradients, whatever losses one of them has.
             total = total + 0 * sum(output.sum() for output in self.outputs if output.requires_grad)
         if isinstance(total, torch.Tensor):
@@ -402,7 +402,7 @@ class BaseDistillationTrainer(BaseTrainer):
         Without a sampler, each of several processes draws its own part of the data.
         """
         sampler = self.sampler
-        if sampler is None and is_distributed():
+        if sampler is None and process_count() > 1:
             sampler = DistributedSampler(self.dataset)
         self.dataloader = ResumableDataLoader(
             c_f.get_train_dataloader(
