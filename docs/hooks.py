@@ -32,11 +32,11 @@ def api_blocks(package: str) -> str:
     module = importlib.import_module(package)
     blocks = []
     for name in sorted(module.__all__, key=str.lower):
-        if name not in vars(module):  # PML's own, imported when asked for
+        if name in getattr(module, "FROM_PML", ()):
             blocks.append(f"## {name}\n\n`{package}.{name}` is the class of that name in pytorch-metric-learning.")
             continue
         path = f"{package}.{name}"
-        thing = vars(module)[name]
+        thing = getattr(module, name)
         if thing.__module__ == path:  # a function in a file of the same name, which the short path would mean
             path = f"{path}.{name}"
         blocks.append(f"::: {path}")

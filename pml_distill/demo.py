@@ -46,6 +46,7 @@ from .teachers import FrozenTeacher
 from .teachers.fingerprint import digest_of
 from .trainers import DistillationWithClassifier
 from .utils import asymmetric_accuracy, model_cost, neighbor_agreement
+from .utils.whole_file import whole_file
 
 EMBEDDING_SIZE = 128
 BATCH_SIZE = 128
@@ -190,9 +191,8 @@ class Demo:
         if not path.exists():
             if others:
                 raise ValueError(f"out folder {self.out} is not empty and holds no demo; choose another folder.")
-            unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            unfinished.write_text(json.dumps(ours, indent=2))
-            os.replace(unfinished, path)
+            with whole_file(path) as unfinished:
+                unfinished.write_text(json.dumps(ours, indent=2))
         theirs = json.loads(path.read_text())
         if theirs != ours:
             raise ValueError(f"out folder {self.out} holds a demo with {theirs}, not {ours}; choose another folder.")
@@ -241,9 +241,8 @@ class Demo:
             **self.beside_teacher(embeddings, self.embeddings("teacher", seed)),
         }
         torch.save({key: model.state_dict() for key, model in models.items()}, folder / "models.pth")
-        unfinished = folder / "result.json.tmp"
-        unfinished.write_text(json.dumps(row))
-        os.replace(unfinished, folder / "result.json")
+        with whole_file(folder / "result.json") as unfinished:
+            unfinished.write_text(json.dumps(row))
         return row
 
     def beside_teacher(self, embeddings: torch.Tensor, gallery: torch.Tensor) -> dict[str, float]:

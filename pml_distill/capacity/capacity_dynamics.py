@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils.distributed import is_distributed
 from torch import nn
 
 from ..teachers import FrozenTeacher
-from ..trainers.base_distillation_trainer import unwrapped
+from ..utils.distributed import num_processes, unwrapped
 from ..utils.eval_mode import eval_mode
 from ..utils.report import format_table, write
 from .compactor import find_compactors
@@ -85,7 +84,8 @@ class CapacityDynamics:
         lasso_weight: how strong the lasso is, the first weight with a budget.
         threshold: rows shorter than this count as gone.
         reset_epoch: resetting begins after this epoch.
-        ratio: share of channels that may be marked, see ``GradientReset``; likewise the next six.
+        ratio: share of channels that may be marked, see ``GradientReset``; likewise all up to
+            ``refresh_interval``, but ``queue_dtype``.
         neighbors: of the teacher.
         queue_size: of the teacher's features, for each compactor.
         queue_dtype: their precision, such as ``torch.float16`` for half the memory; None for that of the compactors.
@@ -362,7 +362,7 @@ class CapacityDynamics:
         return small
 
     def table(self) -> str:
-        """Return the history as a Markdown table; ``ValueError`` before the first epoch has ended, as the next two."""
+        """Return the history as a Markdown table; ``ValueError`` before the first epoch has ended."""
         return format_table(
             [
                 {
@@ -476,8 +476,8 @@ def widths_in(row: dict[str, Any]) -> dict[str, int]:
 
 def gathered(features: torch.Tensor) -> torch.Tensor:
     """Return the rows of all processes, the same on each."""
-    if not is_distributed():
+    if num_processes() == 1:
         return features
-    parts = [torch.empty_like(features) for _ in range(torch.distributed.get_world_size())]
+    parts = [torch.empty_like(features) for _ in range(num_processes())]
     torch.distributed.all_gather(parts, features.contiguous())
     return torch.cat(parts)

@@ -2,13 +2,13 @@ import copy
 import importlib
 import json
 import os
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..utils.whole_file import whole_file
 from .compactor import find_compactors, replace_module
 
 FORMAT = "pml-distill compact network 1"
@@ -72,12 +72,8 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
     metadata = {"format": FORMAT, "architecture": architecture(model, layers), "layers": json.dumps(layers)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = safetensors("safetensors.torch").save(tensors, metadata)
-    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.unfinished")
-    try:
+    with whole_file(path) as unfinished:
         unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:

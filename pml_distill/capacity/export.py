@@ -104,16 +104,10 @@ def kept_rows(compactor: Compactor, threshold: float) -> torch.Tensor:
 @torch.no_grad()
 def merge(conv: nn.Conv2d, norm: Any, rows: torch.Tensor | None = None) -> nn.Conv2d:
     """Return one convolution for convolution, batch norm in eval mode and the rows of a compactor."""
-    weight = conv.weight.double()
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    shift = -norm.running_mean.double() * scale
-    if conv.bias is not None:
-        shift = shift + conv.bias.double() * scale
-    if norm.weight is not None:
-        scale, shift = scale * norm.weight.double(), shift * norm.weight.double()
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    weight = weight * scale.view(-1, 1, 1, 1)
+    given = conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
+    exact: Any = (None if value is None else value.double() for value in given)
+    kernel, bias, mean, var, scale, shift = exact
+    weight, shift = nn.utils.fuse_conv_bn_weights(kernel, bias, mean, var, norm.eps, scale, shift)
     if rows is not None:
         rows = rows.double().flatten(1)
         weight, shift = torch.tensordot(rows, weight, dims=1), rows @ shift

@@ -4,7 +4,6 @@ from numbers import Integral
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..utils.eval_mode import eval_mode
 from .compactor import compacted_chains
@@ -55,6 +54,9 @@ class ExportMeter:
     """
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...]):
+        # It imports triton, which costs more than PML.
+        from torch.utils.flop_counter import FlopCounterMode
+
         self.chains = compacted_chains(model)
         if not self.chains:
             raise ValueError(f"{type(model).__name__} has no compactors: call insert_compactors on it first.")

@@ -36,7 +36,8 @@ class GradientReset(nn.Module):
         refresh_interval: after so many updates all marks are taken back, with ``accumulate``; None for never.
 
     Attributes:
-        mask: (C,) bool, False where a channel is marked. With queue, place and count it is part of the state dict.
+        mask: (C,) bool, False where a channel is marked. With the queue and its counters it is
+            part of the state dict.
 
     Raises:
         ValueError: an argument out of range; features of another shape.

@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import nn
 
-from ..trainers.base_distillation_trainer import unwrapped
+from ..utils.distributed import unwrapped
 from ..utils.report import write
 from .compactor import compacted_chains
 

@@ -17,6 +17,11 @@ class Views(NamedTuple):
     student: Any
     teacher: Any
 
+    @classmethod
+    def of(cls, data: Any) -> "Views":
+        """Return the data if they are views; what is not is seen by both."""
+        return data if isinstance(data, cls) else cls(data, data)
+
 
 class CrossQuality(torch.utils.data.Dataset):
     """Each sample twice: degraded for the student, as it is for the teacher.

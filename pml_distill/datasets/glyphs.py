@@ -2,11 +2,11 @@ import os
 import warnings
 import zipfile
 import zlib
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from ..utils.whole_file import whole_file
 from .class_disjoint_images import ClassDisjointImages
 
 VERSION = 1
@@ -75,15 +75,11 @@ def cached_glyphs() -> tuple[np.ndarray, np.ndarray, str]:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             warnings.warn(f"The cache {path} is damaged ({error}); it is rendered anew.", stacklevel=3)
     images, labels, characters = render_glyphs()
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
+        with whole_file(path) as unfinished, open(unfinished, "wb") as file:
             np.savez_compressed(file, images=images, labels=labels, characters=np.array(characters))
-        os.replace(unfinished, path)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         warnings.warn(f"Glyphs are not cached, {path} cannot be written ({error}).", stacklevel=3)
     return images, labels, characters
 

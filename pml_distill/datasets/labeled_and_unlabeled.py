@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 
-from .partially_labeled import UNLABELED, get_items
+from .partially_labeled import UNLABELED, get_items, labels_of
 
 
 class LabeledAndUnlabeled(torch.utils.data.Dataset):
@@ -33,9 +33,7 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
     """
 
     def __init__(self, labeled: Any, unlabeled: Any, labels: Sequence[int] | torch.Tensor | None = None):
-        known = torch.as_tensor(labeled.labels if labels is None else labels, dtype=torch.int64)
-        if known.shape != (len(labeled),):
-            raise ValueError(f"labels must be ({len(labeled)},), one per sample, but have shape {tuple(known.shape)}.")
+        known = labels_of(labeled, labels)
         self.labeled, self.unlabeled = labeled, unlabeled
         self.labels = torch.cat([known, torch.full((len(unlabeled),), UNLABELED)])
 

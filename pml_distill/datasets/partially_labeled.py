@@ -43,11 +43,7 @@ class PartiallyLabeled(torch.utils.data.Dataset):
     ):
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction must be from 0 to 1, but is {fraction}.")
-        all_labels = torch.as_tensor(dataset.labels if labels is None else labels, dtype=torch.int64)
-        if all_labels.shape != (len(dataset),):
-            raise ValueError(
-                f"labels must be ({len(dataset)},), one per sample, but have shape {tuple(all_labels.shape)}."
-            )
+        all_labels = labels_of(dataset, labels)
         self.dataset, self.labels = dataset, torch.full_like(all_labels, UNLABELED)
         random = np.random.RandomState(seed)
         for label in all_labels.unique().tolist():
@@ -73,3 +69,11 @@ def get_items(dataset: Any, indices: Sequence[int]) -> list:
     if len(indices) and hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(indices)
     return [dataset[i] for i in indices]
+
+
+def labels_of(dataset: Any, labels: Sequence[int] | torch.Tensor | None) -> torch.Tensor:
+    """Return the (N,) labels, those given or the dataset's own; ``ValueError`` for another shape."""
+    known = torch.as_tensor(dataset.labels if labels is None else labels, dtype=torch.int64)
+    if known.shape != (len(dataset),):
+        raise ValueError(f"labels must be ({len(dataset)},), one per sample, but have shape {tuple(known.shape)}.")
+    return known

@@ -5,8 +5,13 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch.nn import functional as F
 
 from ..distances import EuclideanDistance
+from ..utils.distributed import num_processes
 
 IndicesTuple = tuple[torch.Tensor, ...]
+
+#: The score of a place without a candidate: exp() of it is 0 in every dtype. Finite, because a softmax or a log-sum-exp
+#: over nothing but -inf, and its gradient, are NaN.
+ABSENT = -1e30
 
 
 class BaseDistillationLoss(BaseMetricLossFunction):
@@ -74,10 +79,9 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         # PML refuses labels of two dimensions, and none of its reducers could use them.
         if labels is not None and labels.ndim > 1:
             labels = ref_labels = None
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        teacher = teacher.detach().to(device=embeddings.device, dtype=dtype)
+        embeddings = in_float32(embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
-            return super().forward(embeddings.to(dtype), labels, indices_tuple, teacher, ref_labels)
+            return super().forward(embeddings, labels, indices_tuple, teacher.detach().to(embeddings), ref_labels)
 
     def _checked_teacher(self, embeddings: torch.Tensor, ref_emb: torch.Tensor | None) -> torch.Tensor:
         name = type(self).__name__
@@ -91,7 +95,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
             raise ValueError(f"{name} expects 2-D embeddings and ref_emb of shape (batch, width), but {shapes}.")
         if len(embeddings) != len(ref_emb):
             hint = ""
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if num_processes() > 1:
                 hint = (
                     " DistributedLossWrapper(efficient=True) gathers only ref_emb; a distillation loss needs both "
                     "sides of every row: use DistributedLossWrapper(loss, efficient=False)."
@@ -112,9 +116,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
 
     def directed(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the embeddings with the gradient of zero rows cut, where ``self.distance`` normalises them."""
-        if not (self.distance.normalize_embeddings and embeddings.requires_grad):
-            return embeddings
-        return cut_zero_rows(embeddings)
+        return cut_zero_rows(embeddings) if self.distance.normalize_embeddings else embeddings
 
     def distance_matrix(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the (B, B) matrix of ``self.distance``; its diagonal may be off zero by rounding."""
@@ -184,15 +186,22 @@ def check_positive(**numbers: float) -> None:
             raise ValueError(f"{name} must be a positive number, but is {value}.")
 
 
+def in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Raise half precision to float32; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def cut_zero_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return the rows unchanged; those that are zero get no gradient."""
+    if not rows.requires_grad:
+        return rows
     is_zero = torch.linalg.vector_norm(rows.detach(), torch.inf, dim=1, keepdim=True) == 0
     return torch.where(is_zero, rows.detach(), rows)
 
 
 def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return the rows at Euclidean length 1; a zero row stays zero and gets no gradient."""
-    return F.normalize(cut_zero_rows(rows) if rows.requires_grad else rows, dim=1)
+    return F.normalize(cut_zero_rows(rows), dim=1)
 
 
 def off_diagonal(mat: torch.Tensor) -> torch.Tensor:

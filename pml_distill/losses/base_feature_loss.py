@@ -5,6 +5,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.module_with_records_and_reducer import ModuleWithRecordsAndReducer
 from torch.nn import functional as F
 
+from .base_distillation_loss import in_float32
+
 Maps = Sequence[torch.Tensor]
 
 
@@ -40,7 +42,10 @@ class BaseFeatureLoss(ModuleWithRecordsAndReducer):
         check_maps(type(self).__name__, student_maps, teacher_maps)
         device = student_maps[0].device
         with torch.autocast(device.type, enabled=False):
-            pairs = [equal_sizes(exact(s), exact(t.detach().to(s.device))) for s, t in zip(student_maps, teacher_maps)]
+            pairs = [
+                equal_sizes(in_float32(s), in_float32(t.detach().to(s.device)))
+                for s, t in zip(student_maps, teacher_maps)
+            ]
             losses = self.compute_loss(*zip(*pairs))
             loss_dict = {
                 "loss": {
@@ -76,11 +81,6 @@ def check_maps(name: str, student_maps: Maps, teacher_maps: Maps) -> None:
 def shapes_of(maps: Maps) -> list[tuple[int, ...]]:
     """Return the shapes, for messages."""
     return [tuple(m.shape) for m in maps]
-
-
-def exact(tensor: torch.Tensor) -> torch.Tensor:
-    """Return half precision as float32, anything else unchanged."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def equal_sizes(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 
-from .base_distillation_loss import IndicesTuple
+from .base_distillation_loss import IndicesTuple, in_float32
 
 
 class BaseHashingLoss(BaseMetricLossFunction):
@@ -41,7 +41,7 @@ class BaseHashingLoss(BaseMetricLossFunction):
                 )
         labels = self.checked_labels(embeddings, labels).to(embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            embeddings = in_float32(embeddings)
             rows = len(embeddings)
             loss_dict = self.compute_loss(embeddings, labels, None, embeddings, labels) if rows else self.zero_losses()
             self.add_embedding_regularization_to_loss_dict(loss_dict, embeddings)
@@ -56,13 +56,18 @@ class BaseHashingLoss(BaseMetricLossFunction):
         if embeddings.ndim != 2 or labels.ndim not in (1, 2) or len(labels) != len(embeddings):
             raise ValueError(f"{name} expects embeddings (B, bits) and labels (B,) or (B, C), but {shapes}.")
         # Reading labels would stall a GPU, and break a compiled graph.
-        read = not (labels.is_cuda or torch.compiler.is_compiling())
-        if labels.ndim == 2 and read and not ((labels == 0) | (labels == 1)).all():
-            raise ValueError(f"multi-hot labels must be 0 or 1, but go from {labels.min()} to {labels.max()}.")
+        if not (labels.is_cuda or torch.compiler.is_compiling()):
+            check_multi_hot(labels, "labels")
         return labels
 
     def _sub_loss_names(self):
         return ["similarity_loss", "quantization_loss"]
+
+
+def check_multi_hot(labels: torch.Tensor, name: str) -> None:
+    """Raise ``ValueError`` for labels of two dimensions that are not 0 or 1."""
+    if labels.ndim == 2 and not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(f"{name} must be 0 or 1 if multi-hot, but go from {labels.min()} to {labels.max()}.")
 
 
 def share_a_label(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,10 @@ from math import comb
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss, check_positive
+from .base_distillation_loss import ABSENT, BaseDistillationLoss, check_positive
 from .similarity_score import similarity_score
 
 LONGEST_SOFT_LIST = 14
-# Finite, because the gradient of a log-sum-exp over nothing but -inf is NaN; exp() of it is 0 in every dtype.
-ABSENT = -1e30
 
 
 class DarkRankLoss(BaseDistillationLoss):

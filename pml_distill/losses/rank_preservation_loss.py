@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from .base_distillation_loss import check_positive
+from .base_distillation_loss import ABSENT, check_positive
 from .base_gallery_loss import BaseGalleryLoss
 
 # So sharp that the teacher's comparisons are 0 or 1, and 1/2 for ties.
@@ -62,7 +62,7 @@ class RankPreservationLoss(BaseGalleryLoss):
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher, filled = self.nearest(embeddings, ref_emb, self.topk)
         ranks = torch.arange(1, len(filled) + 1, device=filled.device)
-        weights = ranks * torch.softmax((self.rank_weight * teacher).masked_fill(~filled, -1e30), dim=1)
+        weights = ranks * torch.softmax((self.rank_weight * teacher).masked_fill(~filled, ABSENT), dim=1)
         expected = torch.sigmoid((teacher[:, None, :] - teacher[:, :, None]) / TEACHER_TEMPERATURE)
         found = torch.sigmoid((student[:, None, :] - teacher[:, :, None]) / self.temperature)
         misses = (expected - found).square() * (filled[:, None] & filled)

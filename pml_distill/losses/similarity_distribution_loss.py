@@ -1,11 +1,8 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss, check_positive, unit_rows
+from .base_distillation_loss import ABSENT, BaseDistillationLoss, check_positive, unit_rows
 from .teacher_queue import TeacherQueue
-
-# Finite, so that 0 * (ABSENT - ABSENT) is 0; exp() of it is 0 in every dtype.
-ABSENT = -1e30
 
 
 class SimilarityDistributionLoss(BaseDistillationLoss):

@@ -6,7 +6,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch.utils.data import Sampler
 
 from ..datasets.partially_labeled import UNLABELED
-from ..utils.distributed import joint_seed, process_count, process_rank
+from ..utils.distributed import joint_seed, num_processes, process_rank
 
 
 class DistributedMPerClassSampler(Sampler[int]):
@@ -50,16 +50,16 @@ class DistributedMPerClassSampler(Sampler[int]):
         return self.num_batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        rank, num_processes, seed = process_rank(), process_count(), joint_seed()
+        rank, processes, seed = process_rank(), num_processes(), joint_seed()
         own = self.batch_size // self.m
-        if own * num_processes > len(self.classes):
+        if own * processes > len(self.classes):
             raise ValueError(
-                f"{num_processes} processes with {own} classes each need {own * num_processes} classes, but labels "
+                f"{processes} processes with {own} classes each need {own * processes} classes, but labels "
                 f"has {len(self.classes)}; lower batch_size or raise m."
             )
         generator = np.random.default_rng(seed)
         for _ in range(self.num_batches):
-            drawn = generator.choice(len(self.classes), own * num_processes, replace=False)
+            drawn = generator.choice(len(self.classes), own * processes, replace=False)
             samples = [generator.choice(c, self.m, replace=len(c) < self.m) for c in (self.classes[i] for i in drawn)]
             for part in samples[rank * own : (rank + 1) * own]:
                 yield from part.tolist()

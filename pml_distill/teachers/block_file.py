@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..utils.whole_file import whole_file
+
 FORMAT = "pml-distill teacher cache 2"
 HEADER, CHECKSUMS, LOCK = "cache.json", "checksums.bin", "lock"
 #: A block that is written has this bit above its CRC-32; a zero is a block that is not.
@@ -94,9 +96,8 @@ class BlockFile:
             "fingerprint": fingerprint,
         }
         # Last, so that where there is a header there are files.
-        unfinished = folder / f"{HEADER}.tmp"
-        unfinished.write_text(json.dumps(header | {"checksum": checksum_of(header)}, indent=1))
-        os.replace(unfinished, folder / HEADER)
+        with whole_file(folder / HEADER) as unfinished:
+            unfinished.write_text(json.dumps(header | {"checksum": checksum_of(header)}, indent=1))
         return cls(folder)
 
     def row_bytes(self, name: str) -> int:

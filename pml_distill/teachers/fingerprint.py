@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import default_collate
 
 from ..datasets import SeededViews, Views
+from ..utils.eval_mode import eval_mode
 from .block_file import BlockFile
 
 #: What decides which pixels a seed gives.
@@ -64,12 +65,9 @@ def content(value: Any) -> Iterator[Any]:
 @torch.no_grad()
 def embedding_signature(teacher: torch.nn.Module, dataset: SeededViews) -> list[float]:
     """Return a few values of a teacher's embedding of the first sample: no weight tells of what its code does."""
-    # The package of the accuracy calculators costs more than all that teachers need.
-    from ..utils.eval_mode import eval_mode
-
     data, row = default_collate([(dataset.read([0])[0][0], 0)])
     with eval_mode(teacher):
-        embedding = teacher(data.teacher if isinstance(data, Views) else data, row)
+        embedding = teacher(Views.of(data).teacher, row)
     if not isinstance(embedding, torch.Tensor):
         raise ValueError(f"teacher must return embeddings (B, width), but returned a {type(embedding).__name__}.")
     return a_few(flat(embedding.double().cpu()))
@@ -99,7 +97,7 @@ def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
             if name in IDENTITIES
         ],
         **{f"version of {name}": version(name) for name in LIBRARIES},
-        "samples": {str(row): signature(dataset, row) for row in checked_rows(dataset)},
+        "samples": {str(row): signature(dataset, row) for row in sampled_rows(dataset)},
     }
 
 
@@ -120,7 +118,7 @@ def differences(ours: dict[str, Any], cached: dict[str, Any]) -> list[str]:
     return lines
 
 
-def checked_rows(dataset: SeededViews) -> list[int]:
+def sampled_rows(dataset: SeededViews) -> list[int]:
     """Return a few rows over all samples and views."""
     return sorted({round(place) for place in np.linspace(0, dataset.num_rows - 1, NUM_SAMPLES)})
 
@@ -134,7 +132,7 @@ def signature(dataset: SeededViews, row: int) -> list[float]:
             "random, np.random and torch: something in it has a random generator of its own. Give SeededViews "
             "reseed=, a function that seeds it, such as albumentations' Compose.set_random_seed."
         )
-    values = flat(data.teacher if isinstance(data, Views) else data)
+    values = flat(Views.of(data).teacher)
     return [float(values.mean()), *a_few(values)]
 
 

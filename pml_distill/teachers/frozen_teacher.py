@@ -1,11 +1,9 @@
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from ..utils.feature_tap import FeatureTap
+from ..utils.feature_tap import FeatureTap
 
 
 class FrozenTeacher(torch.nn.Module):
@@ -60,11 +58,8 @@ class FrozenTeacher(torch.nn.Module):
         with torch.autocast(data.device.type, enabled=False):
             return self.embedder(self.trunk(data))
 
-    def tap(self, names: Sequence[str]) -> "FeatureTap":
+    def tap(self, names: Sequence[str]) -> FeatureTap:
         """Return what takes the outputs of modules of the trunk while the teacher runs."""
-        # The package of the accuracy calculators costs more than all that teachers need.
-        from ..utils.feature_tap import FeatureTap
-
         return FeatureTap(self.trunk, names)
 
     def train(self, mode: bool = True) -> "FrozenTeacher":

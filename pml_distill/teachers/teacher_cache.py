@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from ..datasets import SeededViews, Views
+from ..utils.distributed import in_first_process, num_processes, process_rank
+from ..utils.eval_mode import eval_mode
 from .block_file import CHECKSUMS, HEADER, LOCK, BlockFile, file_sizes, locked
 from .cached_teacher import caches
 from .fingerprint import dataset_fingerprint, differences, embedding_signature, module_fingerprint, refuse
@@ -29,8 +31,7 @@ class TeacherCache:
     with the same bits. Under ``torchrun`` each process writes its share of the batches; the number of processes may
     change from run to run. The folder holds a fingerprint of the teacher's architecture and weights and of what it
     returns for a sample, of the dataset, its seed, views, transforms and labels, 32 of its rows, and the versions of
-    the libraries: another teacher or dataset is
-    refused, never mixed in. Writing needs a POSIX system.
+    the libraries: another teacher or dataset is refused, never mixed in. Writing needs a POSIX system.
 
     Args:
         folder: where the cache is or will be.
@@ -123,11 +124,7 @@ class TeacherCache:
             RuntimeError: another writer is at work in the folder.
             OSError: the disk is too small or full; what is written stays.
         """
-        # The package of the accuracy calculators costs more than all that teachers need.
-        from ..utils.distributed import in_first_process, process_count, process_rank
-        from ..utils.eval_mode import eval_mode
-
-        rank, processes = process_rank(), process_count()
+        rank, processes = process_rank(), num_processes()
         with ExitStack() as stack, eval_mode(self.teacher):
 
             def begin() -> None:
@@ -149,8 +146,9 @@ class TeacherCache:
         if (self.folder / HEADER).exists():
             self.check(BlockFile(self.folder))
             return
-        others = {path.name for path in self.folder.iterdir()} - {f"{name}.bin" for name in self.names}
-        others -= {LOCK, CHECKSUMS, f"{HEADER}.tmp"}
+        # A kill leaves an unfinished header under another name.
+        others = {path.name for path in self.folder.iterdir() if not path.name.startswith(HEADER)}
+        others -= {LOCK, CHECKSUMS, *(f"{name}.bin" for name in self.names)}
         if others:
             raise ValueError(f"folder {self.folder} is not empty and holds no teacher cache, but {sorted(others)[:5]}.")
         num_rows, start = self.dataset.num_rows, time.perf_counter()
@@ -206,9 +204,8 @@ class TeacherCache:
     def compute(self, batch: Any) -> dict[str, torch.Tensor]:
         """Return what is stored of a batch of (data, row)."""
         data, rows = batch
-        data = data.teacher if isinstance(data, Views) else data
         with self.tap or nullcontext():
-            arrays = [self.teacher(data, rows)]
+            arrays = [self.teacher(Views.of(data).teacher, rows)]
         if self.classifier is not None:
             arrays.append(self.classifier(arrays[0]))
         if self.tap is not None:

@@ -93,9 +93,8 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
 
     def get_embeddings_for_eval(self, trunk_model: Any, embedder_model: Any, input_imgs: Any) -> torch.Tensor:
         """Embed a batch, or the view of it that is meant for this network."""
-        if isinstance(input_imgs, Views):
-            input_imgs = input_imgs.teacher if self.teacher_looks else input_imgs.student
-        return super().get_embeddings_for_eval(trunk_model, embedder_model, input_imgs)
+        student, teacher = Views.of(input_imgs)
+        return super().get_embeddings_for_eval(trunk_model, embedder_model, teacher if self.teacher_looks else student)
 
     def do_knn_and_accuracies(
         self, accuracies: dict, embeddings_and_labels: Embeddings, query_split_name: str, references: list[str]

@@ -1,9 +1,9 @@
 """This process among those that train together; alone, it is the first and only one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from pytorch_metric_learning.utils.distributed import is_distributed
 
 
 def process_rank() -> int:
@@ -11,15 +11,20 @@ def process_rank() -> int:
     return torch.distributed.get_rank() if is_distributed() else 0
 
 
-def process_count() -> int:
+def num_processes() -> int:
     """Return how many processes there are."""
     return torch.distributed.get_world_size() if is_distributed() else 1
+
+
+def is_distributed() -> bool:
+    """Tell whether there is a process group; PML's own function comes with all of its losses and miners."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def joint_seed() -> int:
     """Return what the first process draws from torch's global generator; all processes call this and draw."""
     seed = [int(torch.randint(2**62, ()))]
-    if is_distributed():
+    if num_processes() > 1:
         torch.distributed.broadcast_object_list(seed)
     return seed[0]
 
@@ -32,7 +37,13 @@ def in_first_process(action: Callable[[], object]) -> None:
             action()
         except Exception as error:
             outcome = [error]
-    if is_distributed():
+    if num_processes() > 1:
         torch.distributed.broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise outcome[0]
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module inside of a data-parallel wrapper."""
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    return module.module if isinstance(module, wrappers) else module

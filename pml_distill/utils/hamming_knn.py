@@ -34,7 +34,7 @@ class HammingKNN:
         """Append to the database, for one that does not fit into memory as real outputs; its codes are copied once."""
         if self.database is None:
             return self.train(reference)
-        self.check_bits(reference, "reference")
+        check_bits(reference, self.bits, "reference")
         self.database = torch.cat([self.database, self.packed(reference, "reference")])
 
     def __call__(
@@ -65,8 +65,7 @@ class HammingKNN:
             database, bits = self.database.to(query.device), self.bits
         else:
             database, bits = self.packed(reference, "reference").to(query.device), reference.shape[1]
-        if query.shape[1] != bits:
-            raise ValueError(f"query has shape {tuple(query.shape)}, but the database was built with {bits} bits.")
+        check_bits(query, bits, "query")
         wanted = k + ref_includes_query
         if not 0 < wanted <= len(database):
             beside = " beside the query itself" if ref_includes_query else ""
@@ -94,12 +93,11 @@ class HammingKNN:
             place.copy_(pack_codes(part))
         return packed
 
-    def check_bits(self, codes: torch.Tensor, name: str) -> None:
-        """Raise if the codes are not as long as the database's."""
-        if codes.shape[1] != self.bits:
-            raise ValueError(
-                f"{name} has shape {tuple(codes.shape)}, but the database was built with {self.bits} bits."
-            )
+
+def check_bits(codes: torch.Tensor, bits: int, name: str) -> None:
+    """Raise ``ValueError`` for codes that are not as long as the database's."""
+    if codes.shape[1] != bits:
+        raise ValueError(f"{name} has shape {tuple(codes.shape)}, but the database was built with {bits} bits.")
 
 
 def search_on_cpu(query: torch.Tensor, database: torch.Tensor, bits: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,8 @@
-import statistics
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from .eval_mode import eval_mode
 
@@ -35,6 +34,9 @@ def model_cost(
         batch_sizes: for which batch sizes to time it.
         repeats: how many timed passes, after three for warm-up.
     """
+    # It imports triton, which costs more than PML.
+    from torch.utils.flop_counter import FlopCounterMode
+
     parameter = next(model.parameters(), torch.empty(0))
     with eval_mode(model), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
@@ -43,7 +45,7 @@ def model_cost(
         for size in batch_sizes:
             images = torch.zeros(size, *image_shape, device=parameter.device, dtype=parameter.dtype)
             times = [timed(model, images) for _ in range(repeats + 3)][3:]
-            latency[size] = 1000 * statistics.median(times) / size
+            latency[size] = 1000 * float(np.median(times)) / size
     return ModelCost(sum(p.numel() for p in model.parameters()), counter.get_total_flops(), latency)
 
 

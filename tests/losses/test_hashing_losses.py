@@ -172,7 +172,7 @@ def test_centers_are_saved_with_the_loss():
         (torch.zeros(4, 16), torch.tensor([0, 1, 2, -1]), "go from -1 to 2"),
         (torch.zeros(4, 8), torch.zeros(4), r"\(B, 16\).*\(4, 8\)"),
         (torch.zeros(4, 16), torch.zeros(4, 6), r"\(B, 5\).*num_classes.*\(4, 6\)"),
-        (torch.zeros(4, 16), torch.zeros(4, 5) - 1, "multi-hot labels must be 0 or 1, but go from -1.0 to -1.0"),
+        (torch.zeros(4, 16), torch.zeros(4, 5) - 1, "labels must be 0 or 1 if multi-hot, but go from -1.0 to -1.0"),
     ],
 )
 def test_what_does_not_fit_is_refused(outputs, labels, message):
