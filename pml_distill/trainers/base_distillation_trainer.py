@@ -1,32 +1,26 @@
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import (
-    BaseMetricLossFunction,
-    CrossBatchMemory,
-    MultipleLosses,
-    SelfSupervisedLoss,
-)
+from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory
 from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
 from pytorch_metric_learning.utils import common_functions as c_f
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper, is_distributed
+from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
 from pytorch_metric_learning.utils.loss_tracker import LossTracker
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from ..datasets import Views
 from ..datasets.partially_labeled import UNLABELED
-from ..losses import BaseDistillationLoss, BaseFeatureLoss
+from ..losses import BaseDistillationLoss
+from ..losses.base_distillation_loss import in_float32
 from ..miners import BaseTeacherMiner
-from ..teachers import CachedTeacher, FrozenTeacher
-from ..teachers.cached_teacher import caches
-from ..utils.distributed import process_count, process_rank
+from ..utils.distributed import num_processes, process_rank, unwrapped
 from ..utils.feature_tap import FeatureTap
+from ..utils.whole_file import whole_file
+from .checks import check_setup, without_wrapper
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
 
@@ -188,7 +182,7 @@ class BaseDistillationTrainer(BaseTrainer):
         """Compute ``metric_loss`` and ``distillation_loss``; return student and teacher embeddings."""
         data, labels, index = curr_batch
         data = on_views(data, lambda view: c_f.to_device(view, device=self.data_device))
-        student_data, teacher_data = data if isinstance(data, Views) else (data, data)
+        student_data, teacher_data = Views.of(data)
         with self.autocast():
             output = self.compute_embeddings(student_data)
             projected = self.models["projection"](output) if "projection" in self.models else output
@@ -273,7 +267,7 @@ class BaseDistillationTrainer(BaseTrainer):
         """Return the rows that ``subset_batch_miner`` keeps, judged in eval mode, and the unlabelled ones."""
         self.set_to_eval()
         try:
-            embeddings = self.compute_embeddings(data.student if isinstance(data, Views) else data)
+            embeddings = self.compute_embeddings(Views.of(data).student)
             rows = labeled_rows(labels)
             if rows is None:
                 return self.mining_funcs["subset_batch_miner"](embeddings, labels)
@@ -288,7 +282,7 @@ class BaseDistillationTrainer(BaseTrainer):
     def backward(self) -> None:
         """Scale the loss for float16 and go back, unless all weights are 0 in this step."""
         total = self.losses["total_loss"]
-        if process_count() > 1:
+        if num_processes() > 1:
             # DistributedDataParallel waits in all processes for all gradients, whatever losses one of them has.
             total = total + 0 * sum(output.sum() for output in self.outputs if output.requires_grad)
         if isinstance(total, torch.Tensor):
@@ -337,13 +331,11 @@ class BaseDistillationTrainer(BaseTrainer):
             # PML's state of a cross-batch memory lacks its place in the queue.
             queues={key: (loss.queue_idx, loss.has_been_filled) for key, loss in self.memories()},
         )
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{process_rank()}.tmp")
-        torch.save(state, unfinished)
-        if is_distributed():
-            torch.distributed.barrier()
-        os.replace(unfinished, path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as unfinished:
+            torch.save(state, unfinished)
+            if num_processes() > 1:
+                torch.distributed.barrier()
 
     def load_checkpoint(self, path: str | os.PathLike) -> int:
         """Restore what ``save_checkpoint`` wrote and return the epoch to go on with.
@@ -364,8 +356,8 @@ class BaseDistillationTrainer(BaseTrainer):
                 f"path {path} was written by process {state['rank']}, but this is process {process_rank()}; let each "
                 "save to and load from a path of its own."
             )
-        epochs: list[Any] = [state["epoch"]] * process_count()
-        if is_distributed():
+        epochs: list[Any] = [state["epoch"]] * num_processes()
+        if num_processes() > 1:
             torch.distributed.all_gather_object(epochs, state["epoch"])
         if len(set(epochs)) > 1:
             raise ValueError(
@@ -402,7 +394,7 @@ class BaseDistillationTrainer(BaseTrainer):
         Without a sampler, each of several processes draws its own part of the data.
         """
         sampler = self.sampler
-        if sampler is None and process_count() > 1:
+        if sampler is None and num_processes() > 1:
             sampler = DistributedSampler(self.dataset)
         self.dataloader = ResumableDataLoader(
             c_f.get_train_dataloader(
@@ -434,133 +426,7 @@ class BaseDistillationTrainer(BaseTrainer):
 
     def custom_setup(self) -> None:
         """Check what the teacher needs."""
-        wanting = [key for key in self.loss_keys_with_teacher if key in self.loss_funcs]
-        if "teacher" in self.models:
-            raise ValueError(
-                'models has the key "teacher", where PML would train and save it. Pass '
-                "teacher=FrozenTeacher(trunk, embedder) instead."
-            )
-        if not self.loss_funcs:
-            raise ValueError('loss_funcs is empty; give "metric_loss", "distillation_loss" or both.')
-        if self.teacher_miner("tuple_miner") is not None and self.teacher is None:
-            raise ValueError('mining_funcs["tuple_miner"] asks the teacher, but teacher is None.')
-        if "distillation_miner" in self.mining_funcs:
-            if self.teacher_miner("distillation_miner") is None:
-                kind = type(self.mining_funcs["distillation_miner"]).__name__
-                raise ValueError(
-                    'mining_funcs["distillation_miner"] must be a miner of pml_distill.miners, such as '
-                    f"TeacherMiner(miner), but is a {kind}."
-                )
-            if "distillation_loss" not in self.loss_funcs:
-                raise ValueError(
-                    'mining_funcs["distillation_miner"] serves loss_funcs["distillation_loss"], which is not there.'
-                )
-            loss = without_wrapper(self.loss_funcs["distillation_loss"])
-            if not getattr(loss, "takes_pairs", True):
-                raise ValueError(
-                    f'mining_funcs["distillation_miner"] finds pairs, but {type(loss).__name__}, '
-                    'loss_funcs["distillation_loss"], takes none.'
-                )
-        if wanting and self.teacher is None:
-            raise ValueError(f"loss_funcs has {wanting}, but teacher is None; pass FrozenTeacher(trunk, embedder).")
-        if self.teacher is not None and not wanting and self.teacher_miner("tuple_miner") is None:
-            raise ValueError(
-                f"teacher is given, but loss_funcs has only {sorted(self.loss_funcs)}; a teacher serves "
-                f"{list(self.loss_keys_with_teacher)}."
-            )
-        if isinstance(self.teacher, torch.nn.Module):
-            check_frozen(self.teacher, self.models)
-        if self.teacher is not None:
-            check_call(self.teacher)
-        for cache in caches(self.teacher):
-            cache.check_dataset(self.dataset)
-        for key in wanting:
-            loss, on_maps = without_wrapper(self.loss_funcs[key]), key == "feature_distillation_loss"
-            if isinstance(loss, (MultipleLosses, CrossBatchMemory, SelfSupervisedLoss)):
-                raise ValueError(
-                    f'loss_funcs["{key}"] is a {type(loss).__name__}, which passes no ref_emb on; give a single loss.'
-                )
-            if isinstance(loss, BaseMetricLossFunction if on_maps else BaseFeatureLoss):
-                raise ValueError(
-                    f'loss_funcs["{key}"] is a {type(loss).__name__}, but must be a loss on '
-                    f"{'feature maps, such as AttentionTransferLoss' if on_maps else 'embeddings'}."
-                )
-            if isinstance(self.loss_funcs[key], DistributedLossWrapper) and self.loss_funcs[key].efficient:
-                raise ValueError(
-                    f'loss_funcs["{key}"] is a DistributedLossWrapper with efficient=True, which gathers only one '
-                    "side of each row; use efficient=False."
-                )
-        for key in ("tuple_miner", "distillation_miner"):
-            if self.teacher_miner(key) is not None and getattr(self.mining_funcs[key], "efficient", False):
-                raise ValueError(
-                    f'mining_funcs["{key}"] is a DistributedMinerWrapper with efficient=True, which gathers only one '
-                    "side of each row; use efficient=False."
-                )
-        self.check_features()
-        self.check_trained()
-        self.check_processes()
-        if self.amp_dtype not in (None, torch.float16, torch.bfloat16):
-            raise ValueError(f"amp_dtype must be None, torch.float16 or torch.bfloat16, but is {self.amp_dtype}.")
-        if self.accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps must be at least 1, but is {self.accumulation_steps}.")
-
-    def check_features(self) -> None:
-        """Check what the feature distillation needs."""
-        key, names = "feature_distillation_loss", (self.student_features, self.teacher_features)
-        if key not in self.loss_funcs:
-            if any(names):
-                raise ValueError(
-                    f'student_features and teacher_features serve loss_funcs["{key}"], which is not there.'
-                )
-            return
-        if len(names[0]) != len(names[1]) or not all(names) or any(isinstance(n, str) for n in names):
-            raise ValueError(
-                f'loss_funcs["{key}"] needs student_features and teacher_features, two lists of names of modules that '
-                f"go pair by pair, but they are {names[0]!r} and {names[1]!r}."
-            )
-        if not isinstance(self.teacher, (FrozenTeacher, CachedTeacher)):
-            raise ValueError(
-                f'loss_funcs["{key}"] taps the layers of the teacher, which must be a FrozenTeacher or a '
-                f"CachedTeacher, but is a {type(self.teacher).__name__}."
-            )
-        FeatureTap(self.models["trunk"], names[0])
-        self.teacher.tap(names[1])
-
-    def check_trained(self) -> None:
-        """Check that what bridges student and teacher learns, unless it is frozen."""
-        trained = self.trained()
-        for holder, key in (("loss_funcs", "feature_distillation_loss"), ("models", "projection")):
-            module = getattr(self, holder).get(key)
-            if module is None or key in self.freeze_these:
-                continue
-            untrained = [name for name, p in module.named_parameters() if id(p) not in trained]
-            if untrained:
-                raise ValueError(
-                    f'{holder}["{key}"] has parameters that no optimizer trains, {untrained}; give '
-                    f'optimizers["{key}_optimizer"], or "{key}" in freeze_these.'
-                )
-
-    def check_processes(self) -> None:
-        """Check that what learns beside a network in DistributedDataParallel is in there too."""
-        if process_count() == 1:
-            return
-        trained, alone, joint = self.trained(), [], []
-        for holder in ("models", "loss_funcs"):
-            for key, module in getattr(self, holder).items():
-                name = f'{holder}["{key}"]'
-                if any(isinstance(part, DistributedDataParallel) for part in module.modules()):
-                    joint.append(name)
-                elif key not in self.freeze_these and any(id(p) in trained for p in module.parameters()):
-                    alone.append(name)
-        if alone and joint:
-            raise ValueError(
-                f"{' and '.join(alone)} would learn in each process for itself, while {joint[0]} is in "
-                "DistributedDataParallel; put it in there too."
-            )
-
-    def trained(self) -> set[int]:
-        """Return the ids of the parameters that the optimizers train."""
-        return {id(p) for o in self.optimizers.values() for group in o.param_groups for p in group["params"]}
+        check_setup(self)
 
     def set_schema(self) -> None:
         """Hold every key to the exact name; PML, which checks next, accepts what merely begins like one."""
@@ -625,56 +491,11 @@ def needs_labels(loss: Any) -> bool:
     return isinstance(loss, BaseMetricLossFunction) and not isinstance(loss, BaseDistillationLoss)
 
 
-def without_wrapper(loss: Any) -> Any:
-    """Return what a ``DistributedLossWrapper`` wraps, another loss as it is."""
-    return loss.loss if isinstance(loss, DistributedLossWrapper) else loss
-
-
 def all_or_none(labels: torch.Tensor | None) -> torch.Tensor | None:
     """Return the labels if all rows have one: a -1 would be taken for a class."""
     return labels if labeled_rows(labels) is None else None
 
 
-def in_float32(embeddings: torch.Tensor) -> torch.Tensor:
-    """Raise half precision to float32 for the losses; float64 stays."""
-    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-
-
-def check_call(teacher: Any) -> None:
-    """Raise ``ValueError`` if the teacher cannot be called as a trainer calls it."""
-    try:
-        inspect.signature(teacher.forward if isinstance(teacher, torch.nn.Module) else teacher).bind("data", "index")
-    except TypeError as error:
-        raise ValueError(
-            f"teacher is called as teacher(data, index), but a {type(teacher).__name__} cannot be: {error}; pass "
-            "FrozenTeacher(trunk, embedder)."
-        ) from error
-
-
-def check_frozen(teacher: torch.nn.Module, models: dict[str, torch.nn.Module]) -> None:
-    """Raise ``ValueError`` if the teacher would learn, or its batch norms would drift."""
-    if any(p.requires_grad for p in teacher.parameters()):
-        raise ValueError(
-            f"teacher, a {type(teacher).__name__}, has parameters that require gradients; "
-            "pass FrozenTeacher(trunk, embedder)."
-        )
-    if any(module.training for module in teacher.modules()):
-        raise ValueError(
-            f"teacher, a {type(teacher).__name__}, is in train mode; pass FrozenTeacher(trunk, embedder), which stays "
-            "in eval mode."
-        )
-    taught = {id(p) for p in teacher.parameters()}
-    for key, model in models.items():
-        if any(id(p) in taught for p in model.parameters()):
-            raise ValueError(f'teacher and models["{key}"] share parameters; give the teacher a copy of its own.')
-
-
 def stateful(objects: dict[str, Any] | None) -> list[tuple[str, Any]]:
     """Return the items that have a state to save."""
     return [(key, value) for key, value in (objects or {}).items() if hasattr(value, "state_dict")]
-
-
-def unwrapped(module: Any) -> Any:
-    """Return the module inside of a data-parallel wrapper."""
-    wrappers = (torch.nn.DataParallel, DistributedDataParallel)
-    return module.module if isinstance(module, wrappers) else module

@@ -4,8 +4,10 @@ import torch
 from pytorch_metric_learning.trainers import TrainWithClassifier
 from pytorch_metric_learning.utils import common_functions as c_f
 
+from ..losses.base_distillation_loss import in_float32
 from ..teachers import CachedTeacher, FrozenTeacher
-from .base_distillation_trainer import BaseDistillationTrainer, all_or_none, check_frozen, in_float32, only_labeled
+from .base_distillation_trainer import BaseDistillationTrainer, all_or_none, only_labeled
+from .checks import check_frozen
 
 
 class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
