@@ -41,6 +41,7 @@ from torch import nn
 
 from pml_distill.datasets import FROM_PML, Digits
 from pml_distill.demo import DATASETS, EMBEDDING_SIZE, LOSSES, Demo, DemoConfig, Distillation, Supervision
+from pml_distill.utils.whole_file import whole_file
 
 NONE, TEACHER = "none", "teacher"
 FIGURES = ("precision_at_1", "r_precision", "mean_average_precision_at_r", "NMI")
@@ -237,9 +238,8 @@ class Remembering:
     def save(self) -> None:
         """Keep the new answers for later runs."""
         if len(self.answers) > self.known:
-            unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-            torch.save(self.answers, unfinished)
-            os.replace(unfinished, self.path)
+            with whole_file(self.path) as unfinished:
+                torch.save(self.answers, unfinished)
 
 
 def experiment(job: dict, out: Path, device: str, data_folder: str) -> Accuracy:

@@ -16,7 +16,7 @@ import numpy as np
 from comparison import finished
 
 from pml_distill.demo import LOSSES
-from pml_distill.utils.report import format_table, mean_and_error
+from pml_distill.utils.report import format_table, mean_and_error, shown
 
 NONE, TEACHER, MAP = "none", "teacher", "mean_average_precision_at_r"
 FIGURES = {"precision_at_1": "precision@1", "r_precision": "R-precision", MAP: "MAP@R", "NMI": "NMI"}
@@ -151,11 +151,6 @@ def starred(comparison: Comparison | None) -> str:
     if comparison is None:
         return ""
     return shown(comparison.gains, "+.3f") + (" *" if comparison.p < LEVEL else "")
-
-
-def shown(numbers: Sequence[float], form: str = ".3f") -> str:
-    mean, error = mean_and_error(numbers)
-    return f"{mean:{form}}" + (f" ± {error:.3f}" if error == error else "")
 
 
 def negatives(rows: Rows, best: dict[str, str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pml_distill.demo import Demo, DemoConfig
-from pml_distill.utils.report import format_table, mean_and_error
+from pml_distill.utils.report import format_table, mean_and_error, shown
 
 METRICS = ("precision_at_1", "mean_average_precision_at_r", "asymmetric_map_at_r", "neighbor_agreement")
 
@@ -119,7 +119,7 @@ def table(
             own = {metric: by_seed(rows, metric, method=method, **{column: condition}) for metric in METRICS}
             line = {column: condition, "method": method, "seeds": str(len(own[METRICS[0]]))}
             for metric, name in zip(METRICS, ("precision@1", "MAP@R", "student to teacher", "agreement")):
-                line[name] = "{:.3f} ± {:.3f}".format(*mean_and_error(list(own[metric].values())))
+                line[name] = shown(list(own[metric].values()))
             line["gain in MAP@R"] = ""
             if method == taught:
                 other = by_seed(rows, METRICS[1], method=alone, **{column: condition})

@@ -25,7 +25,7 @@ from torch import nn
 from pml_distill.demo import EMBEDDING_SIZE, LOSSES
 from pml_distill.losses import catalogue
 from pml_distill.utils import neighbor_agreement
-from pml_distill.utils.report import format_table, mean_and_error
+from pml_distill.utils.report import format_table, shown
 
 ALONE = "alone"
 METHODS = (
@@ -112,10 +112,10 @@ def table(rows: list[dict[str, str]]) -> str:
         for condition in CONDITIONS:
             own = by_seed(rows, METRICS[1], condition=condition, method=method)
             alone = by_seed(rows, METRICS[1], condition=condition, method=ALONE)
-            line[condition] = "{:.3f} ± {:.3f}".format(*mean_and_error(list(own.values()))) if own else ""
+            line[condition] = shown(list(own.values())) if own else ""
             gains = [own[seed] - alone[seed] for seed in own if seed in alone]
             if gains and method != ALONE:
-                line[condition] += " ({:+.3f} ± {:.3f})".format(*mean_and_error(gains))
+                line[condition] += f" ({shown(gains, '+.3f')})"
         lines.append(line)
     return format_table(lines)
 

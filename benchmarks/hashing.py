@@ -16,12 +16,11 @@ the folder.
 
 import argparse
 import copy
-import csv
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from comparison import claim
+from comparison import append, claim, finished
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 
@@ -31,7 +30,7 @@ from pml_distill.models import CompactResNet, HashHead
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
 from pml_distill.utils import HashAccuracyCalculator, model_cost
-from pml_distill.utils.report import format_table, mean_and_error
+from pml_distill.utils.report import format_table, mean_and_error, shown
 
 BITS = (16, 32, 48, 64)
 LOSSES = ("dch", "csq")
@@ -123,8 +122,7 @@ def report(rows: list[dict[str, str]], folder: Path) -> str:
     for (loss, bits, method), group in sorted(groups.items()):
         line = {"method": method, "loss": loss, "bits": str(bits), "seeds": str(len(group))}
         for field, name in (("map", "mAP"), ("precision_at_radius_2", "precision@radius 2")):
-            mean, error = mean_and_error([float(row[field]) for row in group])
-            line[name] = f"{mean:.3f} ± {error:.3f}"
+            line[name] = shown([float(row[field]) for row in group])
         line["parameters"] = f"{int(group[0]['parameters']) / 1e6:.2f} M"
         line["FLOPs"] = f"{int(group[0]['flops']) / 1e6:.0f} M"
         line["ms/image"] = f"{mean_and_error([float(row['latency_ms']) for row in group])[0]:.2f}"
@@ -143,13 +141,10 @@ def main() -> None:
     parser.add_argument("--steps", default=60, type=int, help="of hashing, for each backbone alike")
     options = parser.parse_args()
     claim(options.out, {name: getattr(options, name) for name in ("teacher_steps", "distillation_steps", "steps")})
-    path, rows = options.out / "hashing.csv", []
-    if path.exists():
-        with open(path) as file:
-            rows = list(csv.DictReader(file))
-    else:
+    path = options.out / "hashing.csv"
+    if not path.exists():
         path.write_text(",".join(FIELDS) + "\n")
-    done = {(row["seed"], row["loss"], row["bits"], row["method"]) for row in rows}
+    done = {(row["seed"], row["loss"], row["bits"], row["method"]) for row in finished(path)}
     curves_path = options.out / "curves.pth"
     curves = torch.load(curves_path) if curves_path.exists() else {}
     for seed in range(options.seeds):
@@ -162,16 +157,14 @@ def main() -> None:
                     if tuple(key.values()) in done:
                         continue
                     row, curve = measure(seed, loss, bits, copy.deepcopy(trunks[method]), parts, options.steps)
-                    rows.append(key | row)
-                    with open(path, "a", newline="") as file:
-                        csv.DictWriter(file, FIELDS).writerow(rows[-1])
+                    append(path, key | row, FIELDS)
                     print(f"seed {seed} {loss} {bits:>2} bits {method:<26} mAP {row['map']:.3f}", flush=True)
                     if bits == max(BITS):
                         curves[f"{loss}, {method}"] = curve
                         torch.save(curves, curves_path)
         if curves:
             HashAccuracyCalculator.plot_precision_recall(options.out / "precision_recall.png", curves)
-    print(report(rows, options.out))
+    print(report(finished(path), options.out))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ benchmarks/results/weight_search.csv holds the search behind the demo's defaults
 """
 
 import argparse
-import csv
-import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import torch
+from comparison import complete
 
 from pml_distill.demo import LOSSES, Demo, DemoConfig, Distillation
 from pml_distill.losses import DarkRankLoss, RelativeTeacherLoss
@@ -56,8 +56,11 @@ RATES = (5e-3, 1e-2, 2e-2)
 BASELINE_RATES = (3e-3, 5e-3, 1e-2, 2e-2, 3e-2)
 
 
-def run(job: tuple[Path, str, float, float]) -> dict:
-    out, loss, weight, rate = job
+METRICS = ("precision_at_1", "mean_average_precision_at_r", "neighbor_agreement")
+
+
+def run(out: Path, job: dict) -> dict:
+    loss, weight, rate = job.values()
     torch.set_num_threads(1)
     demo = Demo(DemoConfig(train_split="train", test_split="val"), out, torch.device("cpu"))
     if loss == "teacher":
@@ -66,7 +69,11 @@ def run(job: tuple[Path, str, float, float]) -> dict:
         row = demo.run(f"student@{rate:g}", 0, learning_rate=rate)
     else:
         row = demo.run(f"{loss}@{weight:g}@{rate:g}", 0, Distillation(TRIALS[loss][0], weight), rate)
-    return {"loss": loss, "weight": weight, "learning_rate": rate, **row}
+    return job | row
+
+
+def job(loss: str, weight: float, rate: float) -> dict:
+    return {"loss": loss, "weight": weight, "learning_rate": rate}
 
 
 def main() -> None:
@@ -76,23 +83,14 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=["student", *TRIALS], choices=["student", *TRIALS])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates for each weight")
     options = parser.parse_args()
-    run((options.out, "teacher", 0.0, 0.0))
+    run(options.out, job("teacher", 0.0, 0.0))
     jobs = []
     for loss in options.losses:
         if loss == "student":
-            jobs += [(options.out, loss, 0.0, rate) for rate in BASELINE_RATES]
+            jobs += [job(loss, 0.0, rate) for rate in BASELINE_RATES]
         else:
-            jobs += [(options.out, loss, weight, rate) for weight in TRIALS[loss][1] for rate in options.rates]
-    rows = []
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        for row in pool.imap_unordered(run, jobs, chunksize=1):
-            rows.append(row)
-            print("\n", {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    columns = ["loss", "weight", "learning_rate", "precision_at_1", "mean_average_precision_at_r", "neighbor_agreement"]
-    with open(options.out / "weight_search.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (row["loss"], row["weight"], row["learning_rate"])))
+            jobs += [job(loss, weight, rate) for weight in TRIALS[loss][1] for rate in options.rates]
+    complete(options.out / "weight_search.csv", jobs, partial(run, options.out), options.processes, METRICS)
 
 
 if __name__ == "__main__":

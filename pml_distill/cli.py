@@ -75,17 +75,13 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
     import torch
 
     from .demo import LOSSES
-    from .utils.report import bar_chart, format_table, mean_and_error, neighbor_sheet
+    from .utils.report import bar_chart, format_table, mean_and_error, neighbor_sheet, shown
 
     runs = {(row["name"], row["seed"]): row for row in demo.results()}
     costs = demo.costs()
 
     def values(name: str, metric: str) -> list[float]:
         return [runs[name, seed][metric] for seed in range(seeds)]
-
-    def shown(numbers: Sequence[float], digits: int = 3) -> str:
-        mean, error = mean_and_error(numbers)
-        return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if seeds > 1 else "")
 
     metric = "mean_average_precision_at_r"
     table, records = [], []
@@ -102,7 +98,7 @@ def report(demo, names: Sequence[str], seeds: int) -> None:
                 "MAP@R": shown(values(name, metric)),
                 "student to teacher": shown(values(name, "asymmetric_map_at_r")),
                 "aligned": ("yes" if LOSSES[name].aligned else "no") if name in LOSSES else "",
-                "gap recovered": shown([100 * gap for gap in gaps], 0) + " %",
+                "gap recovered": shown([100 * gap for gap in gaps], ".0f") + " %",
                 "agreement": shown(values(name, "neighbor_agreement")),
                 "parameters": f"{cost.parameters:,}",
                 "MFLOPs": f"{cost.flops / 1e6:.1f}",

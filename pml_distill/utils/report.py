@@ -1,5 +1,6 @@
 """Results as text, as a table and as pictures."""
 
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -22,6 +23,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, float("nan")
     return mean, statistics.stdev(values) / len(values) ** 0.5
+
+
+def shown(values: Sequence[float], form: str = ".3f") -> str:
+    """Return the mean ± its standard error, or a single value alone; ``form`` is that of the mean."""
+    mean, error = mean_and_error(values)
+    return f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
 
 
 def format_table(rows: Sequence[dict[str, str]]) -> str:
@@ -52,7 +59,7 @@ def bar_chart(
     axes = figure.subplots()
     names = list(bars)
     values = [value for value, _ in bars.values()]
-    errors = [0 if error != error else error for _, error in bars.values()]
+    errors = [0 if math.isnan(error) else error for _, error in bars.values()]
     axes.barh(names, values, xerr=errors, color="#4c78a8", ecolor="#222222", capsize=3, height=0.65)
     for (name, level), color in zip(levels.items(), ("#e45756", "#54a24b")):
         axes.axvline(level, color=color, linestyle="--", linewidth=1.5, label=f"{name} {level:.3f}")
