@@ -12,7 +12,8 @@ optimizer:
 Whoever is taught also sees the training images mirrored and turned, without labels.
 
     python benchmarks/capacity.py --out capacity                      # a ResNet-18 of a quarter of its width, CPU
-    python benchmarks/capacity.py --out wide --width 32 --compare price   # of half of its width, only heavy and shrunk
+    python benchmarks/capacity.py --out wide --width 32 --compare price   # of half of its width, fewer networks
+    python benchmarks/capacity.py --out three --width 32 --compare price --teachers 3   # taught by three teachers
     python benchmarks/capacity.py --out full --width 64 --bfloat16 --compare price   # ResNet-18 itself, two hours
     python benchmarks/capacity.py --out capacity50 --network resnet50 --positions all --target-flops 0.22
     python benchmarks/capacity.py --out capacity101 --gpu             # ResNet-101 at full width
@@ -55,7 +56,7 @@ from pml_distill.datasets.partially_labeled import UNLABELED
 from pml_distill.distances import EuclideanDistance
 from pml_distill.losses import MutualDistanceLoss
 from pml_distill.samplers import MixedSampler
-from pml_distill.teachers import FrozenTeacher
+from pml_distill.teachers import EnsembleTeacher, FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
 from pml_distill.utils import model_cost
 from pml_distill.utils.report import format_table, mean_and_error
@@ -72,7 +73,7 @@ MILDER = "capacity dynamics, milder target"
 ALONE, REFRESHED = "marks of each step alone", "marks taken back every epoch"
 COMPARISONS = {
     "size": (TEACHER, HEAVY, HEAVY_DISTILLED, DYNAMIC, MILDER, SCRATCH, DISTILLED, LASSO),
-    "price": (TEACHER, HEAVY, DYNAMIC),
+    "price": (TEACHER, HEAVY, DYNAMIC, SCRATCH),
     "marks": (TEACHER, DYNAMIC, REFRESHED, ALONE, LASSO),
     "lasso": (
         TEACHER,
@@ -92,7 +93,7 @@ FIELDS = (
 #: What the runs in one folder have in common.
 SETTINGS = (
     *("network", "width", "positions", "target_flops", "milder_flops", "budget_share", "epochs", "learning_rate"),
-    *("bfloat16", "gpu"),
+    *("bfloat16", "gpu", "teachers"),
 )
 CURVE_FIELDS = ("seed", "positions", "method", "epoch", "parameters", "map_at_r")
 
@@ -126,10 +127,25 @@ def width_for(name: str, parameters: int) -> int:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, dataset, device: torch.device) -> dict[str, float]:
-    model.eval()
+def embed(model: nn.Module, dataset) -> torch.Tensor:
+    device = next(model.parameters()).device
     images = torch.stack([image for image, _ in dataset])
-    embeddings = torch.cat([model(part.to(device)) for part in images.split(256)])
+    return torch.cat([model(part.to(device)) for part in images.split(256)])
+
+
+def as_one(teachers: list[nn.Module], dataset) -> FrozenTeacher:
+    """Return teachers as one with embeddings as wide as a student's, which hold most of what theirs do."""
+    if len(teachers) == 1:
+        return FrozenTeacher(teachers[0])
+    teacher = EnsembleTeacher([FrozenTeacher(one) for one in teachers])
+    directions = torch.linalg.svd(embed(teacher, dataset), full_matrices=False).Vh[:EMBEDDING]
+    embedder = nn.Linear(directions.shape[1], EMBEDDING, bias=False, device=directions.device)
+    embedder.weight.data.copy_(directions)
+    return FrozenTeacher(teacher, embedder)
+
+
+def accuracy(model: nn.Module, dataset, device: torch.device) -> dict[str, float]:
+    embeddings = embed(model.eval(), dataset)
     calculator = AccuracyCalculator(
         include=("precision_at_1", "mean_average_precision_at_r"),
         k="max_bin_count",
@@ -231,11 +247,13 @@ class Run:
         torch.manual_seed(self.seed + offset)
         return network(self.options.network, width).to(self.device)
 
-    def teacher(self) -> nn.Module:
-        model = self.network(self.options.width)
-        path = self.options.out / f"{TEACHER} {self.seed}.pth"
-        model.load_state_dict(torch.load(path, map_location=self.device))
-        return model
+    def teachers(self) -> list[nn.Module]:
+        """Return the teacher of this seed, and those of the seeds that follow."""
+        models = [self.network(self.options.width) for _ in range(self.options.teachers)]
+        for i, model in enumerate(models):
+            path = self.options.out / f"{TEACHER} {(self.seed + i) % self.options.seeds}.pth"
+            model.load_state_dict(torch.load(path, map_location=self.device))
+        return models
 
     def exported_size(self) -> int:
         """The parameters of this seed's exported student, for the small one to match."""
@@ -310,11 +328,12 @@ class Run:
         if shrinking:
             insert_compactors(model, self.options.positions)
         optimizer = self.optimizer(model, method)
-        teacher = None if method in (TEACHER, HEAVY, SCRATCH) else self.teacher()
+        teachers = [] if method in (TEACHER, HEAVY, SCRATCH) else self.teachers()
         loss_funcs, loss_weights = {"metric_loss": MultiSimilarityLoss()}, {"metric_loss": 1.0}
-        if teacher is not None:
+        if teachers:
             loss_funcs["distillation_loss"], loss_weights["distillation_loss"] = MutualDistanceLoss(), WEIGHT
-        dynamics = self.dynamics(model, method, teacher, optimizer, steps) if shrinking else None
+        # Gradients are reset by the seed's own teacher.
+        dynamics = self.dynamics(model, method, teachers[0], optimizer, steps) if shrinking else None
         curve = []
 
         def end_of_epoch(trainer: DistillationTrainer) -> None:
@@ -334,7 +353,7 @@ class Run:
         torch.manual_seed(self.seed)
         dataset, batch_size = self.train_set, BATCH
         sampler = MPerClassSampler(dataset.labels, 4, BATCH, size)
-        if teacher is not None:
+        if teachers:
             dataset, batch_size = WithTurned(self.train_set), (1 + TURNED) * BATCH
             sampler = MixedSampler(dataset.labels, 4, batch_size, 1 / (1 + TURNED), (1 + TURNED) * size)
         DistillationTrainer(
@@ -344,7 +363,7 @@ class Run:
             loss_funcs=loss_funcs,
             loss_weights=loss_weights,
             dataset=dataset,
-            teacher=None if teacher is None else FrozenTeacher(teacher),
+            teacher=as_one(teachers, self.train_set) if teachers else None,
             sampler=sampler,
             lr_schedulers={
                 "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(
@@ -389,13 +408,13 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def run_seed(job: tuple[argparse.Namespace, int]) -> None:
+def run_seed(job: tuple[argparse.Namespace, int, tuple[str, ...]]) -> None:
     """Make what is missing of one seed, in an order in which each finds what it needs."""
-    options, seed = job
+    options, seed, methods = job
     if not options.gpu:
         torch.set_num_threads(1)
     done = {(row["seed"], row["method"]) for row in read(options.out / "capacity.csv")}
-    for method in COMPARISONS[options.compare]:
+    for method in methods:
         if (str(seed), method) not in done:
             row, curve = Run(options, seed).run(method)
             append(options.out / "curves.csv", CURVE_FIELDS, curve)
@@ -416,19 +435,25 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=0.3)
     parser.add_argument("--bfloat16", action="store_true", help="train under autocast; teachers and tests stay float32")
+    parser.add_argument("--teachers", type=int, default=1, help="that teach together: the seed's own, and of others")
     parser.add_argument("--processes", type=int, default=2, help="one seed in each")
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
     options.network = options.network or ("resnet101" if options.gpu else "resnet18")
     options.width = options.width or (64 if options.gpu else 16)
+    if not 1 <= options.teachers <= options.seeds:
+        parser.error(f"--teachers must be 1 to {options.seeds}, one for each of --seeds, but is {options.teachers}.")
     claim(options.out, {name: getattr(options, name) for name in SETTINGS})
-    jobs = [(options, seed) for seed in range(options.seeds)]
+    first, *others = COMPARISONS[options.compare]
+    # A student may have teachers of several seeds.
+    steps = [[(options, seed, tuple(methods)) for seed in range(options.seeds)] for methods in ([first], others)]
     if options.gpu:
-        for job in jobs:
+        for job in (job for jobs in steps for job in jobs):
             run_seed(job)
     else:
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            pool.map(run_seed, jobs, chunksize=1)
+            for jobs in steps:
+                pool.map(run_seed, jobs, chunksize=1)
     rows = read(options.out / "capacity.csv")
     print(report(rows, options.out))
     plot(read(options.out / "curves.csv"), rows, options.out)
