@@ -45,8 +45,8 @@ class BaseDistillationTrainer(BaseTrainer):
     ``distillation_loss``, for asymmetric learning, needs labels too. A batch without any labelled row has no
     ``metric_loss``. If the data are ``Views``, student and teacher are shown their own.
 
-    Of several processes without a ``sampler`` each draws its own part of the data. Under ``DistributedLossWrapper``
-    each needs as many labelled rows: use ``MixedSampler``.
+    Of several processes without a ``sampler`` each draws its own part of the dataset, which they have in common. Under
+    ``DistributedLossWrapper`` each needs as many labelled rows: use ``MixedSampler``.
 
     Differences from PML's trainers, beyond the additions: loss weights are not applied in place (that breaks the
     backward of losses that end in a root or an exponential), keys must match exactly, and the end-of-epoch hook
@@ -103,6 +103,7 @@ class BaseDistillationTrainer(BaseTrainer):
         self.teacher, self.amp_dtype, self.accumulation_steps = teacher, amp_dtype, accumulation_steps
         self.student_features, self.teacher_features = student_features, teacher_features
         self.epoch, self.data_position, self.dataloader = 0, None, None
+        self.outputs: list[torch.Tensor] = []
         super().__init__(*args, **kwargs)
         self.scaler = torch.amp.GradScaler(torch.device(self.data_device).type, enabled=amp_dtype == torch.float16)
 
@@ -123,10 +124,10 @@ class BaseDistillationTrainer(BaseTrainer):
         sums: dict[str, Any] = dict.fromkeys(self.losses, 0)
         for batch in batches:
             self.zero_losses()
-            self.outputs: list[torch.Tensor] = []
             self.calculate_loss(split_batch(batch))
             self.loss_tracker.update(self.loss_weights)
             self.backward()
+            self.outputs = []
             sums = {k: total + torch.as_tensor(self.losses[k]).detach() for k, total in sums.items()}
         self.clip_gradients()
         self.step_optimizers()
@@ -280,7 +281,7 @@ class BaseDistillationTrainer(BaseTrainer):
             self.set_to_train()
 
     def backward(self) -> None:
-        """Scale the loss for float16 and go back, unless all weights are 0 in this step."""
+        """Scale the loss for float16 and go back; one process alone does not if all weights are 0 in this step."""
         total = self.losses["total_loss"]
         if num_processes() > 1:
             # DistributedDataParallel waits in all processes for all gradients, whatever losses one of them has.
@@ -341,7 +342,7 @@ class BaseDistillationTrainer(BaseTrainer):
         """Restore what ``save_checkpoint`` wrote and return the epoch to go on with.
 
         ``trainer.train(start_epoch=trainer.load_checkpoint(path), num_epochs=...)`` ends, on the CPU, with the
-        weights of a run that was never interrupted.
+        weights of a run that was never interrupted. Of several processes all call this.
 
         Raises:
             ValueError: the checkpoint is of a trainer with other models, optimizers, schedulers or losses, of
@@ -404,7 +405,8 @@ class BaseDistillationTrainer(BaseTrainer):
         )
         self.data_position = None
         if len(self.dataloader) == 0:
-            name, drawn = ("dataset", self.dataset) if sampler is None else ("sampler", sampler)
+            name = "dataset" if self.sampler is None else "sampler"
+            drawn = self.dataset if sampler is None else sampler
             raise ValueError(f"{name} has {len(drawn)} samples, fewer than batch_size, {self.batch_size}.")
         if not self.iterations_per_epoch:
             self.iterations_per_epoch = max(1, len(self.dataloader) // self.accumulation_steps)

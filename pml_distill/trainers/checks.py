@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..losses import BaseFeatureLoss
 from ..teachers import CachedTeacher, FrozenTeacher
 from ..teachers.cached_teacher import caches
-from ..utils.distributed import num_processes
+from ..utils.distributed import num_processes, unwrapped
 from ..utils.feature_tap import FeatureTap
 
 
@@ -73,7 +73,7 @@ def check_setup(trainer: Any) -> None:
                 f'loss_funcs["{key}"] is a {type(loss).__name__}, but must be a loss on '
                 f"{'feature maps, such as AttentionTransferLoss' if on_maps else 'embeddings'}."
             )
-        if isinstance(trainer.loss_funcs[key], DistributedLossWrapper) and trainer.loss_funcs[key].efficient:
+        if getattr(unwrapped(trainer.loss_funcs[key]), "efficient", False):
             raise ValueError(
                 f'loss_funcs["{key}"] is a DistributedLossWrapper with efficient=True, which gathers only one '
                 "side of each row; use efficient=False."
@@ -183,5 +183,6 @@ def check_frozen(teacher: torch.nn.Module, models: dict[str, torch.nn.Module]) -
 
 
 def without_wrapper(loss: Any) -> Any:
-    """Return what a ``DistributedLossWrapper`` wraps, another loss as it is."""
+    """Return the loss inside of ``DistributedDataParallel`` and ``DistributedLossWrapper``."""
+    loss = unwrapped(loss)
     return loss.loss if isinstance(loss, DistributedLossWrapper) else loss

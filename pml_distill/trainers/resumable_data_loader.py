@@ -3,7 +3,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from ..utils.distributed import joint_seed
 from .random_state import get_random_state, set_random_state
@@ -57,10 +57,10 @@ class ResumableDataLoader:
             yield batch
 
     def begin(self) -> Iterator[Any]:
-        """Begin a pass, in another order where a sampler asks to be told, as torch's ``DistributedSampler`` does."""
-        for set_epoch in (getattr(sampler, "set_epoch", None) for sampler in self.samplers):
-            if set_epoch is not None:
-                set_epoch(joint_seed())
+        """Begin a pass; torch's ``DistributedSampler`` takes another order only if it is told."""
+        for sampler in self.samplers:
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(joint_seed())
         return iter(self.dataloader)
 
     def position(self) -> dict[str, Any]:

@@ -22,6 +22,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # PML's accuracy calculator imports scikit-learn, which costs more than all that trainers and teachers need.
     if name == "HammingKNN":

@@ -30,12 +30,12 @@ def joint_seed() -> int:
 
 
 def in_first_process(action: Callable[[], object]) -> None:
-    """Run this in the first process, and let the others wait; what it raises there is raised in all of them."""
+    """Run this in the first process, and let the others wait; the usual errors that it raises are raised in all."""
     outcome: list[Exception | None] = [None]
     if process_rank() == 0:
         try:
             action()
-        except Exception as error:
+        except (ValueError, RuntimeError, OSError) as error:
             outcome = [error]
     if num_processes() > 1:
         torch.distributed.broadcast_object_list(outcome)
