@@ -53,6 +53,7 @@ from pml_distill.capacity import (
 )
 from pml_distill.datasets import Glyphs
 from pml_distill.datasets.partially_labeled import UNLABELED
+from pml_distill.demo import layout_for
 from pml_distill.distances import EuclideanDistance
 from pml_distill.losses import MutualDistanceLoss
 from pml_distill.samplers import MixedSampler
@@ -111,9 +112,7 @@ def network(name: str, width: int) -> nn.Module:
         for i, count in enumerate(layers):
             setattr(model, f"layer{i + 1}", model._make_layer(block, width << i, count, stride=1 if i == 0 else 2))
         model.fc = nn.Linear((width << 3) * block.expansion, EMBEDDING)
-    # With fewer than 8 channels the backward pass of a strided 1x1 convolution breaks the memory in channels_last, in
-    # torch 2.14 with AVX2.
-    return model.to(memory_format=torch.channels_last if width >= 8 else torch.contiguous_format)
+    return model.to(memory_format=layout_for(width))
 
 
 def size_of(model: nn.Module) -> int:

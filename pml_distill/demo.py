@@ -140,6 +140,14 @@ class DemoConfig:
     test_split: str = "test"
 
 
+def layout_for(width: int) -> torch.memory_format:
+    """Return the layout of a ResNet's weights: ``channels_last``, a third faster on the CPU, from 8 channels on.
+
+    With fewer the backward pass of a strided 1x1 convolution breaks the memory in it, in torch 2.14 with AVX2.
+    """
+    return torch.channels_last if width >= 8 else torch.contiguous_format
+
+
 class Demo:
     """All runs of one configuration in one folder.
 
@@ -264,10 +272,7 @@ class Demo:
         embedder = nn.Linear(trunk.output_size, EMBEDDING_SIZE)
         classifier = nn.Linear(EMBEDDING_SIZE, self.num_classes)
         models: dict[str, Any] = {"trunk": trunk, "embedder": embedder, "classifier": classifier}
-        # A third faster on the CPU than PyTorch's default layout. With fewer than 8 channels the backward pass of a
-        # strided 1x1 convolution breaks the memory there, in torch 2.14 with AVX2.
-        layout = torch.channels_last if width >= 8 else torch.contiguous_format
-        return {key: model.to(self.device, memory_format=layout) for key, model in models.items()}
+        return {key: model.to(self.device, memory_format=layout_for(width)) for key, model in models.items()}
 
     def teacher(self, seed: int) -> tuple[Any, nn.Module]:
         """Return the trained teacher of a seed and its classifier."""

@@ -73,17 +73,10 @@ def check_setup(trainer: Any) -> None:
                 f'loss_funcs["{key}"] is a {type(loss).__name__}, but must be a loss on '
                 f"{'feature maps, such as AttentionTransferLoss' if on_maps else 'embeddings'}."
             )
-        if getattr(unwrapped(trainer.loss_funcs[key]), "efficient", False):
-            raise ValueError(
-                f'loss_funcs["{key}"] is a DistributedLossWrapper with efficient=True, which gathers only one '
-                "side of each row; use efficient=False."
-            )
+        check_gathering(f'loss_funcs["{key}"]', unwrapped(trainer.loss_funcs[key]))
     for key in ("tuple_miner", "distillation_miner"):
-        if trainer.teacher_miner(key) is not None and getattr(trainer.mining_funcs[key], "efficient", False):
-            raise ValueError(
-                f'mining_funcs["{key}"] is a DistributedMinerWrapper with efficient=True, which gathers only one '
-                "side of each row; use efficient=False."
-            )
+        if trainer.teacher_miner(key) is not None:
+            check_gathering(f'mining_funcs["{key}"]', trainer.mining_funcs[key])
     check_features(trainer)
     check_trained(trainer)
     check_processes(trainer)
@@ -91,6 +84,15 @@ def check_setup(trainer: Any) -> None:
         raise ValueError(f"amp_dtype must be None, torch.float16 or torch.bfloat16, but is {trainer.amp_dtype}.")
     if trainer.accumulation_steps < 1:
         raise ValueError(f"accumulation_steps must be at least 1, but is {trainer.accumulation_steps}.")
+
+
+def check_gathering(name: str, wrapper: Any) -> None:
+    """Check that one of PML's distributed wrappers gathers student and teacher."""
+    if getattr(wrapper, "efficient", False):
+        raise ValueError(
+            f"{name} is a {type(wrapper).__name__} with efficient=True, which gathers only one side of each row; use "
+            "efficient=False."
+        )
 
 
 def check_features(trainer: Any) -> None:

@@ -63,14 +63,18 @@ def train(processes, checkpoint=None):
     return {**trunk.state_dict(), **feature_loss.state_dict()}
 
 
-def worker(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = [train(2, folder / f"checkpoint_{rank}.pth") for _ in range(2)]
+def leave(rank, folder, results):
     torch.save(results, folder / f"{rank}.pth")
     # No process leaves while another still talks to it.
     torch.distributed.barrier()
     gc.collect()
     torch.distributed.destroy_process_group()
+
+
+def worker(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = [train(2, folder / f"checkpoint_{rank}.pth") for _ in range(2)]
+    leave(rank, folder, results)
 
 
 def test_two_processes_equal_one_and_resume(tmp_path):
@@ -171,10 +175,7 @@ def several(rank, folder):
     with pytest.raises(ValueError, match=r"checkpoint of one epoch in all processes.*the epochs \[1, 2\]"):
         trainer.load_checkpoint(own)
 
-    torch.save(results, folder / f"{rank}.pth")
-    torch.distributed.barrier()
-    gc.collect()
-    torch.distributed.destroy_process_group()
+    leave(rank, folder, results)
 
 
 def test_processes_stay_together_whatever_losses_a_batch_has(tmp_path):
