@@ -40,13 +40,16 @@ class SelfDistance(torch.autograd.Function):
     """Euclidean distances of all rows to each other: (B, D) -> (B, B)."""
 
     @staticmethod
-    def forward(ctx, embeddings):
+    def forward(embeddings):
         """Compute from the Gram product."""
         squares = embeddings.square().sum(dim=1)
         mat = torch.addmm(squares[:, None] + squares, embeddings, embeddings.t(), alpha=-2)
-        mat = mat.clamp_(min=0).sqrt_().fill_diagonal_(0)
-        ctx.save_for_backward(embeddings, mat)
-        return mat
+        return mat.clamp_(min=0).sqrt_().fill_diagonal_(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep both; apart from ``forward``, as ``torch.func`` wants it."""
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx, grad):

@@ -167,22 +167,32 @@ class SummedLogCumSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, chain, counted):
-        """Scan once and keep the result."""
-        largest = chain.cummax(dim=1).values
-        kept = (largest[:, :-1] - largest[:, 1:]).exp()
-        total = recurrence((chain - largest).exp(), kept)
-        ctx.save_for_backward(chain, largest, kept, total, counted)
+    def forward(chain, counted):
+        """Add up the scan."""
+        largest, _, total = running_sums(chain)
         scan = largest + total.log()
         return (scan if counted is None else scan.masked_fill(~counted, 0)).sum(dim=1)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep the inputs alone: what is made of them would be a constant to a second derivative."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx, grad):
         """Entry j receives the sum over k >= j of exp(chain_j - scan_k), each at most 1."""
-        chain, largest, kept, total, counted = ctx.saved_tensors
+        chain, counted = ctx.saved_tensors
+        largest, kept, total = running_sums(chain)
         shares = total.reciprocal() if counted is None else counted / total
         later = recurrence(shares.flip(1), kept.flip(1)).flip(1)
         return grad[:, None] * (chain - largest).exp() * later, None
+
+
+def running_sums(chain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the largest entry up to each place, how much of a sum above it is kept at the next, and these sums."""
+    largest = chain.cummax(dim=1).values
+    kept = (largest[:, :-1] - largest[:, 1:]).exp()
+    return largest, kept, recurrence((chain - largest).exp(), kept)
 
 
 def recurrence(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -203,32 +213,33 @@ def soft_losses(
     student: torch.Tensor, teacher: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor | None
 ) -> torch.Tensor:
     """ListNet: (Q, L) scores of both sides, (Q,) log-sum-exp of the rest -> (Q,) losses."""
-    queries, length = student.shape
+    length = student.shape[1]
     check_soft_list_length(length)
     student, teacher = student.t(), teacher.t()
-    empty = student.new_full((queries,), ABSENT)
     with torch.no_grad():
-        remains = remaining_probabilities(teacher, subset_logsumexp(teacher, empty))
+        remains = remaining_probabilities(teacher, subset_logsumexp(teacher))
         if missing is not None:
             # A list is filled from the front: without its missing places, a subset is empty if it shares no bit
             # with the places that are filled.
             filled = 2 ** (~missing).sum(dim=1) - 1
             subsets = torch.arange(2**length, device=student.device)
             remains = remains.masked_fill(subsets[:, None] & filled == 0, 0)
-    denominators = subset_logsumexp(student, empty if rest is None else rest)
+    denominators = subset_logsumexp(student, rest)
     if missing is not None:
         student = student.masked_fill(missing.t(), 0)
     return (remains[1:] * denominators[1:]).sum(dim=0) - student.sum(dim=0)
 
 
-def subset_logsumexp(scores: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp over each subset of L candidates and a base: (L, Q), (Q,) -> (2^L, Q).
+def subset_logsumexp(scores: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-sum-exp over each subset of L candidates and a base, if there is one: (L, Q), (Q,) -> (2^L, Q).
 
     Bit k of the row number says whether candidate k belongs to the subset.
     """
-    table = base[None]
+    table = scores.new_full((1, scores.shape[1]), ABSENT) if base is None else base[None]
     for score in scores:
-        table = torch.cat([table, torch.logaddexp(table, score)])
+        # Beside ABSENT, logaddexp would have no second derivative.
+        single = score if base is None else torch.logaddexp(base, score)
+        table = torch.cat([table, single[None], torch.logaddexp(table[1:], score)])
     return table
 
 

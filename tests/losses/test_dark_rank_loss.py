@@ -170,6 +170,13 @@ def test_scores_down_to_minus_ten_thousand_stay_finite(transfer):
     assert torch.isfinite(value) and torch.isfinite(student.grad).all()
 
 
+@pytest.mark.parametrize("transfer", ["soft", "hard"])
+@pytest.mark.parametrize(("length", "tail"), [(3, True), (3, False), (None, True)])
+def test_second_derivatives_are_correct(transfer, length, tail):
+    loss, teacher = DarkRankLoss(transfer, list_length=length, tail=tail), embeddings(6, seed=1)
+    assert torch.autograd.gradgradcheck(lambda s: loss(s, ref_emb=teacher), embeddings(6).requires_grad_(), atol=1e-4)
+
+
 @pytest.mark.parametrize("counted", [None, torch.arange(20) % 3 > 0])
 @pytest.mark.parametrize("size", [1, 1e3, 1e6, 1e12])
 def test_the_hard_gradient_is_exact_for_scores_of_any_size(size, counted):
