@@ -80,8 +80,10 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         if labels is not None and labels.ndim > 1:
             labels = ref_labels = None
         embeddings = in_float32(embeddings)
+        # A copy, because no backward may keep what comes out of torch.inference_mode().
+        teacher = teacher.detach().to(embeddings, copy=True)
         with torch.autocast(embeddings.device.type, enabled=False):
-            return super().forward(embeddings, labels, indices_tuple, teacher.detach().to(embeddings), ref_labels)
+            return super().forward(embeddings, labels, indices_tuple, teacher, ref_labels)
 
     def _checked_teacher(self, embeddings: torch.Tensor, ref_emb: torch.Tensor | None) -> torch.Tensor:
         name = type(self).__name__
