@@ -9,6 +9,9 @@ class TeacherQueue(torch.nn.Module):
     holds the same rows, in an order of its own. Let ``size`` be a multiple of the joined batch then, so that all
     processes also forget the same rows.
 
+    A row that is not finite enters as zeros: what has overflowed in half precision spoils the loss of its own step, not
+    of all until the row has left.
+
     Args:
         size: how many embeddings it holds.
         width: width of the embeddings.
@@ -55,6 +58,7 @@ class TeacherQueue(torch.nn.Module):
                 f"the queue holds embeddings of width {width}, but was given shape {tuple(embeddings.shape)}."
             )
         entering = embeddings.detach()[-size:].to(self.rows.dtype)
+        entering = entering.masked_fill(~entering.isfinite().all(dim=1, keepdim=True), 0)
         places = (self.position + torch.arange(len(entering), device=self.rows.device)) % size
         rows, count = self.rows.index_copy(0, places, entering), (self.count + len(entering)).clamp(max=size)
         # Cloned, because a backward needs the rows that entering ones overwrite.

@@ -203,3 +203,14 @@ def test_the_queue_follows_the_embeddings_to_their_device():
 def test_wrong_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("include_batch", [False, True])
+def test_an_overflow_spoils_the_loss_of_one_step_alone(include_batch):
+    loss = SimilarityDistributionLoss(32, 6, student_width=6, include_batch=include_batch)
+    student, teacher = embeddings(8), embeddings(8, seed=1)
+    loss(student, ref_emb=teacher)
+    spoilt = student.clone()
+    spoilt[3, 2] = torch.inf
+    assert not loss(spoilt, ref_emb=teacher).isfinite()
+    assert loss(student, ref_emb=teacher).isfinite()
