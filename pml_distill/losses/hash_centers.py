@@ -4,6 +4,7 @@ import torch
 ROUNDS = 200
 LINEAR_BITS = 20
 DRAWN = 256
+PART = 1024
 
 
 def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
@@ -61,9 +62,15 @@ def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
 def center_distances(centers: torch.Tensor) -> tuple[int, float]:
     """Return the smallest and the mean Hamming distance between two of the centers (C, bits), C from 2."""
     size, bits = centers.shape
-    distances = (bits - centers @ centers.T) / 2
-    mean = distances.double().sum().item() / (size * (size - 1))
-    return int(distances.fill_diagonal_(bits).min()), mean
+    nearest = -bits
+    # In parts: for many classes all products at once would not fit into memory.
+    for start in range(0, size, PART):
+        products = centers[start : start + PART] @ centers.T
+        products.diagonal(start).fill_(-bits)
+        nearest = max(nearest, int(products.max()))
+    all_products = centers.double().sum(dim=0).square().sum().item()
+    mean_product = (all_products - size * bits) / (size * (size - 1))
+    return (bits - nearest) // 2, (bits - mean_product) / 2
 
 
 def with_random_codes(

@@ -214,3 +214,10 @@ def test_quantization_regularizer_goes_with_any_loss():
 def test_quantization_regularizer_bears_large_outputs_in_half_precision():
     loss = QuantizationRegularizer()(torch.full((4, 8), 300.0, dtype=torch.float16))
     assert loss.item() == pytest.approx(299.0**2)
+
+
+def test_distances_of_many_centers_are_those_of_all_pairs():
+    centers = hash_centers(1500, 24, seed=3)
+    pairs = ((24 - centers @ centers.T) / 2)[~torch.eye(1500, dtype=torch.bool)]
+    smallest, mean = center_distances(centers)
+    assert smallest == pairs.min() and mean == pytest.approx(pairs.double().mean().item(), rel=1e-12)
