@@ -1,6 +1,9 @@
+import os
+
 import torch
 
 from ..distances.packed_codes import PART, check_outputs, pack_codes, unpack_codes
+from .whole_file import whole_file
 
 
 class HammingKNN:
@@ -35,7 +38,19 @@ class HammingKNN:
         if self.database is None:
             return self.train(reference)
         check_bits(reference, self.bits, "reference")
-        self.database = torch.cat([self.database, self.packed(reference, "reference")])
+        self.database = torch.cat([self.database, self.packed(reference, "reference").to(self.database.device)])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the database that is kept; ``InferenceModel.save_knn_func`` calls this."""
+        if self.database is None:
+            raise ValueError("no database is kept that could be saved: call train first.")
+        with whole_file(path) as unfinished:
+            torch.save({"database": self.database, "bits": self.bits}, unfinished)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Read a database that ``save`` wrote, in place of the one that is kept; on the CPU until it is searched."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.database, self.bits = state["database"], state["bits"]
 
     def __call__(
         self,

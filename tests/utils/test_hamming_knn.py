@@ -1,6 +1,7 @@
 import pytest
 import torch
 from pytorch_metric_learning.losses import ContrastiveLoss
+from pytorch_metric_learning.utils.inference import InferenceModel
 
 from pml_distill.distances import HammingDistance, pack_codes, unpack_codes
 from pml_distill.utils import HammingKNN
@@ -90,3 +91,17 @@ def test_packed_codes_are_refused():
 def test_hamming_distance_refuses_what_differs():
     with pytest.raises(ValueError, match=r"uint8 \(5, 3\).*float32 \(5, 24\)"):
         HammingDistance()(pack_codes(codes(5, 24)), codes(5, 24))
+
+
+def test_an_index_is_saved_and_read(tmp_path):
+    reference, added = codes(60, 12), codes(5, 12, seed=1)
+    search = InferenceModel(torch.nn.Identity(), knn_func=HammingKNN())
+    search.train_knn(reference)
+    search.save_knn_func(tmp_path / "index.pth")
+    other = InferenceModel(torch.nn.Identity(), knn_func=HammingKNN())
+    other.load_knn_func(tmp_path / "index.pth")
+    other.add_to_knn(added)
+    for query in (reference[:3], added):
+        assert torch.equal(other.get_nearest_neighbors(query, 1)[0], torch.zeros(len(query), 1))
+    with pytest.raises(ValueError, match="no database is kept that could be saved"):
+        HammingKNN().save(tmp_path / "nothing.pth")
