@@ -48,9 +48,8 @@ class CompactResNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the flattened features."""
         features = self.maxpool(self.bn1(self.conv1(images)).relu())
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5):
-            features = layer(features)
-        return features.flatten(1)
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.layer5(self.layer4(features)).flatten(1)
 
 
 def stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -68,3 +68,9 @@ def test_output_size_follows_the_image(trunk, size):
 def test_a_head_has_bits():
     with pytest.raises(ValueError, match="bits must be at least 1, but is 0"):
         HashHead(0)
+
+
+@pytest.mark.parametrize("trunk", [CompactResNet, CompactAlexNetStudent])
+def test_scripts(trunk):
+    model, images = trunk().eval(), torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(torch.jit.script(model)(images), model(images))
