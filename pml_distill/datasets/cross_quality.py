@@ -37,7 +37,8 @@ class CrossQuality(torch.utils.data.Dataset):
 
     Args:
         dataset: any dataset of (data, label), (data, label, index) or data alone.
-        degrade: makes the student's view of one sample's data. It may be random.
+        degrade: makes the student's view of one sample's data. It may be random. Where workers are not forked (macOS,
+            Windows, Python 3.14) they need it pickled, which no lambda can be.
 
     Items:
         those of ``dataset``, their data replaced by ``Views(student=degrade(data), teacher=data)``.

@@ -19,7 +19,7 @@ class PartiallyLabeled(torch.utils.data.Dataset):
     Args:
         dataset: any dataset of (data, label, ...).
         fraction: of the labels to keep, from 0 to 1.
-        labels: (N,) of all samples; None: ``dataset.labels``.
+        labels: (N,) of all samples; None: ``dataset.labels``, or ``dataset.targets`` as torchvision has it.
         seed: of the draw.
 
     Items:
@@ -29,7 +29,7 @@ class PartiallyLabeled(torch.utils.data.Dataset):
         labels: (N,) int64 tensor, -1 where not kept; what ``MixedSampler`` needs.
 
     Raises:
-        ValueError: ``fraction`` is out of range; labels of another length or shape.
+        ValueError: ``fraction`` is out of range; there are no labels, or labels of another length or shape.
 
     Example:
         >>> samples = [("image", i % 2) for i in range(20)]
@@ -72,8 +72,12 @@ def get_items(dataset: Any, indices: Sequence[int]) -> list:
 
 
 def labels_of(dataset: Any, labels: Sequence[int] | torch.Tensor | None) -> torch.Tensor:
-    """Return the (N,) labels, those given or the dataset's own; ``ValueError`` for another shape."""
-    known = torch.as_tensor(dataset.labels if labels is None else labels, dtype=torch.int64)
+    """Return the (N,) labels, those given or the dataset's own; ``ValueError`` for none or another shape."""
+    if labels is None:
+        labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    if labels is None:
+        raise ValueError(f"labels must be given: the {type(dataset).__name__} has neither labels nor targets.")
+    known = torch.as_tensor(labels, dtype=torch.int64)
     if known.shape != (len(dataset),):
         raise ValueError(f"labels must be ({len(dataset)},), one per sample, but have shape {tuple(known.shape)}.")
     return known

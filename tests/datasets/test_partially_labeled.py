@@ -56,6 +56,18 @@ def test_refuses_a_fraction_out_of_range(fraction):
         PartiallyLabeled(Numbers(), fraction)
 
 
+def test_targets_serve_where_there_are_no_labels():
+    class Targets(list):
+        targets = [0, 0, 0, 1, 1, 1]
+
+    samples = Targets((torch.zeros(1), label) for label in Targets.targets)
+    assert counts(PartiallyLabeled(samples, 0.5).labels) == counts(
+        PartiallyLabeled(list(samples), 0.5, Targets.targets).labels
+    )
+    with pytest.raises(ValueError, match="labels must be given: the list has neither labels nor targets"):
+        PartiallyLabeled(list(samples), 0.5)
+
+
 @pytest.mark.parametrize("labels", [[0, 1], torch.zeros(31, 2)])
 def test_refuses_labels_of_another_shape(labels):
     with pytest.raises(ValueError, match=r"labels must be \(31,\), one per sample"):
