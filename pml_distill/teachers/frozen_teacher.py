@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -20,10 +21,10 @@ class FrozenTeacher(torch.nn.Module):
             modules keep theirs. None for the modules' own. Autocast of the caller does not apply.
 
     Shapes:
-        data: the tensor that the trunk takes, moved to its device and precision. Returns (B, Dt).
+        data: what the trunk takes; a tensor is moved to its device and precision. Returns (B, Dt).
 
     Raises:
-        ValueError: ``trunk`` or ``embedder`` is no module.
+        ValueError: ``trunk`` or ``embedder`` is no module; what they return is no tensor.
 
     Example:
         >>> teacher = FrozenTeacher(torch.nn.Linear(8, 4))
@@ -50,13 +51,20 @@ class FrozenTeacher(torch.nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, data: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return the embeddings of ``data``; the samples' ``index`` in the dataset is not needed here."""
-        weight = next(self.parameters(), None)
-        if weight is not None:
+        weight = next((parameter for parameter in self.parameters() if parameter.is_floating_point()), None)
+        if weight is not None and isinstance(data, torch.Tensor):
             data = data.to(device=weight.device, dtype=weight.dtype if data.is_floating_point() else None)
-        with torch.autocast(data.device.type, enabled=False):
-            return self.embedder(self.trunk(data))
+        device = getattr(data, "device", torch.device("cpu")) if weight is None else weight.device
+        with torch.autocast(device.type, enabled=False):
+            embeddings = self.embedder(self.trunk(data))
+        if not isinstance(embeddings, torch.Tensor):
+            raise ValueError(
+                f"trunk and embedder must return one tensor of embeddings, but returned a {type(embeddings).__name__}; "
+                "give an embedder that takes it out."
+            )
+        return embeddings
 
     def tap(self, names: Sequence[str]) -> FeatureTap:
         """Return what takes the outputs of modules of the trunk while the teacher runs."""

@@ -1,8 +1,10 @@
+import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory
 from pytorch_metric_learning.trainers.base_trainer import BaseTrainer
@@ -182,10 +184,14 @@ class BaseDistillationTrainer(BaseTrainer):
     def calculate_embedding_losses(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute ``metric_loss`` and ``distillation_loss``; return student and teacher embeddings."""
         data, labels, index = curr_batch
-        data = on_views(data, lambda view: c_f.to_device(view, device=self.data_device))
-        student_data, teacher_data = Views.of(data)
+        student_data, teacher_data = Views.of(on_views(data, self.on_device))
         with self.autocast():
             output = self.compute_embeddings(student_data)
+            if not isinstance(output, torch.Tensor):
+                raise ValueError(
+                    f'models["trunk"] and ["embedder"] must return one tensor of embeddings, but returned a '
+                    f"{type(output).__name__}."
+                )
             projected = self.models["projection"](output) if "projection" in self.models else output
         embeddings, projected = in_float32(output), in_float32(projected)
         self.outputs += [embeddings, projected]
@@ -215,6 +221,10 @@ class BaseDistillationTrainer(BaseTrainer):
                     indices_tuple = self.mine_for_distillation(seen, seen_labels, seen_teacher)
                 self.losses["distillation_loss"] = loss(projected, seen_labels, indices_tuple, ref_emb=seen_teacher)
         return embeddings, teacher_embeddings
+
+    def on_device(self, data: Any) -> Any:
+        """Return data on the trainer's device; what is no tensor goes as it is to ``get_trunk_output``, PML's way."""
+        return c_f.to_device(data, device=self.data_device) if isinstance(data, torch.Tensor) else data
 
     def wants(self, loss_name: str) -> bool:
         """Whether this loss is there and has a weight."""
@@ -321,7 +331,8 @@ class BaseDistillationTrainer(BaseTrainer):
         replaces its older file before all have written.
         """
         state: dict[str, Any] = {
-            name: {key: unwrapped(value).state_dict() for key, value in stateful(getattr(self, name))} for name in SAVED
+            name: {key: without_numpy(unwrapped(value).state_dict()) for key, value in stateful(getattr(self, name))}
+            for name in SAVED
         }
         state.update(
             epoch=self.epoch,
@@ -496,6 +507,19 @@ def needs_labels(loss: Any) -> bool:
 def all_or_none(labels: torch.Tensor | None) -> torch.Tensor | None:
     """Return the labels if all rows have one: a -1 would be taken for a class."""
     return labels if labeled_rows(labels) is None else None
+
+
+def without_numpy(state: Any) -> Any:
+    """Return a state with Python's numbers in place of NumPy's, which ``torch.load(weights_only=True)`` refuses."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if isinstance(state, dict):
+        # A copy keeps what a state dict carries beside its items, and a scheduler's Counter.
+        plain = copy.copy(state)
+        plain.clear()
+        plain.update({without_numpy(key): without_numpy(value) for key, value in state.items()})
+        return plain
+    return type(state)(map(without_numpy, state)) if type(state) in (list, tuple) else state
 
 
 def stateful(objects: dict[str, Any] | None) -> list[tuple[str, Any]]:

@@ -44,3 +44,31 @@ def test_what_is_no_network_is_refused():
         FrozenTeacher("resnet50")
     with pytest.raises(ValueError, match="embedder must be a torch.nn.Module, but is a function"):
         FrozenTeacher(network(), lambda x: x)
+
+
+def test_data_other_than_a_tensor_reach_the_network_as_they_are():
+    class Words(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag = torch.nn.EmbeddingBag(10, 3)
+
+        def forward(self, batch):
+            return self.bag(batch["ids"])
+
+    words, batch = Words(), {"ids": torch.tensor([[1, 2], [3, 4]])}
+    assert torch.equal(FrozenTeacher(words)(batch), words(batch))
+
+
+def test_the_precision_is_that_of_the_floating_point_parameters():
+    codes, linear, data = torch.nn.Identity(), torch.nn.Linear(4, 2), torch.rand(5, 4)
+    codes.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    assert torch.equal(FrozenTeacher(torch.nn.Sequential(codes, linear))(data), linear(data))
+
+
+def test_a_network_of_several_outputs_is_named():
+    class Two(torch.nn.Module):
+        def forward(self, data):
+            return data, data
+
+    with pytest.raises(ValueError, match="must return one tensor of embeddings, but returned a tuple"):
+        FrozenTeacher(Two())(torch.zeros(2, 4))

@@ -30,7 +30,7 @@ from pml_distill.losses import (
     RelativeTeacherLoss,
 )
 from pml_distill.teachers import FrozenTeacher
-from pml_distill.trainers import DistillationWithClassifier
+from pml_distill.trainers import DistillationTrainer, DistillationWithClassifier
 
 
 class CountingTeacher(FrozenTeacher):
@@ -400,6 +400,48 @@ def test_checkpoint_restores_every_random_state(make_trainer, tmp_path):
     assert drawn == (random.random(), np.random.rand(), torch.rand(()))
 
 
+class Halving:
+    """A schedule whose state holds a number of NumPy."""
+
+    def __init__(self):
+        self.factor = np.float32(0.5)
+
+    def __call__(self, step):
+        return float(self.factor) ** step
+
+
+@pytest.mark.parametrize(
+    ("rate", "schedule"),
+    [
+        (
+            np.logspace(-4, -2, 3)[1],
+            lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, np.array([1, 2])),
+        ),
+        (0.01, lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, np.int64(10))),
+        (0.01, lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, Halving())),
+    ],
+)
+def test_a_checkpoint_may_hold_numbers_of_numpy(make_trainer, tmp_path, rate, schedule):
+    def make():
+        trunk = network()
+        optimizer = torch.optim.AdamW(trunk.parameters(), lr=rate, weight_decay=np.float32(0.01))
+        return make_trainer(
+            models={"trunk": trunk},
+            optimizers={"trunk_optimizer": optimizer},
+            lr_schedulers={"trunk_scheduler_by_epoch": schedule(optimizer)},
+        )
+
+    whole, broken, resumed = make(), make(), make()
+    for trainer in (whole, broken):
+        torch.manual_seed(0)
+        trainer.train(1, 1)
+    broken.save_checkpoint(tmp_path / "state.pth")
+    whole.train(2, 3)
+    resumed.train(resumed.load_checkpoint(tmp_path / "state.pth"), 3)
+    ours, theirs = weights(whole), weights(resumed)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
 def test_checkpoint_knows_the_place_in_a_cross_batch_memory(make_trainer, tmp_path):
     def make():
         memory = CrossBatchMemory(ContrastiveLoss(), 5, memory_size=48)
@@ -515,6 +557,44 @@ def test_a_teacher_that_is_a_plain_function_gets_no_gradients(make_trainer):
     )
     trainer.train(1, 1)
     assert all(p.grad is None for p in taught.parameters())
+
+
+def test_data_other_than_tensors_go_where_pml_sends_them(make_trainer, blobs):
+    """A user's own ``get_trunk_output`` reads them, as in PML's trainers."""
+
+    class Named(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(blobs)
+
+        def __getitem__(self, i):
+            data, label = blobs[i]
+            return {"left": data[:3], "right": data[3:]}, label
+
+    class Joining(DistillationTrainer):
+        def get_trunk_output(self, data):
+            return super().get_trunk_output(torch.cat([data["left"], data["right"]], dim=1))
+
+    class JoiningTeacher(FrozenTeacher):
+        def forward(self, data, index=None):
+            return super().forward(torch.cat([data["left"], data["right"]], dim=1))
+
+    results = []
+    for parts in ({}, {"cls": Joining, "dataset": Named(), "teacher": JoiningTeacher(network(out=7, seed=1))}):
+        torch.manual_seed(0)
+        trainer = make_trainer(**parts)
+        torch.manual_seed(1)
+        trainer.train(1, 1)
+        results.append(weights(trainer))
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_a_student_of_several_outputs_is_named(make_trainer):
+    class Two(torch.nn.Module):
+        def forward(self, data):
+            return data, data
+
+    with pytest.raises(ValueError, match="must return one tensor of embeddings, but returned a tuple"):
+        make_trainer(models={"trunk": Two()}, optimizers={}).train(1, 1)
 
 
 def test_multi_hot_labels_go_to_the_metric_loss_alone(make_trainer):
