@@ -16,6 +16,8 @@ class PartiallyLabeled(torch.utils.data.Dataset):
     share that results, ``(dataset.labels >= 0).float().mean()``, is therefore larger than ``fraction`` where classes
     are small.
 
+    To train on. A tester would take -1 for a class: test on ``dataset.dataset``, where all labels are known.
+
     Args:
         dataset: any dataset of (data, label, ...).
         fraction: of the labels to keep, from 0 to 1.
