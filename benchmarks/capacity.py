@@ -16,6 +16,8 @@ Whoever is taught also sees the training images mirrored and turned, without lab
     python benchmarks/capacity.py --out three --width 32 --compare price --teachers 3   # taught by three teachers
     python benchmarks/capacity.py --out full --width 64 --bfloat16 --compare price   # ResNet-18 itself, two hours
     python benchmarks/capacity.py --out capacity50 --network resnet50 --positions all --target-flops 0.22
+    python benchmarks/capacity.py --out foreign50 --network resnet50 --width 32 --positions all --target-flops 0.2 \\
+        --bfloat16 --compare price --teachers 3 --teacher-network resnet18   # taught by three ResNet-18
     python benchmarks/capacity.py --out capacity101 --gpu             # ResNet-101 at full width
     python benchmarks/capacity.py --out marks --compare marks         # how long the marks of gradient resetting stay
     python benchmarks/capacity.py --out lasso --compare lasso         # both forms of the lasso under SGD and AdamW
@@ -74,7 +76,7 @@ MILDER = "capacity dynamics, milder target"
 ALONE, REFRESHED = "marks of each step alone", "marks taken back every epoch"
 COMPARISONS = {
     "size": (TEACHER, HEAVY, HEAVY_DISTILLED, DYNAMIC, MILDER, SCRATCH, DISTILLED, LASSO),
-    "price": (TEACHER, HEAVY, DYNAMIC, SCRATCH),
+    "price": (TEACHER, HEAVY, DYNAMIC, HEAVY_DISTILLED, SCRATCH),
     "marks": (TEACHER, DYNAMIC, REFRESHED, ALONE, LASSO),
     "lasso": (
         TEACHER,
@@ -94,7 +96,7 @@ FIELDS = (
 #: What the runs in one folder have in common.
 SETTINGS = (
     *("network", "width", "positions", "target_flops", "milder_flops", "budget_share", "epochs", "learning_rate"),
-    *("bfloat16", "gpu", "teachers"),
+    *("bfloat16", "gpu", "teachers", "teacher_network"),
 )
 CURVE_FIELDS = ("seed", "positions", "method", "epoch", "parameters", "map_at_r")
 
@@ -244,35 +246,38 @@ class Run:
         self.val_set, self.test_set = (Glyphs(split, size=SIZE, channels=3) for split in ("val", "test"))
         logging.getLogger("PML").setLevel(logging.ERROR)
 
-    def network(self, width: int, offset: int = 0) -> nn.Module:
-        torch.manual_seed(self.seed + offset)
-        return network(self.options.network, width).to(self.device)
+    def network(self, method: str) -> nn.Module:
+        """Return the network of a method as it is before training."""
+        name, width = self.options.network, self.options.width
+        if method == TEACHER:
+            name = self.options.teacher_network
+        elif method in (SCRATCH, DISTILLED):
+            width = width_for(name, self.exported_size())
+        torch.manual_seed(self.seed if method == TEACHER else self.seed + 1000)
+        return network(name, width).to(self.device)
+
+    def trained(self, method: str, seed: int) -> nn.Module:
+        model = self.network(method)
+        model.load_state_dict(torch.load(self.options.out / f"{method} {seed}.pth", map_location=self.device))
+        return model
 
     def teachers(self) -> list[nn.Module]:
         """Return the teacher of this seed, and those of the seeds that follow."""
-        models = [self.network(self.options.width) for _ in range(self.options.teachers)]
-        for i, model in enumerate(models):
-            path = self.options.out / f"{TEACHER} {(self.seed + i) % self.options.seeds}.pth"
-            model.load_state_dict(torch.load(path, map_location=self.device))
-        return models
+        return [self.trained(TEACHER, (self.seed + i) % self.options.seeds) for i in range(self.options.teachers)]
 
     def exported_size(self) -> int:
         """The parameters of this seed's exported student, for the small one to match."""
-        return size_of(
-            load_compact(self.options.out / f"{DYNAMIC} {self.seed}.safetensors", self.network(self.options.width))
-        )
+        return size_of(load_compact(self.options.out / f"{DYNAMIC} {self.seed}.safetensors", self.network(DYNAMIC)))
 
     def run(self, method: str) -> tuple[dict, list[dict]]:
         """Train, test and measure; return a row of figures and the curve of a student that shrinks."""
-        small = method in (SCRATCH, DISTILLED)
-        width = width_for(self.options.network, self.exported_size()) if small else self.options.width
-        model = self.network(width, offset=0 if method == TEACHER else 1000)
+        model = self.network(method)
         start = time.perf_counter()
         model, curve, loose = self.fit(model, method)
         seconds = time.perf_counter() - start
         figures, cost = accuracy(model, self.test_set, self.device), model_cost(model, (3, SIZE, SIZE))
-        if method == TEACHER:
-            torch.save(model.state_dict(), self.options.out / f"{TEACHER} {self.seed}.pth")
+        if method in (TEACHER, HEAVY):
+            torch.save(model.state_dict(), self.options.out / f"{method} {self.seed}.pth")
         row = {
             "seed": self.seed,
             "positions": self.options.positions if curve else "-",
@@ -298,18 +303,18 @@ class Run:
             return torch.optim.AdamW(groups, lr=ADAMW_RATE, weight_decay=1e-2)
         return torch.optim.SGD(groups, lr=self.options.learning_rate, momentum=0.9, weight_decay=5e-4)
 
-    def dynamics(
-        self, model: nn.Module, method: str, teacher: nn.Module, optimizer: torch.optim.Optimizer, steps: int
-    ) -> CapacityDynamics:
+    def dynamics(self, model: nn.Module, method: str, optimizer: torch.optim.Optimizer, steps: int) -> CapacityDynamics:
         """Build the hook: with a budget, or with the same pull on all rows to compare the forms of the lasso."""
         size, shape = len(self.train_set), (3, SIZE, SIZE)
         if method in COMPARISONS["lasso"]:
             # OneCycleLR's mean is about half of its largest rate.
             weight = SHRINKING / (optimizer.defaults["lr"] / 2 * steps)
             return CapacityDynamics(model, None, optimizer, shape, weight, proximal=method.startswith("proximal"))
+        # Whoever resets gradients has the student's blocks.
+        guide = TEACHER if self.options.teacher_network == self.options.network else HEAVY
         return CapacityDynamics(
             model,
-            None if method == LASSO else teacher,
+            None if method == LASSO else self.trained(guide, self.seed),
             optimizer,
             shape,
             lasso_weight=0.01,
@@ -333,8 +338,7 @@ class Run:
         loss_funcs, loss_weights = {"metric_loss": MultiSimilarityLoss()}, {"metric_loss": 1.0}
         if teachers:
             loss_funcs["distillation_loss"], loss_weights["distillation_loss"] = MutualDistanceLoss(), WEIGHT
-        # Gradients are reset by the seed's own teacher.
-        dynamics = self.dynamics(model, method, teachers[0], optimizer, steps) if shrinking else None
+        dynamics = self.dynamics(model, method, optimizer, steps) if shrinking else None
         curve = []
 
         def end_of_epoch(trainer: DistillationTrainer) -> None:
@@ -437,13 +441,17 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.3)
     parser.add_argument("--bfloat16", action="store_true", help="train under autocast; teachers and tests stay float32")
     parser.add_argument("--teachers", type=int, default=1, help="that teach together: the seed's own, and of others")
+    parser.add_argument("--teacher-network", choices=LAYERS, default=None, help="default: the student's")
     parser.add_argument("--processes", type=int, default=2, help="one seed in each")
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
     options.network = options.network or ("resnet101" if options.gpu else "resnet18")
+    options.teacher_network = options.teacher_network or options.network
     options.width = options.width or (64 if options.gpu else 16)
     if not 1 <= options.teachers <= options.seeds:
         parser.error(f"--teachers must be 1 to {options.seeds}, one for each of --seeds, but is {options.teachers}.")
+    if options.teacher_network != options.network and HEAVY not in COMPARISONS[options.compare]:
+        parser.error(f"--teacher-network needs a comparison with a {HEAVY}, which is taught by none: size or price.")
     claim(options.out, {name: getattr(options, name) for name in SETTINGS})
     first, *others = COMPARISONS[options.compare]
     # A student may have teachers of several seeds.
