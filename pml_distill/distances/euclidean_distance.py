@@ -32,7 +32,9 @@ class EuclideanDistance(LpDistance):
         if ref_emb is query_emb:
             # Half precision would leave nothing of the difference between nearly equal squares.
             with torch.autocast(query_emb.device.type, enabled=False):
-                return SelfDistance.apply(query_emb)
+                # torch 2.4 cannot compile the function where nobody asks for a gradient.
+                differentiable = query_emb.requires_grad and torch.is_grad_enabled()
+                return (SelfDistance.apply if differentiable else SelfDistance.forward)(query_emb)
         return super().compute_mat(query_emb, ref_emb)
 
 

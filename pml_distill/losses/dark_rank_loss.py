@@ -36,7 +36,7 @@ class DarkRankLoss(BaseDistillationLoss):
     same gradient, but not zero for a perfect student. With the tail, and the hard loss always, a perfect student has a
     gradient too: more decided similarities than the teacher's, list before rest and order within, are likelier.
     Labels are not used. With ``indices_tuple`` the candidates of a query are those that it is paired with; queries
-    without any are left out.
+    without any are left out, and the soft loss has no second derivatives.
 
     Source: Chen et al., "DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer",
     AAAI 2018, Eqs. 1-5. Settings in use:
@@ -156,7 +156,10 @@ def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch
         counted = torch.cat([torch.zeros_like(counted[:, :1]), counted], dim=1)
     if missing is not None:
         student = student.masked_fill(missing, 0)
-    return SummedLogCumSumExp.apply(chain, counted) - student.sum(dim=1)
+    # torch 2.4 cannot compile the function where nobody asks for a gradient.
+    differentiable = chain.requires_grad and torch.is_grad_enabled()
+    summed = (SummedLogCumSumExp.apply if differentiable else SummedLogCumSumExp.forward)(chain, counted)
+    return summed - student.sum(dim=1)
 
 
 class SummedLogCumSumExp(torch.autograd.Function):

@@ -9,8 +9,8 @@ class TeacherQueue(torch.nn.Module):
     holds the same rows, in an order of its own. Let ``size`` be a multiple of the joined batch then, so that all
     processes also forget the same rows.
 
-    A row that is not finite enters as zeros: what has overflowed in half precision spoils the loss of its own step, not
-    of all until the row has left.
+    A row that is not finite enters as zeros, a candidate like any other: what has overflowed in half precision spoils
+    the loss of its own step, not of all until the row has left.
 
     Args:
         size: how many embeddings it holds.
