@@ -14,7 +14,7 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
     Args:
         labeled: a dataset of (data, label), or (data, label, index).
         unlabeled: a dataset of such items too, whose labels are not used, or of data alone.
-        labels: (N,) of the labelled samples; None: ``labeled.labels``.
+        labels: (N,) of the labelled samples; None: ``labeled.labels``, or ``labeled.targets``.
 
     Items:
         (data, label), the label being -1 for a sample of ``unlabeled``. If both datasets yield an index, it goes on
@@ -24,7 +24,7 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
         labels: (len,) int64 tensor, -1 for the samples of ``unlabeled``.
 
     Raises:
-        ValueError: labels of another length or shape.
+        ValueError: there are no labels, or labels of another length or shape.
 
     Example:
         >>> dataset = LabeledAndUnlabeled([("a", 0), ("b", 1)], ["c", "d"], labels=[0, 1])

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -54,7 +55,7 @@ class EnsembleTeacher(torch.nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, data: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return the joint embeddings, (B, sum of the widths), on the device of the first teacher's."""
         parts = [teacher(data, index) for teacher in self.teachers]
         # A cached teacher answers where the data are, a frozen one where it is itself.

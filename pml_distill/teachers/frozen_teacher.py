@@ -56,8 +56,8 @@ class FrozenTeacher(torch.nn.Module):
         weight = next((parameter for parameter in self.parameters() if parameter.is_floating_point()), None)
         if weight is not None and isinstance(data, torch.Tensor):
             data = data.to(device=weight.device, dtype=weight.dtype if data.is_floating_point() else None)
-        device = getattr(data, "device", torch.device("cpu")) if weight is None else weight.device
-        with torch.autocast(device.type, enabled=False):
+        placed = data if weight is None else weight
+        with torch.autocast(placed.device.type if isinstance(placed, torch.Tensor) else "cpu", enabled=False):
             embeddings = self.embedder(self.trunk(data))
         if not isinstance(embeddings, torch.Tensor):
             raise ValueError(

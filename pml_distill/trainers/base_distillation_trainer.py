@@ -26,7 +26,7 @@ from .checks import check_setup, without_wrapper
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
 
-Teacher = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Teacher = Callable[[Any, torch.Tensor | None], torch.Tensor]
 SAVED = ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs", "gradient_clippers")
 
 
@@ -223,7 +223,7 @@ class BaseDistillationTrainer(BaseTrainer):
         return embeddings, teacher_embeddings
 
     def on_device(self, data: Any) -> Any:
-        """Return data on the trainer's device; what is no tensor goes as it is to ``get_trunk_output``, PML's way."""
+        """Return a tensor on the trainer's device, and what is none as it is, for a user's own ``get_trunk_output``."""
         return c_f.to_device(data, device=self.data_device) if isinstance(data, torch.Tensor) else data
 
     def wants(self, loss_name: str) -> bool:

@@ -48,8 +48,10 @@ class HammingKNN:
             torch.save({"database": self.database, "bits": self.bits}, unfinished)
 
     def load(self, path: str | os.PathLike) -> None:
-        """Read a database that ``save`` wrote, in place of the one that is kept; on the CPU until it is searched."""
+        """Read a database that ``save`` wrote, in place of the one that is kept."""
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or state.keys() != {"database", "bits"}:
+            raise ValueError(f"path {path} must be a file of HammingKNN.save, but holds something else.")
         self.database, self.bits = state["database"], state["bits"]
 
     def __call__(
@@ -77,7 +79,8 @@ class HammingKNN:
         if reference is None:
             if self.database is None:
                 raise ValueError("reference is None and no database is kept: pass reference, or call train first.")
-            database, bits = self.database.to(query.device), self.bits
+            self.database = self.database.to(query.device)
+            database, bits = self.database, self.bits
         else:
             database, bits = self.packed(reference, "reference").to(query.device), reference.shape[1]
         check_bits(query, bits, "query")

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,14 @@ def test_the_callers_autocast_does_not_apply():
 
 def test_a_teacher_without_parameters():
     assert torch.equal(FrozenTeacher(torch.nn.Flatten())(torch.ones(2, 2, 2)), torch.ones(2, 4))
+
+
+def test_a_teacher_without_parameters_reads_arrays_of_numpy():
+    class Tensor(torch.nn.Module):
+        def forward(self, data):
+            return torch.from_numpy(data)
+
+    assert torch.equal(FrozenTeacher(Tensor())(np.ones((2, 3))), torch.ones(2, 3, dtype=torch.float64))
 
 
 def test_what_is_no_network_is_refused():

@@ -105,3 +105,6 @@ def test_an_index_is_saved_and_read(tmp_path):
         assert torch.equal(other.get_nearest_neighbors(query, 1)[0], torch.zeros(len(query), 1))
     with pytest.raises(ValueError, match="no database is kept that could be saved"):
         HammingKNN().save(tmp_path / "nothing.pth")
+    torch.save({"weight": 0}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth must be a file of HammingKNN.save"):
+        HammingKNN().load(tmp_path / "other.pth")
