@@ -303,18 +303,18 @@ class Run:
             return torch.optim.AdamW(groups, lr=ADAMW_RATE, weight_decay=1e-2)
         return torch.optim.SGD(groups, lr=self.options.learning_rate, momentum=0.9, weight_decay=5e-4)
 
-    def dynamics(self, model: nn.Module, method: str, optimizer: torch.optim.Optimizer, steps: int) -> CapacityDynamics:
+    def dynamics(
+        self, model: nn.Module, method: str, guide: nn.Module | None, optimizer: torch.optim.Optimizer, steps: int
+    ) -> CapacityDynamics:
         """Build the hook: with a budget, or with the same pull on all rows to compare the forms of the lasso."""
         size, shape = len(self.train_set), (3, SIZE, SIZE)
         if method in COMPARISONS["lasso"]:
             # OneCycleLR's mean is about half of its largest rate.
             weight = SHRINKING / (optimizer.defaults["lr"] / 2 * steps)
             return CapacityDynamics(model, None, optimizer, shape, weight, proximal=method.startswith("proximal"))
-        # Whoever resets gradients has the student's blocks.
-        guide = TEACHER if self.options.teacher_network == self.options.network else HEAVY
         return CapacityDynamics(
             model,
-            None if method == LASSO else self.trained(guide, self.seed),
+            guide,
             optimizer,
             shape,
             lasso_weight=0.01,
@@ -338,7 +338,12 @@ class Run:
         loss_funcs, loss_weights = {"metric_loss": MultiSimilarityLoss()}, {"metric_loss": 1.0}
         if teachers:
             loss_funcs["distillation_loss"], loss_weights["distillation_loss"] = MutualDistanceLoss(), WEIGHT
-        dynamics = self.dynamics(model, method, optimizer, steps) if shrinking else None
+        dynamics = None
+        if shrinking:
+            # Whoever resets gradients has the student's blocks.
+            alike = self.options.teacher_network == self.options.network
+            guide = None if method == LASSO else teachers[0] if alike else self.trained(HEAVY, self.seed)
+            dynamics = self.dynamics(model, method, guide, optimizer, steps)
         curve = []
 
         def end_of_epoch(trainer: DistillationTrainer) -> None:

@@ -49,7 +49,7 @@ def claim(folder: Path, settings: dict) -> None:
         raise SystemExit(f"--out {folder} is not empty and has no settings.json; choose another folder.")
     theirs = json.loads(path.read_text())
     if theirs != settings:
-        other = {key: value for key, value in theirs.items() if value != settings.get(key)}
+        other = {key: theirs.get(key) for key in settings | theirs if theirs.get(key) != settings.get(key)}
         raise SystemExit(f"--out {folder} holds runs with {other}; choose another folder.")
 
 
