@@ -304,7 +304,7 @@ class Run:
         return torch.optim.SGD(groups, lr=self.options.learning_rate, momentum=0.9, weight_decay=5e-4)
 
     def dynamics(
-        self, model: nn.Module, method: str, guide: nn.Module | None, optimizer: torch.optim.Optimizer, steps: int
+        self, model: nn.Module, method: str, guide: nn.Module, optimizer: torch.optim.Optimizer, steps: int
     ) -> CapacityDynamics:
         """Build the hook: with a budget, or with the same pull on all rows to compare the forms of the lasso."""
         size, shape = len(self.train_set), (3, SIZE, SIZE)
@@ -314,7 +314,7 @@ class Run:
             return CapacityDynamics(model, None, optimizer, shape, weight, proximal=method.startswith("proximal"))
         return CapacityDynamics(
             model,
-            guide,
+            None if method == LASSO else guide,
             optimizer,
             shape,
             lasso_weight=0.01,
@@ -342,7 +342,7 @@ class Run:
         if shrinking:
             # Whoever resets gradients has the student's blocks.
             alike = self.options.teacher_network == self.options.network
-            guide = None if method == LASSO else teachers[0] if alike else self.trained(HEAVY, self.seed)
+            guide = teachers[0] if alike else self.trained(HEAVY, self.seed)
             dynamics = self.dynamics(model, method, guide, optimizer, steps)
         curve = []
 

@@ -3,6 +3,8 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import LpDistance
 
+from ..utils.own_gradient import own_gradient
+
 
 class EuclideanDistance(LpDistance):
     r"""PML's ``LpDistance(p=2)`` with a faster matrix of a batch against itself.
@@ -32,9 +34,7 @@ class EuclideanDistance(LpDistance):
         if ref_emb is query_emb:
             # Half precision would leave nothing of the difference between nearly equal squares.
             with torch.autocast(query_emb.device.type, enabled=False):
-                # torch 2.4 cannot compile the function where nobody asks for a gradient.
-                differentiable = query_emb.requires_grad and torch.is_grad_enabled()
-                return (SelfDistance.apply if differentiable else SelfDistance.forward)(query_emb)
+                return own_gradient(SelfDistance, query_emb)
         return super().compute_mat(query_emb, ref_emb)
 
 

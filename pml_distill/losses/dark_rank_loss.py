@@ -4,6 +4,7 @@ from math import comb
 import torch
 from torch.nn import functional as F
 
+from ..utils.own_gradient import own_gradient
 from .base_distillation_loss import ABSENT, BaseDistillationLoss, check_positive
 from .similarity_score import similarity_score
 
@@ -156,10 +157,7 @@ def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch
         counted = torch.cat([torch.zeros_like(counted[:, :1]), counted], dim=1)
     if missing is not None:
         student = student.masked_fill(missing, 0)
-    # torch 2.4 cannot compile the function where nobody asks for a gradient.
-    differentiable = chain.requires_grad and torch.is_grad_enabled()
-    summed = (SummedLogCumSumExp.apply if differentiable else SummedLogCumSumExp.forward)(chain, counted)
-    return summed - student.sum(dim=1)
+    return own_gradient(SummedLogCumSumExp, chain, counted) - student.sum(dim=1)
 
 
 class SummedLogCumSumExp(torch.autograd.Function):
