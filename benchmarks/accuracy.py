@@ -379,8 +379,9 @@ def work(preset: Preset, dataset: str, path: Path, do: Callable[[Sequence[dict]]
         do(list(test_jobs(preset, dataset, [first], distillations, settings)))
         if distillations is with_one:
             do(list(test_jobs(preset, dataset, others, distillations, settings)))
-    for distillations in rest:
-        do(list(test_jobs(preset, dataset, others, distillations, settings)))
+    for size in others:
+        for distillations in rest:
+            do(list(test_jobs(preset, dataset, [size], distillations, settings)))
 
 
 def number_of_jobs(preset: Preset) -> int:
