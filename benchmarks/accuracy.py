@@ -367,7 +367,7 @@ def test_jobs(
                     yield new_job(preset, dataset, "test", metric_loss, distillation, size, setting, seed)
 
 
-def work(preset: Preset, dataset: str, path: Path, do: Callable[[Sequence[dict]], list[dict[str, str]]]) -> None:
+def work(preset: Preset, dataset: str, do: Callable[[Sequence[dict]], list[dict[str, str]]]) -> None:
     """Do all jobs of a preset in their order."""
     do(teacher_jobs(preset, dataset))
     first, *others = students(preset, dataset)
@@ -421,7 +421,7 @@ def main() -> None:
             task = partial(run, given.out, device, given.data_folder)
             return complete(path, jobs, task, processes, COLUMNS, lambda row: bar.update())
 
-        work(preset, given.dataset, path, do)
+        work(preset, given.dataset, do)
     print(report(finished(path), given.out))
 
 

@@ -37,7 +37,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from comparison import claim
+from comparison import claim, finished
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -62,7 +62,7 @@ from pml_distill.samplers import MixedSampler
 from pml_distill.teachers import EnsembleTeacher, FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
 from pml_distill.utils import model_cost
-from pml_distill.utils.report import format_table, mean_and_error
+from pml_distill.utils.report import format_table, mean_and_error, shown
 
 LAYERS = {
     "resnet18": ("BasicBlock", (2, 2, 2, 2)),
@@ -166,11 +166,8 @@ def report(rows: list[dict[str, str]], folder: Path) -> str:
     lines = []
     for (positions, method), group in groups.items():
         line = {"method": method if positions == "-" else f'{method}, "{positions}"', "seeds": str(len(group))}
-        for field, title, form in (
-            ("map_at_r", "MAP@R", "{:.3f} ± {:.3f}"),
-            ("precision_at_1", "precision@1", "{:.3f} ± {:.3f}"),
-        ):
-            line[title] = form.format(*mean_and_error([float(row[field]) for row in group]))
+        for field, title in (("map_at_r", "MAP@R"), ("precision_at_1", "precision@1")):
+            line[title] = shown([float(row[field]) for row in group])
         for field, title, unit in (("parameters", "parameters", 1e3), ("flops", "MFLOPs", 1e6)):
             mean = mean_and_error([float(row[field]) for row in group])[0]
             pairs = [(float(row[field]), float(by_seed[row["seed"]][field])) for row in group if row["seed"] in by_seed]
@@ -185,7 +182,7 @@ def report(rows: list[dict[str, str]], folder: Path) -> str:
     return table
 
 
-def plot(curves: list[dict[str, str]], rows: list[dict[str, str]], folder: Path) -> None:
+def plot(curves: list[dict[str, str]], folder: Path) -> None:
     """Draw the way of each shrinking student, its epochs from right to left."""
     from matplotlib.figure import Figure
 
@@ -411,19 +408,12 @@ def append(path: Path, fields: tuple[str, ...], rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def run_seed(job: tuple[argparse.Namespace, int, tuple[str, ...]]) -> None:
     """Make what is missing of one seed, in an order in which each finds what it needs."""
     options, seed, methods = job
     if not options.gpu:
         torch.set_num_threads(1)
-    done = {(row["seed"], row["method"]) for row in read(options.out / "capacity.csv")}
+    done = {(row["seed"], row["method"]) for row in finished(options.out / "capacity.csv")}
     for method in methods:
         if (str(seed), method) not in done:
             row, curve = Run(options, seed).run(method)
@@ -468,9 +458,9 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             for jobs in steps:
                 pool.map(run_seed, jobs, chunksize=1)
-    rows = read(options.out / "capacity.csv")
+    rows = finished(options.out / "capacity.csv")
     print(report(rows, options.out))
-    plot(read(options.out / "curves.csv"), rows, options.out)
+    plot(finished(options.out / "curves.csv"), options.out)
 
 
 if __name__ == "__main__":

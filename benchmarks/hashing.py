@@ -96,7 +96,7 @@ def outputs(model, dataset) -> torch.Tensor:
 def measure(seed, loss, bits, trunk, parts, steps):
     """Tune a backbone; return a row of figures and the precision-recall curve."""
     torch.manual_seed(seed)
-    head = HashHead(bits, WIDTH)
+    head = HashHead(WIDTH, bits)
     metric_loss = DeepCauchyHashingLoss() if loss == "dch" else CentralSimilarityLoss(CLASSES, bits)
     fit({"trunk": trunk, "embedder": head}, {"metric_loss": metric_loss}, parts["train"], steps, 1e-3)
     model = torch.nn.Sequential(trunk, head)

@@ -331,6 +331,7 @@ class Demo:
             optimizers={f"{key}_optimizer": optimizer for key, optimizer in optimizers.items()},
             batch_size=self.batch_size,
             loss_funcs=loss_funcs,
+            # A copy: the ramp changes the trainer's.
             loss_weights=dict(loss_weights),
             dataset=dataset,
             mining_funcs={} if supervision.miner is None else {"tuple_miner": supervision.miner()},
@@ -383,7 +384,7 @@ class Demo:
         return {
             role: model_cost(nn.Sequential(models["trunk"], models["embedder"]), self.image_shape)
             for role, models in (
-                ("teacher", self.networks(TEACHER_WIDTH, 0)),
+                ("teacher", self.networks(self.teacher_width, 0)),
                 ("student", self.networks(STUDENT_WIDTH, 0)),
             )
         }

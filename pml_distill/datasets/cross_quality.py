@@ -3,7 +3,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .partially_labeled import get_items
+from .partially_labeled import get_items, own_labels
 
 
 class Views(NamedTuple):
@@ -58,7 +58,7 @@ class CrossQuality(torch.utils.data.Dataset):
     @property
     def labels(self) -> torch.Tensor:
         """The labels of the dataset."""
-        return self.dataset.labels
+        return own_labels(self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)

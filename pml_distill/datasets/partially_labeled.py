@@ -75,11 +75,16 @@ def get_items(dataset: Any, indices: Sequence[int]) -> list:
 
 def labels_of(dataset: Any, labels: Sequence[int] | torch.Tensor | None) -> torch.Tensor:
     """Return the (N,) labels, those given or the dataset's own; ``ValueError`` for none or another shape."""
-    if labels is None:
-        labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    if labels is None:
-        raise ValueError(f"labels must be given: the {type(dataset).__name__} has neither labels nor targets.")
+    labels = own_labels(dataset) if labels is None else labels
     known = torch.as_tensor(labels, dtype=torch.int64)
     if known.shape != (len(dataset),):
         raise ValueError(f"labels must be ({len(dataset)},), one per sample, but have shape {tuple(known.shape)}.")
     return known
+
+
+def own_labels(dataset: Any) -> Any:
+    """Return a dataset's ``labels``, or ``targets`` as torchvision has it; ``ValueError`` if it has neither."""
+    for name in ("labels", "targets"):
+        if hasattr(dataset, name):
+            return getattr(dataset, name)
+    raise ValueError(f"labels must be given: the {type(dataset).__name__} has neither labels nor targets.")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .partially_labeled import UNLABELED
+from .partially_labeled import UNLABELED, own_labels
 
 
 class SeededViews(torch.utils.data.Dataset):
@@ -73,7 +73,7 @@ class SeededViews(torch.utils.data.Dataset):
     @property
     def labels(self) -> Any:
         """The labels of the dataset."""
-        return self.dataset.labels
+        return own_labels(self.dataset)
 
     @property
     def num_rows(self) -> int:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from ..distances import EuclideanDistance
 from ..utils.distributed import num_processes
+from ..utils.precision import in_float32
 
 IndicesTuple = tuple[torch.Tensor, ...]
 
@@ -186,11 +187,6 @@ def check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"{name} must be a positive number, but is {value}.")
-
-
-def in_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Raise half precision to float32; float64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def cut_zero_rows(rows: torch.Tensor) -> torch.Tensor:

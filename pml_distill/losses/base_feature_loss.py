@@ -5,7 +5,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.module_with_records_and_reducer import ModuleWithRecordsAndReducer
 from torch.nn import functional as F
 
-from .base_distillation_loss import in_float32
+from ..utils.precision import in_float32
 
 Maps = Sequence[torch.Tensor]
 
@@ -42,8 +42,9 @@ class BaseFeatureLoss(ModuleWithRecordsAndReducer):
         check_maps(type(self).__name__, student_maps, teacher_maps)
         device = student_maps[0].device
         with torch.autocast(device.type, enabled=False):
+            # A copy, because no backward may keep what comes out of torch.inference_mode().
             pairs = [
-                equal_sizes(in_float32(s), in_float32(t.detach().to(s.device)))
+                equal_sizes(in_float32(s), in_float32(t.detach().to(s.device, copy=True)))
                 for s, t in zip(student_maps, teacher_maps)
             ]
             losses = self.compute_loss(*zip(*pairs))

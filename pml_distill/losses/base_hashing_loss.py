@@ -1,7 +1,9 @@
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 
-from .base_distillation_loss import IndicesTuple, in_float32
+from ..utils.multi_hot_labels import check_multi_hot
+from ..utils.precision import in_float32
+from .base_distillation_loss import IndicesTuple
 
 
 class BaseHashingLoss(BaseMetricLossFunction):
@@ -62,16 +64,3 @@ class BaseHashingLoss(BaseMetricLossFunction):
 
     def _sub_loss_names(self):
         return ["similarity_loss", "quantization_loss"]
-
-
-def check_multi_hot(labels: torch.Tensor, name: str) -> None:
-    """Raise ``ValueError`` for labels of two dimensions that are not 0 or 1."""
-    if labels.ndim == 2 and not ((labels == 0) | (labels == 1)).all():
-        raise ValueError(f"{name} must be 0 or 1 if multi-hot, but go from {labels.min()} to {labels.max()}.")
-
-
-def share_a_label(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return the (N, M) boolean matrix of equal classes, or of at least one common label if multi-hot."""
-    if labels.ndim == 1:
-        return labels[:, None] == others
-    return labels.float() @ others.float().T > 0

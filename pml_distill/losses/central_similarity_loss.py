@@ -41,8 +41,8 @@ class CentralSimilarityLoss(BaseHashingLoss):
         (embedding_size,) likewise. min_center_distance: the smallest Hamming distance between two centers.
 
     Raises:
-        ValueError: ``quantization_weight`` is negative; widths or labels do not fit ``embedding_size`` and
-            ``num_classes``; labels out of range (on the CPU; on CUDA the device's own index assertion).
+        ValueError: ``num_classes`` or ``embedding_size`` is below 1; ``quantization_weight`` is negative; widths or
+            labels do not fit them; labels out of range (on the CPU; on CUDA the device's own index assertion).
 
     Example:
         >>> import torch

@@ -1,9 +1,9 @@
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.utils import common_functions as c_f
 
+from ..utils.multi_hot_labels import share_a_label
 from .base_distillation_loss import check_not_negative, check_positive, cut_zero_rows
-from .base_hashing_loss import BaseHashingLoss, share_a_label
+from .base_hashing_loss import BaseHashingLoss
 
 # The least product of two lengths that the authors divide by.
 LEAST_PRODUCT = 1e-4
@@ -39,8 +39,8 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         ``quantization_loss``, one value per sample (``element``).
 
     Raises:
-        ValueError: ``gamma`` is not positive; ``quantization_weight`` is negative; labels are missing or of another
-            length.
+        ValueError: ``gamma`` is not positive; ``quantization_weight`` is negative; the distance is another one; labels
+            are missing or of another length.
 
     Example:
         >>> import torch
@@ -54,7 +54,8 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         super().__init__(**kwargs)
         check_positive(gamma=gamma)
         check_not_negative(quantization_weight=quantization_weight)
-        c_f.assert_distance_type(self, CosineSimilarity)
+        if not isinstance(self.distance, CosineSimilarity):
+            raise ValueError(f"distance must be CosineSimilarity(), but is a {type(self.distance).__name__}.")
         self.gamma, self.quantization_weight = gamma, quantization_weight
         self.add_to_recordable_attributes(list_of_names=["gamma", "quantization_weight"], is_stat=False)
 

@@ -42,7 +42,7 @@ def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
         24
     """
     if num_classes < 1 or bits < 1:
-        raise ValueError(f"num_classes and bits must be at least 1, but are {num_classes} and {bits}.")
+        raise ValueError(f"num_classes and bits (embedding_size) must be at least 1, but are {num_classes} and {bits}.")
     matrix = hadamard(bits)
     start = torch.empty(0, bits) if matrix is None else torch.cat([matrix, -matrix])
     centers, distance = start, -(-bits // 4)

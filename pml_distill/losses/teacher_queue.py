@@ -60,11 +60,14 @@ class TeacherQueue(torch.nn.Module):
         entering = embeddings.detach()[-size:].to(self.rows.dtype)
         entering = entering.masked_fill(~entering.isfinite().all(dim=1, keepdim=True), 0)
         places = (self.position + torch.arange(len(entering), device=self.rows.device)) % size
-        rows, count = self.rows.index_copy(0, places, entering), (self.count + len(entering)).clamp(max=size)
-        # Cloned, because a backward needs the rows that entering ones overwrite.
-        seen = (rows, count) if include_batch else (self.rows.clone(), self.count.clone())
+        count = (self.count + len(entering)).clamp(max=size)
+        filled = torch.arange(size, device=self.rows.device) < (count if include_batch else self.count)
+        # A copy, because a backward needs the rows that entering ones overwrite.
+        rows = self.rows.clone()
+        if include_batch:
+            rows.index_copy_(0, places, entering)
         if self.training:
-            self.rows.copy_(rows)
+            self.rows.index_copy_(0, places, entering)
             self.count.copy_(count)
             self.position.copy_((self.position + len(entering)) % size)
-        return seen[0].to(embeddings.dtype), torch.arange(size, device=self.rows.device) < seen[1]
+        return rows.to(embeddings.dtype), filled

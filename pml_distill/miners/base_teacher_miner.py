@@ -2,6 +2,7 @@ import torch
 from pytorch_metric_learning.miners import BaseMiner
 
 from ..distances import EuclideanDistance
+from ..utils.precision import in_float32
 
 
 class BaseTeacherMiner(BaseMiner):
@@ -51,11 +52,10 @@ class BaseTeacherMiner(BaseMiner):
                 f"{name} needs one class label for each row of embeddings, but embeddings has shape "
                 f"{tuple(embeddings.shape)} and labels {tuple(labels.shape)}."
             )
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        student = in_float32(embeddings)
         with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
-            labels = None if labels is None else labels.to(embeddings.device)
-            teacher = ref_emb.to(device=embeddings.device, dtype=dtype)
-            output = self.mine(embeddings.to(dtype), labels, teacher, ref_labels)
+            labels = None if labels is None else labels.to(student.device)
+            output = self.mine(student, labels, ref_emb.to(student), ref_labels)
         self.output_assertion(output)
         return output
 

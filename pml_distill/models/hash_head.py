@@ -8,8 +8,8 @@ class HashHead(nn.Linear):
     The input width is that of the trunk, its ``output_size``.
 
     Args:
-        bits: length of the code.
         in_features: width of the trunk's features.
+        bits: length of the code.
 
     Shapes:
         features: (B, in_features). Returns (B, bits).
@@ -19,11 +19,11 @@ class HashHead(nn.Linear):
 
     Example:
         >>> import torch
-        >>> HashHead(48, in_features=128)(torch.zeros(2, 128)).shape
+        >>> HashHead(128, 48)(torch.zeros(2, 128)).shape
         torch.Size([2, 48])
     """
 
-    def __init__(self, bits: int, in_features: int = 2048):
+    def __init__(self, in_features: int, bits: int):
         if bits < 1:
             raise ValueError(f"bits must be at least 1, but is {bits}.")
         super().__init__(in_features, bits)

@@ -1,6 +1,8 @@
 import torch
 from pytorch_metric_learning.regularizers import BaseRegularizer
 
+from ..utils.precision import in_float32
+
 
 class QuantizationRegularizer(BaseRegularizer):
     r"""Draws each output towards -1 or 1, so that little is lost when the signs become the code.
@@ -26,7 +28,6 @@ class QuantizationRegularizer(BaseRegularizer):
 
     def compute_loss(self, embeddings):
         """Return PML's loss dictionary."""
-        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        losses = (embeddings.abs() - 1).square().mean(dim=1)
+        losses = (in_float32(embeddings).abs() - 1).square().mean(dim=1)
         indices = torch.arange(len(embeddings), device=embeddings.device)
         return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}

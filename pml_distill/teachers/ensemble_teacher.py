@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..utils.precision import in_float32
+
 
 class EnsembleTeacher(torch.nn.Module):
     r"""Several teachers as one: their normalised embeddings side by side, each times the root of its weight.
@@ -60,7 +62,7 @@ class EnsembleTeacher(torch.nn.Module):
         parts = [teacher(data, index) for teacher in self.teachers]
         # A cached teacher answers where the data are, a frozen one where it is itself.
         device = parts[0].device
-        parts = [F.normalize(part.to(device, torch.promote_types(part.dtype, torch.float32))) for part in parts]
+        parts = [F.normalize(in_float32(part.to(device))) for part in parts]
         return torch.cat([weight**0.5 * part for part, weight in zip(parts, self.weights)], dim=1)
 
     def extra_repr(self) -> str:

@@ -41,8 +41,8 @@ class TeacherCache:
         dtype: to store, ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
         batch_size: of the teacher; a cache that has been begun keeps its own.
         classifier: turns embeddings into logits, to be stored too, as ``"logits"``.
-        features: names of modules of ``teacher.trunk``, whose outputs, (B, C) or (B, C, H, W) averaged over the
-            places, are stored too, for ``feature_distillation_loss``; see ``FeatureTap``.
+        features: names of modules of ``teacher.trunk``, whose outputs, (B, C) or averaged over the places of
+            (B, C, H, W) and the like, are stored too, for ``feature_distillation_loss``; see ``FeatureTap``.
 
     Raises:
         ValueError: a teacher that is not frozen, without a trunk where ``features`` are asked for, or an ensemble with

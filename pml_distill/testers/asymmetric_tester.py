@@ -4,6 +4,7 @@ import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 
 from ..datasets import Views
+from ..utils.asymmetric_accuracy import asked_by
 from ..utils.hash_accuracy_calculator import HashAccuracyCalculator
 
 Embeddings = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -105,11 +106,7 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
         calculator, queries = self.accuracy_calculator, embeddings_and_labels[query_split_name][0]
         own_knn = calculator.knn_func
 
-        # The calculator wants the gallery to begin with the queries, and is told that they are the teacher's.
-        def student_asks(_: torch.Tensor, k: int, reference: torch.Tensor, ref_includes_query: bool) -> Any:
-            return own_knn(queries.to(reference), k, reference, ref_includes_query)
-
-        for name, knn_func in (("teacher", own_knn), ("asymmetric", student_asks)):
+        for name, knn_func in (("teacher", own_knn), ("asymmetric", asked_by(queries, own_knn))):
             found: dict[str, float] = {}
             calculator.knn_func = knn_func
             try:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from ..datasets import Views
 from ..datasets.partially_labeled import UNLABELED
 from ..losses import BaseDistillationLoss
-from ..losses.base_distillation_loss import in_float32
 from ..miners import BaseTeacherMiner
 from ..utils.distributed import num_processes, process_rank, unwrapped
 from ..utils.feature_tap import FeatureTap
+from ..utils.precision import in_float32
 from ..utils.whole_file import whole_file
 from .checks import check_setup, without_wrapper
 from .random_state import get_random_state, set_random_state
@@ -200,20 +200,19 @@ class BaseDistillationTrainer(BaseTrainer):
             # PML's losses, for asymmetric learning, compare what has one precision and is on one device.
             with torch.no_grad():
                 teacher_embeddings = self.teacher(teacher_data, index).to(embeddings)
-        known, known_labels = only_labeled(embeddings, labels)
-        known_teacher = teacher_embeddings
-        if teacher_embeddings is not None and known is not embeddings:
-            known_teacher, _ = only_labeled(teacher_embeddings, labels)
+        rows = labeled_rows(labels)
+        known, known_labels, known_teacher = (
+            x if x is None or rows is None else x[rows] for x in (embeddings, labels, teacher_embeddings)
+        )
         indices_tuple = self.maybe_mine_embeddings(known, known_labels, known_teacher) if len(known) else None
         if self.wants("metric_loss") and len(known):
             self.losses["metric_loss"] = self.loss_funcs["metric_loss"](known, known_labels, indices_tuple)
         if self.wants("distillation_loss"):
             loss = self.loss_funcs["distillation_loss"]
             seen, seen_labels, seen_teacher = embeddings, labels, teacher_embeddings
-            if known is not embeddings and needs_labels(loss):
-                seen, seen_labels, seen_teacher = known, known_labels, known_teacher
-                projected, _ = only_labeled(projected, labels)
-            elif known is not embeddings:
+            if rows is not None and needs_labels(loss):
+                seen, seen_labels, seen_teacher, projected = known, known_labels, known_teacher, projected[rows]
+            elif rows is not None:
                 # A -1 would be taken for a class, and pairs of labelled rows would keep the other rows from the loss.
                 seen_labels = None
             if len(seen):
@@ -284,7 +283,7 @@ class BaseDistillationTrainer(BaseTrainer):
                 return self.mining_funcs["subset_batch_miner"](embeddings, labels)
             dropped = torch.zeros(len(embeddings), dtype=torch.bool).index_fill(0, rows, True)
             if len(rows):
-                mined = self.mining_funcs["subset_batch_miner"](*only_labeled(embeddings, labels))
+                mined = self.mining_funcs["subset_batch_miner"](embeddings[rows], labels[rows])
                 dropped[rows[mined.to(rows.device)]] = False
             return (~dropped).nonzero().flatten()
         finally:
@@ -455,7 +454,7 @@ class BaseDistillationTrainer(BaseTrainer):
         super().modify_schema()
         self.schema["models"].keys += ["projection"]
         self.schema["models"].important = []
-        self.schema["loss_funcs"].keys += ["distillation_loss", "feature_distillation_loss"]
+        self.schema["loss_funcs"].keys += self.loss_keys_with_teacher
         self.schema["loss_funcs"].important = []
         self.schema["mining_funcs"].keys += ["distillation_miner"]
 

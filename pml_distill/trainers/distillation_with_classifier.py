@@ -4,8 +4,8 @@ import torch
 from pytorch_metric_learning.trainers import TrainWithClassifier
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..losses.base_distillation_loss import in_float32
 from ..teachers import CachedTeacher, FrozenTeacher
+from ..utils.precision import in_float32
 from .base_distillation_trainer import BaseDistillationTrainer, all_or_none, only_labeled
 from .checks import check_frozen
 
@@ -86,8 +86,3 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
                 logits, all_or_none(labels), ref_emb=teacher_logits
             )
         return embeddings, teacher_embeddings
-
-    def modify_schema(self) -> None:
-        """Allow the key of the logit distillation."""
-        super().modify_schema()
-        self.schema["loss_funcs"].keys += ["logit_distillation_loss"]

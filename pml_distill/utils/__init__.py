@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from .asymmetric_accuracy import asymmetric_accuracy
 from .feature_tap import FeatureTap
+from .hamming_knn import HammingKNN
 from .model_cost import ModelCost, model_cost
 from .neighbor_agreement import neighbor_agreement
 
 if TYPE_CHECKING:
-    from .hamming_knn import HammingKNN
     from .hash_accuracy_calculator import HashAccuracyCalculator
 
 __all__ = [
@@ -28,10 +28,6 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     # PML's accuracy calculator imports scikit-learn, which costs more than all that trainers and teachers need.
-    if name == "HammingKNN":
-        from .hamming_knn import HammingKNN
-
-        return HammingKNN
     if name == "HashAccuracyCalculator":
         from .hash_accuracy_calculator import HashAccuracyCalculator
 

@@ -1,21 +1,24 @@
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch.nn import functional as F
+from pytorch_metric_learning.distances import CosineSimilarity
 
 
 @torch.no_grad()
 def asymmetric_accuracy(
-    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, batch_size: int = 1024
+    embeddings: torch.Tensor, ref_emb: torch.Tensor, labels: torch.Tensor, batch_size: int = 1024
 ) -> dict[str, float]:
     """Retrieval of a gallery indexed by the teacher with queries of the student, by cosine similarity.
 
-    Every sample is a query; its own row of the gallery is left out by its place, where PML's ``AccuracyCalculator``
-    can leave out only a row that equals the query. With the same embeddings on both sides the figures are PML's.
+    Every sample is a query, and its own row of the gallery is left out. The figures are those of PML's
+    ``AccuracyCalculator``, which by itself leaves out a query's own row only in a gallery that begins with the queries.
     Losses that teach relations alone do not bring the two spaces together and end near zero here;
     ``losses.catalogue()`` tells which do.
 
     Args:
-        student: (N, D) embeddings of the queries.
-        teacher: (N, D) embeddings of the same samples in the same order.
+        embeddings: (N, D), the student's: the queries.
+        ref_emb: (N, D), the teacher's, row for row: the gallery.
         labels: (N,).
         batch_size: how many queries are compared at a time.
 
@@ -29,35 +32,36 @@ def asymmetric_accuracy(
     Example:
         >>> teacher, labels = torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
         >>> asymmetric_accuracy(teacher, teacher, labels)
-        {'precision_at_1': 1.0, 'mean_average_precision_at_r': 1.0}
+        {'mean_average_precision_at_r': 1.0, 'precision_at_1': 1.0}
         >>> asymmetric_accuracy(teacher.roll(1, dims=1), teacher, labels)["precision_at_1"]
         0.0
     """
-    if student.shape != teacher.shape or student.ndim != 2 or labels.shape != student.shape[:1]:
+    if embeddings.shape != ref_emb.shape or embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(
-            "student and teacher must have the same shape (N, D) and labels (N,), but have "
-            f"{tuple(student.shape)}, {tuple(teacher.shape)} and {tuple(labels.shape)}; where widths differ, project "
-            "the student's embeddings."
+            "embeddings and ref_emb must have the same shape (N, D) and labels (N,), but have "
+            f"{tuple(embeddings.shape)}, {tuple(ref_emb.shape)} and {tuple(labels.shape)}; where widths differ, "
+            "project the student's embeddings."
         )
-    student, teacher = F.normalize(student.float()), F.normalize(teacher.float())
-    labels = labels.to(student.device)
+    # Numbered anew, because the calculator turns them into float32.
     _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
-    relevant = counts[classes] - 1
-    longest = int(relevant.max())
-    if longest < 1:
+    if counts.max() < 2:
         raise ValueError("labels has no class with two samples, so that there is nothing to retrieve.")
-    ranks = torch.arange(1, longest + 1, device=student.device)
-    first, average = [], []
-    for rows in torch.arange(len(student), device=student.device).split(batch_size):
-        similarities = student[rows] @ teacher.t()
-        similarities[torch.arange(len(rows), device=rows.device), rows] = -torch.inf
-        found = labels[similarities.topk(longest, dim=1).indices] == labels[rows, None]
-        first.append(found[:, 0].float())
-        hits = found & (ranks <= relevant[rows, None])
-        precision = hits.cumsum(dim=1) / ranks
-        average.append((precision * hits).sum(dim=1) / relevant[rows].clamp(min=1))
-    counted = relevant > 0
-    return {
-        "precision_at_1": torch.cat(first)[counted].mean().item(),
-        "mean_average_precision_at_r": torch.cat(average)[counted].mean().item(),
-    }
+    # It imports scikit-learn, which costs more than all that trainers and teachers need.
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
+
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r"),
+        k="max_bin_count",
+        device=embeddings.device,
+        knn_func=asked_by(embeddings.float(), CustomKNN(CosineSimilarity(), batch_size)),
+    )
+    return calculator.get_accuracy(ref_emb.float(), classes)
+
+
+def asked_by(queries: torch.Tensor, knn_func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a ``knn_func`` that searches for these queries, whatever a calculator gives as such.
+
+    PML's calculator wants the gallery to begin with the queries, and is told that they are the teacher's.
+    """
+    return lambda _, k, gallery, ref_includes_query: knn_func(queries.to(gallery), k, gallery, ref_includes_query)

@@ -43,7 +43,7 @@ def finish(path, preset=SMALL, run=pretended):
 
         return comparison.complete(path, jobs, once, 1, accuracy.COLUMNS, lambda row: None)
 
-    accuracy.work(preset, "glyphs", path, do)
+    accuracy.work(preset, "glyphs", do)
     return order
 
 

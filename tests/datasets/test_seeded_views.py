@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from pml_distill.datasets import CrossQuality, Glyphs, SeededViews, Views
+from pml_distill.datasets import CrossQuality, Glyphs, PartiallyLabeled, SeededViews, Views
 from pml_distill.teachers import CachedTeacher, FrozenTeacher, TeacherCache
 
 
@@ -111,6 +111,26 @@ def test_rows_name_view_and_sample_and_labels_stay():
     assert [(label, row) for _, label, row in dataset.read([0, 6, 17])] == [(0, 0), (0, 6), (2, 17)]
     data, label, row = dataset[4]
     assert label == 2 and row % 6 == 4
+
+
+class WithTargets(torch.utils.data.Dataset):
+    """Names its labels as torchvision's datasets do."""
+
+    targets = [5, 5, 6, 6]
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        return torch.tensor([float(i)]), self.targets[i]
+
+
+@pytest.mark.parametrize("around", [SeededViews, lambda dataset: CrossQuality(dataset, lambda image: image / 2)])
+def test_targets_of_torchvision_are_labels(around):
+    dataset = around(WithTargets())
+    assert dataset.labels == PartiallyLabeled(dataset, 1.0).labels.tolist() == WithTargets.targets
+    with pytest.raises(ValueError, match="the list has neither labels nor targets"):
+        _ = around([(torch.zeros(1), 0)]).labels
 
 
 def test_data_alone_are_unlabelled_and_an_index_gives_way_to_the_row():

@@ -8,7 +8,13 @@ import pytest
 import torch
 from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer, SumReducer, ThresholdReducer
 
-from pml_distill.losses import AttentionTransferLoss, HintLoss, PooledFeatureLoss, VariationalInformationLoss
+from pml_distill.losses import (
+    AttentionTransferLoss,
+    BaseFeatureLoss,
+    HintLoss,
+    PooledFeatureLoss,
+    VariationalInformationLoss,
+)
 from pml_distill.utils import FeatureTap
 
 STUDENT, TEACHER = [4, 6], [5, 3]
@@ -224,6 +230,21 @@ def test_on_resnets(name):
     loss(tap.features, teacher_tap.features).backward()
     assert student.conv1.weight.grad.abs().sum() > 0 and teacher.conv1.weight.grad is None
     assert student.layer4[0].conv1.weight.grad is None
+
+
+class ProductLoss(BaseFeatureLoss):
+    def compute_loss(self, student_maps, teacher_maps):
+        return (student_maps[0] * teacher_maps[0]).sum(dim=(1, 2, 3))
+
+
+def test_a_loss_of_ones_own_learns_from_a_teacher_in_inference_mode():
+    (student,), (teacher,) = maps([4]), maps([4], seed=1)
+    with torch.inference_mode():
+        inferred = teacher.clone()
+    student.requires_grad_()
+    values = [ProductLoss(reducer=SumReducer())([student], [t]) for t in (inferred, teacher)]
+    gradients = [torch.autograd.grad(value, student)[0] for value in values]
+    assert torch.equal(*values) and torch.equal(*gradients)
 
 
 FOLDER = Path(__file__).parents[1] / "golden"

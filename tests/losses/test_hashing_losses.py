@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from golden import FOLDER
+from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import ContrastiveLoss
 from pytorch_metric_learning.reducers import MultipleReducers, SumReducer
 
@@ -201,6 +202,8 @@ def test_wrong_settings_are_refused():
     for make in (DeepCauchyHashingLoss, lambda **kw: CentralSimilarityLoss(5, 16, **kw)):
         with pytest.raises(ValueError, match="quantization_weight must be zero or a positive number, but is -1"):
             make(quantization_weight=-1)
+    with pytest.raises(ValueError, match="distance must be CosineSimilarity.*LpDistance"):
+        DeepCauchyHashingLoss(distance=LpDistance())
     with pytest.raises(ValueError, match="at least 1, but are 0 and 16"):
         hash_centers(0, 16)
 

@@ -33,7 +33,7 @@ def set_by_rule(model):
 def test_equals_the_authors_network(case, trunk):
     bits = int(GOLDEN[f"{case}_hp_bit"])
     model = trunk()
-    model = torch.nn.Sequential(model, HashHead(bits, model.output_size)) if bits else model
+    model = torch.nn.Sequential(model, HashHead(model.output_size, bits)) if bits else model
     model = model.double().eval()
     shapes = [tuple(int(n) for n in row if n) for row in GOLDEN[f"{case}_tensor_shapes"]]
     assert [tuple(tensor.shape) for tensor in set_by_rule(model).values()] == shapes
@@ -67,7 +67,7 @@ def test_output_size_follows_the_image(trunk, size):
 
 def test_a_head_has_bits():
     with pytest.raises(ValueError, match="bits must be at least 1, but is 0"):
-        HashHead(0)
+        HashHead(16, 0)
 
 
 @pytest.mark.parametrize("trunk", [CompactResNet, CompactAlexNetStudent])

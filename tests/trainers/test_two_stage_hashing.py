@@ -48,7 +48,7 @@ def test_both_stages(tmp_path, loss):
 
     trunk = CompactResNet(32, in_channels=1)
     trunk.load_state_dict(torch.load(tmp_path / "distilled.pth"))
-    head = HashHead(16, trunk.output_size)
+    head = HashHead(trunk.output_size, 16)
     record_keeper, _, _ = logging_presets.get_record_keeper(str(tmp_path / "logs"), str(tmp_path / "tensorboard"))
     hooks = logging_presets.HookContainer(
         record_keeper, primary_metric="mean_average_precision", validation_split_name="query", log_freq=1
