@@ -1,8 +1,8 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from numbers import Integral
 
+import numpy as np
 import torch
 
 from .compactor import Compactor
@@ -39,7 +39,7 @@ class SizeBudget:
     ):
         if not 0 < share < 1:
             raise ValueError(f"{target} is the share that shall remain and must lie between 0 and 1, but is {share}.")
-        if not isinstance(steps, Integral) or steps < 1:
+        if not isinstance(steps, (int, np.integer)) or steps < 1:
             raise ValueError(
                 f"{target} needs budget_steps, a positive whole number, the steps after which it is met, but that is "
                 f"{steps!r}."

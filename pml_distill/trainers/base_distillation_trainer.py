@@ -283,7 +283,7 @@ class BaseDistillationTrainer(BaseTrainer):
                 return self.mining_funcs["subset_batch_miner"](embeddings, labels)
             dropped = torch.zeros(len(embeddings), dtype=torch.bool).index_fill(0, rows, True)
             if len(rows):
-                mined = self.mining_funcs["subset_batch_miner"](embeddings[rows], labels[rows])
+                mined = self.mining_funcs["subset_batch_miner"](*only_labeled(embeddings, labels))
                 dropped[rows[mined.to(rows.device)]] = False
             return (~dropped).nonzero().flatten()
         finally:

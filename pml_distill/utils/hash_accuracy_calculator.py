@@ -1,5 +1,4 @@
 import os
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -71,9 +70,9 @@ class HashAccuracyCalculator(AccuracyCalculator):
     ):
         if ties not in TIES:
             raise ValueError(f"ties must be one of {', '.join(TIES)}, but is {ties!r}.")
-        if k is not None and not (isinstance(k, Integral) and k >= 1):
+        if k is not None and not (isinstance(k, (int, np.integer)) and k >= 1):
             raise ValueError(f"k must be None, for the whole ranking, or a number of at least 1, but is {k!r}.")
-        if not (isinstance(radius, Integral) and radius >= 0):
+        if not (isinstance(radius, (int, np.integer)) and radius >= 0):
             raise ValueError(f"radius must be a whole number, not negative, but is {radius}.")
         ignored = [name for name in ("label_comparison_fn", "return_per_class", "avg_of_avgs") if kwargs.get(name)]
         if ignored and set(include) & set(METRICS):
