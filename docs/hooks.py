@@ -45,8 +45,12 @@ def api_blocks(package: str) -> str:
 
 def catalogue_table() -> str:
     """Return the table of all losses."""
+    from pml_distill.demo import LOSSES
     from pml_distill.losses import catalogue
 
+    weights: dict[str, list[str]] = {}
+    for distillation in LOSSES.values():
+        weights.setdefault(type(distillation.make()).__name__, []).append(f"{distillation.weight:g}")
     rows = [
         [
             f"[{entry.name}](#pml_distill.losses.{entry.name})",
@@ -55,11 +59,12 @@ def catalogue_table() -> str:
             ", ".join(entry.takes) or "neither",
             "yes" if entry.aligned else "no",
             entry.cost,
+            " to ".join(dict.fromkeys(sorted(weights.get(entry.name, []), key=float))),
             entry.source,
         ]
         for entry in catalogue()
     ]
-    return markdown_table(["loss", "family", "needs", "takes", "aligned", "cost", "source"], rows)
+    return markdown_table(["loss", "family", "needs", "takes", "aligned", "cost", "weight", "source"], rows)
 
 
 def csv_table(name: str, keys: list[str], columns: list[str]) -> str:

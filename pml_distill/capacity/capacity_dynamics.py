@@ -181,7 +181,7 @@ class CapacityDynamics:
         ATTACHED[id(self.student)] = self
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ``ValueError`` for what is no optimizer, or leaves a compactor untrained."""
+        """Raise ``ValueError`` for what is no optimizer, a compactor that it leaves untrained, or a frozen student."""
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__name__}.")
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -190,6 +190,12 @@ class CapacityDynamics:
             raise ValueError(
                 f"optimizer does not train the compactors behind {missing}; make it after insert_compactors, of "
                 "student.parameters()."
+            )
+        compactors = {id(c.weight) for c in self.compactors.values()}
+        if not any(p.requires_grad for p in self.student.parameters() if id(p) not in compactors):
+            raise ValueError(
+                "student learns nothing but its compactors, since no other parameter requires a gradient. A copy of "
+                "what FrozenTeacher holds is frozen too: call requires_grad_(True) on it."
             )
 
     def tap(self) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 from torch import nn
 
 from ..teachers import EnsembleTeacher
+from ..utils.distributed import unwrapped
 from .compactor import find_chains
 
 
@@ -20,12 +21,12 @@ def check_networks(student: Any, teacher: Any) -> None:
         raise ValueError(f"teacher must be a network, a FrozenTeacher or None, but is a {type(teacher).__name__}.")
     if isinstance(teacher, EnsembleTeacher):
         raise ValueError("teacher must be a single network, but is an EnsembleTeacher: give one of its teachers.")
+    if teacher is not None and any(module is unwrapped(student) for module in teacher.modules()):
+        raise ValueError("teacher is the student; give it a network of its own.")
 
 
 def check_correspondence(student: nn.Module, teacher: nn.Module) -> None:
     """Raise ``ValueError`` for the first block of the student that the teacher has not at the same place."""
-    if teacher is student:
-        raise ValueError("teacher is the student; give it a network of its own.")
     for own, other in zip_longest(find_chains(student, "all"), find_chains(teacher, "all")):
         described = ["nothing" if c is None else f"{c.block_name} ({class_name(c.block)})" for c in (own, other)]
         if described[0] != described[1]:

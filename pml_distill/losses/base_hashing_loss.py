@@ -39,7 +39,7 @@ class BaseHashingLoss(BaseMetricLossFunction):
             if value is not None:
                 raise ValueError(
                     f"{type(self).__name__} takes the whole batch by its labels, and no {argument}; "
-                    "DistributedLossWrapper(efficient=True), which gives both, must be efficient=False."
+                    "a trainer must have no tuple_miner, and a DistributedLossWrapper efficient=False."
                 )
         labels = self.checked_labels(embeddings, labels).to(embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):

@@ -19,8 +19,9 @@ from .block_file import BlockFile
 #: What decides which pixels a seed gives.
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "albumentations")
 NUM_SAMPLES, NUM_VALUES = 32, 16
-#: What tells which samples a dataset holds, and in which order; ``indices`` are those of a ``Subset``.
-IDENTITIES = ("labels", "targets", "indices")
+#: What tells which samples a dataset holds, and in which order: ``indices`` are those of a ``Subset``, ``samples`` and
+#: ``paths`` the files of torchvision's and of PML's folders.
+IDENTITIES = ("labels", "targets", "indices", "samples", "paths")
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
@@ -91,7 +92,7 @@ def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
             if "transform" in name and value is not None
         ],
         "labels": [
-            f"{name} of {type(part).__name__}: {digest_of(value)}"
+            f"{name} of {type(part).__name__}: {digest_of(value, getattr(part, 'root', ''))}"
             for part in parts_of(dataset)
             for name, value in getattr(part, "__dict__", {}).items()
             if name in IDENTITIES
@@ -186,9 +187,10 @@ def described(transform: Any) -> str:
     return without_addresses(text)
 
 
-def digest_of(values: Any) -> str:
-    """Return a hash of a list, an array, a tensor or None."""
+def digest_of(values: Any, root: Any = "") -> str:
+    """Return a hash of a list, an array, a tensor or None; of paths what stands behind the root, which may move."""
     text = repr(values.tolist() if hasattr(values, "tolist") else values)
+    text = text.replace(str(root), "") if root else text
     return hashlib.sha256(without_addresses(text).encode()).hexdigest()[:16]
 
 

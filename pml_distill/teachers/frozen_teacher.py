@@ -12,7 +12,8 @@ class FrozenTeacher(torch.nn.Module):
 
     The given modules are put into eval mode and their parameters no longer require gradients; both hold for as
     long as the teacher lives, whatever ``train()`` is called on it. A trainer keeps it outside of ``models``, so
-    that it never drifts with the batch-norm statistics and never enters a checkpoint.
+    that it never drifts with the batch-norm statistics and never enters a checkpoint. A student that shall start as
+    its teacher is to be copied before: a later copy is frozen like the original.
 
     Args:
         trunk: the network, images in, features or embeddings out.

@@ -22,7 +22,7 @@ from ..utils.distributed import num_processes, process_rank, unwrapped
 from ..utils.feature_tap import FeatureTap
 from ..utils.precision import in_float32
 from ..utils.whole_file import whole_file
-from .checks import check_setup, without_wrapper
+from .checks import check_multi_hot_level, check_setup, without_wrapper
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader
 
@@ -265,6 +265,7 @@ class BaseDistillationTrainer(BaseTrainer):
         self.dataloader_iter, batch = c_f.try_next_on_generator(self.dataloader_iter, self.dataloader)
         data, labels, index = split_batch(self.data_and_label_getter(batch))
         if labels is not None:
+            check_multi_hot_level(labels, self.label_hierarchy_level, self.loss_funcs.get("metric_loss"))
             labels = c_f.process_label(labels, self.label_hierarchy_level, self.label_mapper)
         if "subset_batch_miner" in self.mining_funcs:
             kept = self.mine_subset(data, labels)
@@ -325,10 +326,14 @@ class BaseDistillationTrainer(BaseTrainer):
         """Write all that an undisturbed continuation needs, replacing an older file only once complete.
 
         Models, losses, miners, optimizers, schedulers, gradient clippers that have a state, scaler, epoch, the random
-        states of Python, NumPy and torch, and the place in the data. Call it last in the end-of-epoch hook. Of several
-        processes each has its own random state and place, and writes a file of its own; all call this, and none
-        replaces its older file before all have written.
+        states of Python, NumPy and torch, and the place in the data. Call it last in the end-of-epoch hook: from what
+        is written within an epoch a run goes on with the next one, and a warning says so. Of several processes each
+        has its own random state and place, and writes a file of its own; all call this, and none replaces its older
+        file before all have written.
         """
+        left = 0 if self.dataloader is None else self.iterations_per_epoch - 1 - self.iteration
+        if left:
+            c_f.LOGGER.warning(f"{path} is written within epoch {self.epoch}; a resumed run leaves out {left} steps.")
         state: dict[str, Any] = {
             name: {key: without_numpy(unwrapped(value).state_dict()) for key, value in stateful(getattr(self, name))}
             for name in SAVED

@@ -13,7 +13,7 @@ from pytorch_metric_learning.losses import (
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch.nn.parallel import DistributedDataParallel
 
-from ..losses import BaseFeatureLoss
+from ..losses import BaseFeatureLoss, BaseHashingLoss
 from ..teachers import CachedTeacher, FrozenTeacher
 from ..teachers.cached_teacher import caches
 from ..utils.distributed import num_processes, unwrapped
@@ -117,8 +117,15 @@ def check_features(trainer: Any) -> None:
 
 
 def check_trained(trainer: Any) -> None:
-    """Check that what bridges student and teacher learns, unless it is frozen."""
+    """Check that the networks and what bridges student and teacher learn, unless they are frozen."""
     trained = trained_by(trainer.optimizers)
+    for key, model in trainer.models.items():
+        held = [p for p in model.parameters() if id(p) in trained]
+        if held and key not in trainer.freeze_these and not any(p.requires_grad for p in held):
+            raise ValueError(
+                f'models["{key}"] is in an optimizer, but none of its parameters requires a gradient. A copy of what '
+                f'FrozenTeacher holds is frozen too: call requires_grad_(True) on it, or give "{key}" in freeze_these.'
+            )
     for holder, key in (("loss_funcs", "feature_distillation_loss"), ("models", "projection")):
         module = getattr(trainer, holder).get(key)
         if module is None or key in trainer.freeze_these:
@@ -135,7 +142,7 @@ def check_processes(trainer: Any) -> None:
     """Check that what learns beside a network in DistributedDataParallel is in there too."""
     if num_processes() == 1:
         return
-    trained, alone, joint = trained_by(trainer.optimizers), [], []
+    trained, alone, joint, gathered = trained_by(trainer.optimizers), [], [], []
     for holder in ("models", "loss_funcs"):
         for key, module in getattr(trainer, holder).items():
             name = f'{holder}["{key}"]'
@@ -143,10 +150,27 @@ def check_processes(trainer: Any) -> None:
                 joint.append(name)
             elif key not in trainer.freeze_these and any(id(p) in trained for p in module.parameters()):
                 alone.append(name)
+            if isinstance(unwrapped(module), DistributedLossWrapper):
+                gathered.append(name)
+    if gathered and alone and not joint:
+        raise ValueError(
+            f"{gathered[0]} gathers the embeddings of all processes, but {' and '.join(alone)} would learn in each for "
+            "itself; put the networks into DistributedDataParallel."
+        )
     if alone and joint:
         raise ValueError(
             f"{' and '.join(alone)} would learn in each process for itself, while {joint[0]} is in "
             "DistributedDataParallel; put it in there too."
+        )
+
+
+def check_multi_hot_level(labels: torch.Tensor, level: int | str, loss: Any) -> None:
+    """Raise ``ValueError`` if a hashing loss would be given one column of multi-hot labels."""
+    several = labels.ndim == 2 and labels.shape[1] > 1 and level != "all"
+    if several and isinstance(without_wrapper(loss), BaseHashingLoss) and labels.max() <= 1:
+        raise ValueError(
+            f"label_hierarchy_level is {level}, which takes one column of the multi-hot labels {tuple(labels.shape)}; "
+            'give label_hierarchy_level="all".'
         )
 
 

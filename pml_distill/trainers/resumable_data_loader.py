@@ -3,6 +3,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..utils.distributed import joint_seed
@@ -15,7 +16,7 @@ class ResumableDataLoader:
     A pass is a function of the random state at its start and of what a sampler shuffles in place, as PML's
     ``MPerClassSampler`` does with its list of labels: to return to a place, the loader restores both, draws the batches
     up to there once more, and puts the random state of the moment back. Of a sampler it knows the attributes that are
-    lists or arrays of integers or strings, such as places and classes, not a random generator of its own.
+    lists or arrays of integers or strings, such as places and classes, and random generators of torch, not NumPy's.
 
     Args:
         dataloader: the loader to walk through.
@@ -31,7 +32,10 @@ class ResumableDataLoader:
         self.samplers = (batch_sampler, getattr(batch_sampler, "sampler", dataloader.sampler))
         if position is not None:
             self.restore(position["order"])
+            for key, state in position["generators"].items():
+                self.generators()[key].set_state(state.cpu())
         self.start: Any = None
+        self.generators_at_start: dict[str, torch.Tensor] = {}
         self.held: dict[str, tuple] = {}
         self.batches = 0
 
@@ -41,6 +45,7 @@ class ResumableDataLoader:
     def __iter__(self) -> Iterator[Any]:
         position, self.resume_from = self.resume_from, None
         self.held = {key: (value, plain(value)) for key, value in self.lists().items()}
+        self.generators_at_start = self.generator_states()
         if position is None or not position["batches"]:
             self.start, self.batches = get_random_state(), 0
             iterator = self.begin()
@@ -71,7 +76,25 @@ class ResumableDataLoader:
         # What a sampler makes anew in each pass depends on the random state alone.
         kept = {key: order for key, (value, order) in self.held.items() if lists.get(key) is value}
         order = {key: plain(lists[key]) if ended else order for key, order in kept.items() if order is not None}
-        return {"start": None if ended else self.start, "order": order, "batches": 0 if ended else self.batches}
+        return {
+            "start": None if ended else self.start,
+            "generators": self.generator_states() if ended else self.generators_at_start,
+            "order": order,
+            "batches": 0 if ended else self.batches,
+        }
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Return the random generators of the samplers by class and attribute."""
+        return {
+            f"{type(sampler).__name__}.{name}": value
+            for sampler in self.samplers
+            for name, value in getattr(sampler, "__dict__", {}).items()
+            if isinstance(value, torch.Generator)
+        }
+
+    def generator_states(self) -> dict[str, torch.Tensor]:
+        """Return the states of the random generators."""
+        return {key: generator.get_state() for key, generator in self.generators().items()}
 
     def lists(self) -> dict[str, Any]:
         """Return the lists and arrays of the samplers by class and attribute."""

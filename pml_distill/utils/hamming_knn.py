@@ -114,7 +114,7 @@ class HammingKNN:
 
 def check_bits(codes: torch.Tensor, bits: int, name: str) -> None:
     """Raise ``ValueError`` for codes that are not as long as the database's."""
-    if codes.shape[1] != bits:
+    if codes.ndim != 2 or codes.shape[1] != bits:
         raise ValueError(f"{name} has shape {tuple(codes.shape)}, but the database was built with {bits} bits.")
 
 

@@ -113,6 +113,12 @@ class HashAccuracyCalculator(AccuracyCalculator):
         elif reference_labels is None:
             raise ValueError("reference is given, but reference_labels is None.")
         names = self.get_function_dict(include, exclude)
+        others = [name for name in names if name not in METRICS]
+        if others and np.ndim(query_labels) > 1 and query_labels.shape[1] > 1:
+            raise ValueError(
+                f"{', '.join(others)} need one class label for each code, but query_labels has shape "
+                f"{tuple(query_labels.shape)}; with multi-hot labels include can have {', '.join(METRICS)}."
+            )
         if any(name in METRICS for name in names):
             self.ranking = self.rank(query, query_labels, reference, reference_labels, ref_includes_query)
         return super().get_accuracy(

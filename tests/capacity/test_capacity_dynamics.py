@@ -574,6 +574,12 @@ def test_a_state_stays_as_it_was_while_the_training_goes_on():
     assert [row["epoch"] for row in state["history"]] == [1]
 
 
+def frozen_but_for_compactors(student):
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("compactor" in name)
+    return student
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -585,6 +591,10 @@ def test_a_state_stays_as_it_was_while_the_training_goes_on():
         (
             lambda s, t, o: CapacityDynamics(s, torch.nn.Linear(2, 2), o, SHAPE),
             r"student has layer1.0 \(pml_distill.models.small_resnet.BasicBlock\), the teacher, a Linear, has nothing",
+        ),
+        (
+            lambda s, t, o: CapacityDynamics(frozen_but_for_compactors(s), t, o, SHAPE),
+            r"student learns nothing but its compactors.* requires_grad_\(True\)",
         ),
         (lambda s, t, o: CapacityDynamics(s, s, o, SHAPE), "teacher is the student"),
         (lambda s, t, o: CapacityDynamics(s, FrozenTeacher(s), o, SHAPE), "teacher is the student"),

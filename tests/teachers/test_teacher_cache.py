@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from pml_distill.datasets import CrossQuality, LabeledAndUnlabeled, SeededViews
@@ -461,6 +462,31 @@ def test_small_differences_are_refused(tmp_path, ours, other, message):
     CachedTeacher(tmp_path, SeededViews(ours), teacher)
     with pytest.raises(ValueError, match=f"belongs to something else:\n  {message}"):
         CachedTeacher(tmp_path, SeededViews(other))
+
+
+def test_a_file_that_takes_the_place_of_another_is_noticed_and_a_folder_may_move(tmp_path):
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    generator = np.random.RandomState(0)
+    for number in range(100):
+        pixels = generator.randint(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / "class" / f"{number:03}.png")
+    transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+
+    def views():
+        return SeededViews(ImageFolder(str(tmp_path / "images"), transform))
+
+    teacher = FrozenTeacher(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)))
+    TeacherCache(tmp_path / "cache", teacher, views()).write()
+    moved = (tmp_path / "images").rename(tmp_path / "elsewhere")
+    CachedTeacher(tmp_path / "cache", SeededViews(ImageFolder(str(moved), transform)), teacher)
+    moved = moved.rename(tmp_path / "images")
+    unsampled = moved / "class" / "001.png"
+    unsampled.rename(moved / "class" / "001b.png")
+    with pytest.raises(ValueError, match="labels: .*samples of ImageFolder"):
+        CachedTeacher(tmp_path / "cache", views(), teacher)
 
 
 class Scaled(nn.Module):

@@ -25,6 +25,7 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from pml_distill.losses import (
     AbsoluteTeacherLoss,
     AttentionTransferLoss,
+    CentralSimilarityLoss,
     DarkRankLoss,
     DeepCauchyHashingLoss,
     RelativeTeacherLoss,
@@ -607,6 +608,44 @@ def test_multi_hot_labels_go_to_the_metric_loss_alone(make_trainer):
     )
     trainer.train(1, 1)
     assert all(trainer.epoch_losses[key] > 0 for key in ("metric_loss", "distillation_loss"))
+
+
+def test_a_column_of_multi_hot_labels_is_not_taken_for_classes(make_trainer):
+    data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.eye(4)[torch.arange(32) % 4])
+    for loss in (DeepCauchyHashingLoss(), DistributedLossWrapper(CentralSimilarityLoss(4, 5))):
+        trainer = make_trainer(dataset=data, loss_funcs={"metric_loss": loss}, teacher=None)
+        with pytest.raises(ValueError, match=r'takes one column of .* \(16, 4\); give label_hierarchy_level="all"'):
+            trainer.train(1, 1)
+
+
+def test_two_levels_of_classes_serve_a_hashing_loss(make_trainer):
+    classes = torch.stack([torch.arange(32) % 4, torch.arange(32) % 2], dim=1)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 6), classes)
+    trainer = make_trainer(dataset=data, loss_funcs={"metric_loss": CentralSimilarityLoss(4, 5)}, teacher=None)
+    trainer.train(1, 1)
+    assert trainer.epoch_losses["metric_loss"] > 0
+
+
+def test_a_copy_of_the_frozen_teacher_is_no_student_until_it_can_learn(make_trainer):
+    teacher = FrozenTeacher(network())
+    student = copy.deepcopy(teacher.trunk)
+    parts = {"models": {"trunk": student}, "teacher": teacher}
+    optimizers = {"trunk_optimizer": torch.optim.SGD(student.parameters(), lr=0.1)}
+    with pytest.raises(ValueError, match=r'models\["trunk"\] is in an optimizer, but none .* requires_grad_\(True\)'):
+        make_trainer(**parts, optimizers=optimizers)
+    make_trainer(**parts, optimizers=optimizers, freeze_these=["trunk"])
+    student.requires_grad_(True)
+    make_trainer(**parts, optimizers=optimizers)
+
+
+def test_a_checkpoint_within_an_epoch_says_what_is_left_out(make_trainer, tmp_path, caplog):
+    def save(trainer):
+        trainer.save_checkpoint(tmp_path / "state.pth")
+
+    make_trainer(end_of_epoch_hook=save).train(1, 1)
+    assert not caplog.records
+    make_trainer(end_of_iteration_hook=save).train(1, 1)
+    assert [record.message.split("leaves out ")[1] for record in caplog.records] == ["3 steps.", "2 steps.", "1 steps."]
 
 
 def test_a_classifier_in_bfloat16_is_given_embeddings_of_its_own_type(make_trainer):

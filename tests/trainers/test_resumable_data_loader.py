@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.samplers import FixedSetOfTriplets, HierarchicalSampler, MPerClassSampler
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from pml_distill.trainers.resumable_data_loader import ResumableDataLoader
 
@@ -49,6 +56,10 @@ SAMPLERS = {
     "batches": lambda: {"batch_sampler": ShuffledInPlace()},
     "distributed": lambda: {"sampler": DistributedSampler(range(48), num_replicas=1, rank=0), "batch_size": 8},
     "made_anew": lambda: {"sampler": MadeAnew(), "batch_size": 8},
+    "generator": lambda: {
+        "sampler": WeightedRandomSampler(torch.rand(48) + 0.1, 48, generator=torch.Generator().manual_seed(3)),
+        "batch_size": 8,
+    },
     "shuffle": lambda: {"shuffle": True, "batch_size": 8},
 }
 

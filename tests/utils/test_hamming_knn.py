@@ -53,6 +53,8 @@ def test_a_kept_database_grows():
     [
         (lambda knn: knn(codes(2, 16), 1), r"\(2, 16\), but the database was built with 32 bits"),
         (lambda knn: knn.add(codes(2, 16)), r"\(2, 16\), but the database was built with 32 bits"),
+        (lambda knn: knn(torch.ones(32), 1), r"\(32,\), but the database was built with 32 bits"),
+        (lambda knn: knn.add(torch.ones(32)), r"\(32,\), but the database was built with 32 bits"),
         (lambda knn: knn(codes(2, 32), 11), "k = 11 neighbours are wanted of a database of 10 codes"),
         (lambda knn: knn(codes(2, 32), 1, torch.zeros(0, 32)), r"reference must be .* not empty.*\(0, 32\)"),
         (lambda knn: knn(torch.full((2, 32), torch.nan), 1), r"query \(2, 32\) must be finite"),

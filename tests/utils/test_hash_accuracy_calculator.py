@@ -194,6 +194,10 @@ def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="return_per_class is for PML's metrics alone"):
         calculator(return_per_class=True)
     calculator(return_per_class=True, include=("precision_at_1",))
+    with pytest.raises(
+        ValueError, match=r"precision_at_1 need one class label .* \(4, 3\); .* mean_average_precision,"
+    ):
+        calculator(include=("precision_at_1",)).get_accuracy(torch.randn(4, 8), torch.eye(4)[:, :3])
 
 
 def test_packed_codes_are_refused():
