@@ -78,7 +78,7 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
     norms = {name: compactor.row_norms().detach() for name, compactor in compactors.items()}
     broken = [name for name, rows in norms.items() if not rows.isfinite().all()]
     if broken:
-        raise ValueError(f"the compactors behind {broken} have values that are not finite.")
+        raise ValueError(f"the compactor behind {', '.join(broken)} has values that are not finite.")
     for chain in compacted_chains(model):
         # What kept zeros zero at the insertion may have learned not to.
         problem = mixing(chain)
