@@ -6,7 +6,7 @@ on the weight of the distillation. The best by MAP@R is trained with every seed 
 tested on the test classes. All students of a dataset have the same epochs, batches and schedule.
 
     python benchmarks/accuracy.py --preset quick   # ten minutes on two cores
-    python benchmarks/accuracy.py --preset full    # ten hours on two cores
+    python benchmarks/accuracy.py --preset full    # a day on two cores, or half of one
     python benchmarks/accuracy.py --preset gpu --dataset CUB --data-folder cub_data
 
 write accuracy.csv, table.md and two pictures into the folder. A finished run has a row in the CSV and is never computed

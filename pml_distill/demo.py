@@ -83,7 +83,7 @@ class Supervision:
 
 MULTI_SIMILARITY = Supervision()
 QUEUE = (1024, EMBEDDING_SIZE)
-#: Weights found by benchmarks/search_weights.py on the validation classes of Glyphs.
+#: Weights chosen after a search by benchmarks/search_weights.py on the validation classes of Glyphs.
 LOSSES = {
     "soft_dark_rank": Distillation(lambda: DarkRankLoss("soft"), 0.01),
     "hard_dark_rank": Distillation(lambda: DarkRankLoss("hard"), 0.01),

@@ -23,7 +23,7 @@ class Glyphs(ClassDisjointImages):
     that look alike (the Latin, Greek and Cyrillic A) are one class with one image per face: those whose squared
     difference, averaged over the faces, is below 6 % of the fainter one's squared ink.
 
-    Rendered without network in about two seconds at the first use and cached as
+    Rendered without network in a few seconds at the first use and cached as
     ``$XDG_CACHE_HOME/pml_distill/glyphs-v1-matplotlib-3.11.2-freetype-2.14.3.npz`` (by default under ``~/.cache``):
     other versions have other faces or draw them otherwise. A damaged cache is rendered anew, with a warning.
 

@@ -11,7 +11,7 @@ def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
     r"""Return a code of -1 and 1 for each class, far from one another; the same for the same arguments.
 
     - The rows of a Hadamard matrix H, then of -H, wherever one of order ``bits`` is constructed (Sylvester's for
-      powers of two; Paley's two for primes; their doublings: 12, 20, 24, 28, 36, 40, 48...): every two rows differ
+      powers of two; Paley's two for primes; their doublings: 12, 20, 24, 28, 36, 40, 44, 48...): every two rows differ
       in bits / 2 places, opposite ones in all.
     - Beyond 2 x ``bits`` classes, and for other lengths, random balanced codes, each with its opposite, drawn until
       they are bits / 4 away from all others. Opposites balance each bit over the classes, so that the mean distance
