@@ -19,9 +19,10 @@ from .block_file import BlockFile
 #: What decides which pixels a seed gives.
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "albumentations")
 NUM_SAMPLES, NUM_VALUES = 32, 16
-#: What tells which samples a dataset holds, and in which order: ``indices`` are those of a ``Subset``, ``samples`` and
-#: ``paths`` the files of torchvision's and of PML's folders.
-IDENTITIES = ("labels", "targets", "indices", "samples", "paths")
+#: What tells which samples a dataset holds, and in which order; ``indices`` are those of a ``Subset``.
+IDENTITIES = ("labels", "targets", "indices")
+#: The same in datasets of files: torchvision's and PML's.
+FILES = ("samples", "paths")
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
@@ -75,7 +76,7 @@ def embedding_signature(teacher: torch.nn.Module, dataset: SeededViews) -> list[
 
 
 def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
-    """Return length, views, transforms and labels of a dataset, what a few samples look like, and the versions.
+    """Return length, views, transforms, labels and files of a dataset, what a few samples look like, and the versions.
 
     Raises:
         ValueError: a sample is not the same when read twice.
@@ -92,10 +93,16 @@ def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
             if "transform" in name and value is not None
         ],
         "labels": [
-            f"{name} of {type(part).__name__}: {digest_of(value, getattr(part, 'root', ''))}"
+            f"{name} of {type(part).__name__}: {digest_of(value)}"
             for part in parts_of(dataset)
             for name, value in getattr(part, "__dict__", {}).items()
             if name in IDENTITIES
+        ],
+        "files": [
+            f"{name} of {type(part).__name__}: {digest_of(value, getattr(part, 'root', ''))}"
+            for part in parts_of(dataset)
+            for name, value in getattr(part, "__dict__", {}).items()
+            if name in FILES and names_files(value)
         ],
         **{f"version of {name}": version(name) for name in LIBRARIES},
         "samples": {str(row): signature(dataset, row) for row in sampled_rows(dataset)},
@@ -185,6 +192,13 @@ def described(transform: Any) -> str:
             attributes |= {k: sorted(v, key=repr) for k, v in attributes.items() if isinstance(v, (set, frozenset))}
             text += f" {attributes}"
     return without_addresses(text)
+
+
+def names_files(values: Any) -> bool:
+    """Whether these are paths, or tuples that begin with one: others may call their images ``samples``."""
+    first = next(iter(values), None) if isinstance(values, (list, tuple, np.ndarray)) else None
+    first = first[0] if isinstance(first, tuple) and first else first
+    return isinstance(first, (str, Path))
 
 
 def digest_of(values: Any, root: Any = "") -> str:

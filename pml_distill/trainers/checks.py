@@ -164,9 +164,9 @@ def check_processes(trainer: Any) -> None:
         )
 
 
-def check_multi_hot_level(labels: torch.Tensor, level: int | str, loss: Any) -> None:
+def check_multi_hot_level(labels: torch.Tensor, level: Any, loss: Any) -> None:
     """Raise ``ValueError`` if a hashing loss would be given one column of multi-hot labels."""
-    several = labels.ndim == 2 and labels.shape[1] > 1 and level != "all"
+    several = isinstance(level, int) and labels.ndim == 2 and labels.shape[1] > 1
     if several and isinstance(without_wrapper(loss), BaseHashingLoss) and labels.max() <= 1:
         raise ValueError(
             f"label_hierarchy_level is {level}, which takes one column of the multi-hot labels {tuple(labels.shape)}; "

@@ -485,7 +485,7 @@ def test_a_file_that_takes_the_place_of_another_is_noticed_and_a_folder_may_move
     moved = moved.rename(tmp_path / "images")
     unsampled = moved / "class" / "001.png"
     unsampled.rename(moved / "class" / "001b.png")
-    with pytest.raises(ValueError, match="labels: .*samples of ImageFolder"):
+    with pytest.raises(ValueError, match="files: .*samples of ImageFolder"):
         CachedTeacher(tmp_path / "cache", views(), teacher)
 
 
