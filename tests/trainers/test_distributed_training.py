@@ -160,6 +160,13 @@ def several(rank, folder):
             },
             'mining_funcs."tuple_miner". is a DistributedMinerWrapper with efficient=True',
         ),
+        (
+            {
+                "loss_funcs": {"distillation_loss": DistributedLossWrapper(RKDDistanceLoss())},
+                "models": {"trunk": network(2)},
+            },
+            'loss_funcs."distillation_loss". gathers the embeddings of all processes, but models."trunk". would learn',
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             student_and_trainer(**alone)
