@@ -642,6 +642,7 @@ def test_a_checkpoint_within_an_epoch_says_what_is_left_out(make_trainer, tmp_pa
     def save(trainer):
         trainer.save_checkpoint(tmp_path / "state.pth")
 
+    caplog.set_level("WARNING", logger="PML")
     make_trainer(end_of_epoch_hook=save).train(1, 1)
     assert not caplog.records
     make_trainer(end_of_iteration_hook=save).train(1, 1)
