@@ -88,20 +88,17 @@ def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
         "dataset": [type(part).__name__ for part in parts_of(dataset)],
         "transform": [
             f"{name}: {described(value)}"
-            for part in parts_of(dataset)
-            for name, value in getattr(part, "__dict__", {}).items()
+            for _, name, value in attributes_of(dataset)
             if "transform" in name and value is not None
         ],
         "labels": [
             f"{name} of {type(part).__name__}: {digest_of(value)}"
-            for part in parts_of(dataset)
-            for name, value in getattr(part, "__dict__", {}).items()
+            for part, name, value in attributes_of(dataset)
             if name in IDENTITIES
         ],
         "files": [
             f"{name} of {type(part).__name__}: {digest_of(value, getattr(part, 'root', ''))}"
-            for part in parts_of(dataset)
-            for name, value in getattr(part, "__dict__", {}).items()
+            for part, name, value in attributes_of(dataset)
             if name in FILES and names_files(value)
         ],
         **{f"version of {name}": version(name) for name in LIBRARIES},
@@ -180,6 +177,13 @@ def parts_of(dataset: Any) -> Iterator[Any]:
     for part in (*inner, *(getattr(dataset, "datasets", None) or ())):
         if part is not None:
             yield from parts_of(part)
+
+
+def attributes_of(dataset: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Yield each part of a dataset with the name and the value of each of its attributes."""
+    for part in parts_of(dataset):
+        for name, value in getattr(part, "__dict__", {}).items():
+            yield part, name, value
 
 
 def described(transform: Any) -> str:

@@ -83,14 +83,15 @@ class ResumableDataLoader:
             "batches": 0 if ended else self.batches,
         }
 
+    def attributes(self) -> Iterator[tuple[str, Any]]:
+        """Yield the attributes of the samplers by class and name."""
+        for sampler in self.samplers:
+            for name, value in getattr(sampler, "__dict__", {}).items():
+                yield f"{type(sampler).__name__}.{name}", value
+
     def generators(self) -> dict[str, torch.Generator]:
         """Return the random generators of the samplers by class and attribute."""
-        return {
-            f"{type(sampler).__name__}.{name}": value
-            for sampler in self.samplers
-            for name, value in getattr(sampler, "__dict__", {}).items()
-            if isinstance(value, torch.Generator)
-        }
+        return {key: value for key, value in self.attributes() if isinstance(value, torch.Generator)}
 
     def generator_states(self) -> dict[str, torch.Tensor]:
         """Return the states of the random generators."""
@@ -100,9 +101,8 @@ class ResumableDataLoader:
         """Return the lists and arrays of the samplers by class and attribute."""
         dataset: object = self.dataloader.dataset  # torch's samplers hold it, and it may be a list
         return {
-            f"{type(sampler).__name__}.{name}": value
-            for sampler in self.samplers
-            for name, value in getattr(sampler, "__dict__", {}).items()
+            key: value
+            for key, value in self.attributes()
             if (isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim)) and value is not dataset
         }
 
