@@ -15,14 +15,14 @@ CPU = {"OMP_NUM_THREADS": "1"}
 def tests(session):
     """All tests."""
     session.install(".[test]")
-    session.run("python", "-m", "pytest", "-q", *session.posargs, env=CPU)
+    session.run("python", "-m", "pytest", "-q", "-n", "logical", *session.posargs, env=CPU)
 
 
 @nox.session(python="3.10")
 def lowest(session):
     """All tests with the lowest versions that the metadata allows."""
     session.install(".[test]", *LOWEST)
-    session.run("python", "-m", "pytest", "-q", *session.posargs, env=CPU)
+    session.run("python", "-m", "pytest", "-q", "-n", "logical", *session.posargs, env=CPU)
 
 
 @nox.session
