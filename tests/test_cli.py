@@ -54,6 +54,16 @@ def test_what_aligns_the_spaces_is_known_of_every_loss():
     assert not aligned & {"relative_teacher", "soft_dark_rank", "logit_distillation", "compress_two_queues"}
 
 
+def test_the_distillation_comes_in_between_a_fifth_and_a_half_of_the_training(finished, tmp_path):
+    demo = Demo(DemoConfig("digits", 1), finished, torch.device("cpu"))
+    loss = LOSSES["relative_teacher"]
+    trainer, _ = demo.trainer_and_tester(tmp_path / "student", demo.networks(8, 0), 0, 0.02, loss)
+    trainer.epoch, trainer.total_steps = 1, 100
+    for trainer.iteration, share in ((10, 0), (20, 0), (35, 1 / 2), (50, 1), (90, 1)):
+        trainer.update_loss_weights()
+        assert trainer.loss_weights == pytest.approx({"metric_loss": 1, "distillation_loss": share * loss.weight})
+
+
 def test_run_again_it_trains_nothing(finished, capsys, monkeypatch):
     monkeypatch.setattr(Demo, "trainer_and_tester", lambda *args: pytest.fail("trained again"))
     assert cli.main([*QUICK, "--seeds", "2", "--out", str(finished)]) == 0

@@ -24,9 +24,11 @@ def options(tmp_path_factory):
     torch.manual_seed(0)
     teacher, glyphs = SmallResNet(32), Glyphs("train")
     images = torch.stack([glyphs[i][0] for i in range(0, len(glyphs), len(glyphs) // 256)])
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the statistics of the one pass
     with torch.no_grad():
-        for _ in range(30):
-            teacher(images)
+        teacher(images)
     path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     torch.save(teacher.state_dict(), path)
     return *OPTIONS, "--teacher", str(path), "--out"
@@ -46,8 +48,7 @@ def single(tmp_path_factory, options):
     return torch.load(path)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("processes", "cached"), [(2, True), (4, False)])
 def test_ten_steps_equal_those_of_one_process(tmp_path, options, single, processes, cached):
     path = tmp_path / "student.pth"
     cache = ["--views", "1", "--cache", str(tmp_path / "cache")] if cached else []

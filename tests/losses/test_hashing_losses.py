@@ -158,6 +158,7 @@ def test_sub_losses_take_separate_reducers(loss):
 def test_centers_are_saved_with_the_loss():
     state = CentralSimilarityLoss(200, 100, seed=3).state_dict()
     other = CentralSimilarityLoss(200, 100, seed=0)
+    assert not torch.equal(other.hash_centers, state["hash_centers"])
     other.load_state_dict(state)
     assert torch.equal(other.hash_centers, state["hash_centers"])
     assert torch.equal(other.random_center, state["random_center"])

@@ -207,10 +207,14 @@ def test_nothing_is_computed_twice(tmp_path):
     assert contents(tmp_path / "cache") == before and not teacher.log.exists()
 
 
-def write_slowly(folder, num_workers, log):
+def write_slowly_in_a_process(*arguments):
     torch.set_num_threads(1)
     # Workers of a fork server would not notice that their parent is gone.
     multiprocessing.set_start_method("fork", force=True)
+    write_slowly(*arguments)
+
+
+def write_slowly(folder, num_workers, log):
     teacher = make_teacher()
     teacher.log = log
     TeacherCache(folder, teacher, make_dataset(100, 3, seconds=2e-3), batch_size=5).write(num_workers)
@@ -227,7 +231,7 @@ def test_twenty_kills_cost_a_batch_each_and_leave_no_trace(tmp_path):
     folder, undisturbed, log, kills = tmp_path / "killed", tmp_path / "whole", tmp_path / "log", 0
     draw = random.Random(0)
     while kills < 20:
-        process = context.Process(target=write_slowly, args=(folder, 2 if kills % 5 == 4 else 0, log))
+        process = context.Process(target=write_slowly_in_a_process, args=(folder, 2 if kills % 5 == 4 else 0, log))
         process.start()
         goal = num_written(folder) + draw.randrange(3)
         while num_written(folder) < goal and process.is_alive():
@@ -313,7 +317,7 @@ def hold(folder, ready, done):
 def test_two_writers_are_refused(tmp_path):
     context = multiprocessing.get_context("forkserver")
     ready, done = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other = context.Process(target=hold, args=(tmp_path, ready, done), daemon=True)
     other.start()
     ready.wait()
     with pytest.raises(RuntimeError, match=f"Another process is writing the teacher cache in {tmp_path}"):
@@ -592,7 +596,8 @@ def test_a_flipped_bit_is_found_and_mended(tmp_path):
     with pytest.raises(ValueError, match=r"Block 3 .*rows 24 to 31.*does not have its checksum.*write\(\)"):
         cached(torch.zeros(2), torch.tensor([8, 30]))
     teacher.log = tmp_path / "log"
-    cache.write()
+    # A cache that has been begun keeps its own batch size.
+    TeacherCache(tmp_path / "cache", teacher, dataset, batch_size=32).write()
     assert contents(tmp_path / "cache") == before and teacher.log.read_text() == "24\n"
 
 

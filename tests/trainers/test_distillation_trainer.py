@@ -69,7 +69,7 @@ def test_teacher_gets_the_index_of_a_dataset_that_yields_one(make_trainer, blobs
     teacher = CountingTeacher(network(out=7, seed=1))
     trainer = make_trainer(teacher=teacher, dataset=Indexed(), iterations_per_epoch=1)
     trainer.train(1, 1)
-    assert teacher.index.shape == (16,)
+    assert teacher.index.shape == (16,) and teacher.index.unique().numel() == 16
 
 
 def test_runs_without_labels(make_trainer):
@@ -122,19 +122,19 @@ def test_loss_weights_are_applied_out_of_place(make_trainer, blobs):
     assert torch.allclose(losses["metric_loss"], 0.5 * embeddings.norm())
 
 
-def test_gradients_of_accumulated_batches_sum(make_trainer, blobs):
-    def gradients(trainer, *batches):
+def test_losses_and_gradients_of_accumulated_batches_sum(make_trainer, blobs):
+    def step(trainer, *batches):
         trainer.gradient_clippers = {
             "trunk_grad_clipper": lambda: grads.extend(p.grad.clone() for p in trainer.models["trunk"].parameters())
         }
         grads = []
-        trainer.training_step(*batches)
-        return grads
+        losses = trainer.training_step(*batches)
+        return [*losses.values(), *grads]
 
     parts = {"loss_funcs": {"distillation_loss": AbsoluteTeacherLoss()}, "teacher": FrozenTeacher(network(seed=1))}
     data = [torch.stack([blobs[i][0] for i in range(8)]) for _ in range(3)]
-    together = gradients(make_trainer(**parts), *data)
-    apart = [gradients(make_trainer(**parts), batch) for batch in data]
+    together = step(make_trainer(**parts), *data)
+    apart = [step(make_trainer(**parts), batch) for batch in data]
     for whole, *pieces in zip(together, *apart):
         assert torch.allclose(whole, sum(pieces), atol=1e-6)
 
@@ -150,9 +150,11 @@ def test_an_epoch_of_accumulated_steps_goes_through_the_data_once(make_trainer):
 def test_mixed_precision_learns_like_float32(make_trainer, amp_dtype):
     results = []
     for dtype in (None, amp_dtype):
-        trainer = make_trainer(amp_dtype=dtype, iterations_per_epoch=40)
+        trainer, seen = make_trainer(amp_dtype=dtype, iterations_per_epoch=40), set()
+        trainer.models["trunk"].register_forward_hook(lambda _m, _i, out, seen=seen: seen.add(out.dtype))
         torch.manual_seed(0)
         trainer.train(1, 2)
+        assert seen == {dtype or torch.float32}
         results.append(trainer.epoch_losses["total_loss"].item())
     assert results[1] == pytest.approx(results[0], rel=0.1)
 
@@ -263,11 +265,14 @@ def test_tuple_miner_without_labels_is_an_error(make_trainer):
         trainer.train(1, 1)
 
 
-def test_end_of_epoch_hook_sees_the_losses(make_trainer):
-    seen = []
-    trainer = make_trainer(end_of_epoch_hook=lambda t: seen.append(float(t.epoch_losses["distillation_loss"])))
+def test_end_of_epoch_hook_sees_the_mean_losses_of_the_epoch(make_trainer):
+    steps, epochs = [], []
+    trainer = make_trainer(
+        end_of_iteration_hook=lambda t: steps.append(float(t.losses["distillation_loss"])),
+        end_of_epoch_hook=lambda t: epochs.append(float(t.epoch_losses["distillation_loss"])),
+    )
     trainer.train(1, 2)
-    assert len(seen) == 2 and all(value > 0 for value in seen)
+    assert len(steps) == 8 and epochs == pytest.approx([sum(steps[:4]) / 4, sum(steps[4:]) / 4])
 
 
 def shared_teacher(make_trainer):
@@ -314,6 +319,7 @@ def test_student_sharing_parameters_with_its_teacher_is_refused(make_trainer):
 
 
 def test_a_trunk_alone_is_no_cause_for_a_warning(make_trainer, caplog):
+    caplog.set_level("WARNING", logger="PML")
     make_trainer(models={"trunk": network()})
     assert "embedder" not in caplog.text
 

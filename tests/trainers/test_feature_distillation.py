@@ -122,7 +122,12 @@ def test_a_zero_weight_spares_teacher_and_features(make):
 @pytest.mark.parametrize("amp_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_mixed_precision_is_near_float32(make, glyphs, loss, amp_dtype):
-    values = [make(loss, amp_dtype=dtype).training_step(batch(glyphs))[KEY] for dtype in (None, amp_dtype)]
+    values, seen = [], []
+    for dtype in (None, amp_dtype):
+        trainer = make(loss, amp_dtype=dtype)
+        trainer.models["trunk"].register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+        values.append(trainer.training_step(batch(glyphs))[KEY])
+    assert seen == [torch.float32, amp_dtype]
     assert values[0].dtype == values[1].dtype == torch.float32
     assert values[1].item() == pytest.approx(values[0].item(), rel=0.03)
 

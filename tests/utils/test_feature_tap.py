@@ -1,5 +1,8 @@
 import pytest
 import torch
+
+# Before there is a process group: imported by DDP, its functions would hold the group.
+import torch.distributed.nn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as parallel
 
@@ -37,6 +40,13 @@ def test_each_pass_refreshes_the_features():
         first = tap.features[0]
         network(2 * IMAGES)
         assert not torch.equal(first, tap.features[0])
+
+
+def test_a_later_module_in_place_does_not_change_them():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True))
+    with FeatureTap(network, ["1"]) as tap:
+        outputs = network(IMAGES)
+    assert (tap.features[0] < 0).any() and (outputs >= 0).all()
 
 
 def test_the_hooks_go_on_exit_also_after_an_error():

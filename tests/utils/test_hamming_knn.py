@@ -82,6 +82,14 @@ def test_hamming_distance_of_codes_and_of_packed_codes():
     assert ContrastiveLoss(distance=HammingDistance())(query, torch.arange(5) % 2) > 0
 
 
+def test_hamming_distance_is_linear_between_codes_with_gradients():
+    outputs, other = torch.rand(3, 8, requires_grad=True), codes(2, 8)
+    distances = HammingDistance()(outputs, other)
+    assert torch.allclose(distances, (8 - outputs @ other.t()) / 2)
+    (gradient,) = torch.autograd.grad(distances.sum(), outputs)
+    assert torch.allclose(gradient, (-other.sum(dim=0) / 2).expand(3, 8))
+
+
 def test_packed_codes_are_refused():
     packed = pack_codes(codes(5, 24))
     with pytest.raises(ValueError, match="query must be outputs or codes .* but is uint8; unpack_codes"):

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pytorch_metric_learning.utils.inference import FaissKNN
 
 from pml_distill.utils import HashAccuracyCalculator
@@ -105,6 +106,14 @@ def test_other_metrics(ties):
     )
 
 
+def test_the_radius_is_counted_in_bits():
+    codes = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, -1], [1, 1, -1, -1], [-1, -1, -1, -1]])
+    for radius, precision in ((0, 1), (1, 1 / 2), (2, 2 / 3), (4, 3 / 4)):
+        counter = calculator(radius=radius, include=("precision_within_radius",))
+        values = counter.get_accuracy(codes[:1], torch.tensor([0]), codes, torch.tensor([0, 1, 0, 0]))
+        assert values["precision_within_radius"] == pytest.approx(precision)
+
+
 def test_nothing_within_the_radius_counts_zero():
     values = calculator().get_accuracy(torch.ones(1, 8), torch.tensor([0]), -torch.ones(3, 8), torch.tensor([0, 0, 1]))
     assert values["precision_within_radius"] == 0
@@ -138,21 +147,37 @@ def test_multi_hot_relevance_is_a_shared_label():
 def test_metrics_of_pml_use_the_hamming_search():
     query, labels, reference, reference_labels = problem()
     names = ("precision_at_1", "r_precision")
-    values = calculator(include=names).get_accuracy(query, labels, reference, reference_labels)
-    usual = calculator(include=names, knn_func=FaissKNN()).get_accuracy(query, labels, reference, reference_labels)
-    assert set(values) == set(names)
+
+    def values(query, reference, **kwargs):
+        return calculator(include=names, **kwargs).get_accuracy(query, labels, reference, reference_labels)
+
+    usual, codes = values(query, reference, knn_func=FaissKNN()), values(query, reference)
+    assert set(codes) == set(names)
     # Both break ties in some order of their own.
-    assert values["r_precision"] == pytest.approx(usual["r_precision"], abs=0.05)
+    assert codes["r_precision"] == pytest.approx(usual["r_precision"], abs=0.05)
+    # Only signs count.
+    longer = [
+        part * (torch.rand(part.shape, generator=torch.Generator().manual_seed(0)) + 0.1) for part in (query, reference)
+    ]
+    assert values(*longer) == codes
 
 
-def test_precision_recall_curve_and_plot(tmp_path):
+def test_precision_recall_curve_and_plot(tmp_path, monkeypatch):
     query, labels, reference, reference_labels = problem(bits=16)
     precision, recall = calculator().precision_recall_curve(query, labels, reference, reference_labels)
     assert precision.shape == recall.shape == (17,)
-    assert recall[-1] == 1 and (recall.diff() >= 0).all()
-    assert precision[-1] == pytest.approx((labels[:, None] == reference_labels).float().mean().item())
+    distances, relevant = (16 - query @ reference.t()) / 2, labels[:, None] == reference_labels
+    for radius in range(17):
+        near = distances <= radius
+        found, hits = near.sum(dim=1), (near & relevant).sum(dim=1)
+        assert precision[radius].item() == pytest.approx((hits / found).nanmean().item(), nan_ok=True)
+        assert recall[radius].item() == pytest.approx((hits / relevant.sum(dim=1)).mean().item())
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kw: drawn.append(figure) or save(figure, path, **kw))
     HashAccuracyCalculator.plot_precision_recall(tmp_path / "curve.png", {"random": (precision, recall)})
     assert (tmp_path / "curve.png").stat().st_size > 1000
+    (line,) = drawn[0].axes[0].lines
+    assert line.get_label() == "random" and np.array_equal(line.get_ydata(), precision, equal_nan=True)
 
 
 @pytest.mark.parametrize(
