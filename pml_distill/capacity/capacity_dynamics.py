@@ -336,6 +336,11 @@ class CapacityDynamics:
             if self.handles:
                 if export_after is not None:
                     key_in(trainer, self.student)
+                if not begun and hasattr(trainer, "save_checkpoint") and self not in trainer.gradient_clippers.values():
+                    c_f.LOGGER.warning(
+                        "CapacityDynamics is not itself among the values of gradient_clippers, so that checkpoints "
+                        'leave it out; give another clipper under another key, such as "embedder_grad_clipper".'
+                    )
                 self.end_epoch()
                 write(self.table().splitlines()[-1] if begun else self.table())
                 begun = True

@@ -10,7 +10,7 @@ class HammingDistance(BaseDistance):
     .. math:: d(u, v) = \frac{K - \langle u, v \rangle}{2}
 
     for codes of -1 and 1; between these values it is the linear relaxation, with gradients. Packed codes
-    (``uint8``, eight bits to a byte) are unpacked first.
+    (``uint8``, eight bits to a byte) are unpacked first. To search or to match, give the signs of a network's outputs.
 
     Shapes:
         query_emb: (N, K) codes or outputs, or (N, bytes) uint8. ref_emb: (M, K) or (M, bytes), likewise. Returns

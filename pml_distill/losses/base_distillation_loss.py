@@ -26,9 +26,9 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     - a zero row has no direction, so that a distance that normalises sends it a zero gradient (the bare
       normalisation of PyTorch would multiply the gradient by 1e12).
 
-    Labels are optional: the losses do not read them, but a reducer may; multi-hot ones are left out. Subclasses
-    implement ``compute_loss`` and return one value per sample or per pair, so that every PML reducer applies; the
-    default is the mean.
+    Labels are optional: the losses do not read them, but ``ClassWeightedReducer`` does, and a trainer's batch with
+    unlabelled rows has none; multi-hot ones are left out. Subclasses implement ``compute_loss`` and return one value
+    per sample or per pair, so that every PML reducer but ``DivisorReducer`` applies; the default is the mean.
 
     Args:
         distance: any PML distance; default ``EuclideanDistance()``, of L2-normalised embeddings.

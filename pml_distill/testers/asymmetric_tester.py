@@ -19,7 +19,8 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
     - ``precision_at_1_level0``: the student's queries in the student's gallery, as in PML's tester;
     - ``teacher_precision_at_1_level0``: the teacher's in the teacher's;
     - ``asymmetric_precision_at_1_level0``: the student's queries in the teacher's gallery; metrics of clusters have no
-      such figure. A query's own row of the gallery is left out by its place.
+      such figure, and one of your own must read neighbours, not embeddings: those are the teacher's. A query's own
+      row of the gallery is left out by its place.
 
     Losses on relations alone do not bring the two spaces together, and the last figure is near zero;
     ``losses.catalogue()`` tells which do. ``HookContainer`` logs all three. The trainers' ``models["projection"]`` maps

@@ -51,8 +51,9 @@ class BaseDistillationTrainer(BaseTrainer):
     ``DistributedLossWrapper`` each needs as many labelled rows: use ``MixedSampler``.
 
     Differences from PML's trainers, beyond the additions: loss weights are not applied in place (that breaks the
-    backward of losses that end in a root or an exponential), keys must match exactly, and the end-of-epoch hook
-    finds the mean of each loss over the epoch in ``trainer.epoch_losses``.
+    backward of losses that end in a root or an exponential), keys must match exactly, the end-of-epoch hook
+    finds the mean of each loss over the epoch in ``trainer.epoch_losses``, and an override of ``maybe_do_batch_mining``
+    is not called.
 
     Args:
         *args: those of PML's trainer: models, optimizers, batch_size, loss_funcs, dataset.
@@ -206,7 +207,7 @@ class BaseDistillationTrainer(BaseTrainer):
         )
         indices_tuple = self.maybe_mine_embeddings(known, known_labels, known_teacher) if len(known) else None
         if self.wants("metric_loss") and len(known):
-            self.losses["metric_loss"] = self.loss_funcs["metric_loss"](known, known_labels, indices_tuple)
+            self.losses["metric_loss"] = self.maybe_get_metric_loss(known, known_labels, indices_tuple)
         if self.wants("distillation_loss"):
             loss = self.loss_funcs["distillation_loss"]
             seen, seen_labels, seen_teacher = embeddings, labels, teacher_embeddings
@@ -281,10 +282,10 @@ class BaseDistillationTrainer(BaseTrainer):
             embeddings = self.compute_embeddings(Views.of(data).student)
             rows = labeled_rows(labels)
             if rows is None:
-                return self.mining_funcs["subset_batch_miner"](embeddings, labels)
+                return torch.as_tensor(self.mining_funcs["subset_batch_miner"](embeddings, labels))
             dropped = torch.zeros(len(embeddings), dtype=torch.bool).index_fill(0, rows, True)
             if len(rows):
-                mined = self.mining_funcs["subset_batch_miner"](*only_labeled(embeddings, labels))
+                mined = torch.as_tensor(self.mining_funcs["subset_batch_miner"](*only_labeled(embeddings, labels)))
                 dropped[rows[mined.to(rows.device)]] = False
             return (~dropped).nonzero().flatten()
         finally:
@@ -475,10 +476,15 @@ class WeightedLossTracker(LossTracker):
 
 
 def split_batch(batch: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
-    """Return (data, labels, index) of a batch that may be only data, or lack the index."""
+    """Return (data, labels, index) of a batch that may be only data, or lack the index.
+
+    Labels of several levels, which a data loader brings as a list of tensors, become columns.
+    """
     if isinstance(batch, Views) or not isinstance(batch, (tuple, list)):
         return batch, None, None
     data, labels, index = (*batch, None, None)[:3]
+    if isinstance(labels, (tuple, list)):
+        labels = torch.stack([torch.as_tensor(level) for level in labels], dim=1)
     return data, labels, index
 
 

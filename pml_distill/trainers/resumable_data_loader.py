@@ -17,6 +17,7 @@ class ResumableDataLoader:
     ``MPerClassSampler`` does with its list of labels: to return to a place, the loader restores both, draws the batches
     up to there once more, and puts the random state of the moment back. Of a sampler it knows the attributes that are
     lists or arrays of integers or strings, such as places and classes, and random generators of torch, not NumPy's.
+    What a sampler draws by the weights of a network, as PML's ``TuplesToWeightsSampler`` does, cannot be drawn again.
 
     Args:
         dataloader: the loader to walk through.
@@ -38,6 +39,12 @@ class ResumableDataLoader:
         self.generators_at_start: dict[str, torch.Tensor] = {}
         self.held: dict[str, tuple] = {}
         self.batches = 0
+
+    def __getattr__(self, name: str) -> Any:
+        # As the loader itself, for hooks that ask for its dataset or sampler; a copy asks before there is one.
+        if name == "dataloader":
+            raise AttributeError(name)
+        return getattr(self.dataloader, name)
 
     def __len__(self) -> int:
         return len(self.dataloader)

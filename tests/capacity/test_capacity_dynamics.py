@@ -947,6 +947,24 @@ def test_in_a_trainer_with_mixed_precision_and_accumulation(amp_dtype, accumulat
     assert all(weight.isfinite().all() for weight in dynamics.weights)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_clipper_that_hides_the_dynamics_from_checkpoints_is_told(inside, caplog):
+    caplog.set_level("WARNING", logger="PML")
+    student, _, optimizer, dynamics = setting(False)
+    DistillationTrainer(
+        models={"trunk": student},
+        optimizers={"trunk_optimizer": optimizer},
+        batch_size=8,
+        loss_funcs={"metric_loss": MultiSimilarityLoss()},
+        dataset=torch.utils.data.TensorDataset(images(16), torch.arange(16) % 4),
+        gradient_clippers={"trunk_grad_clipper": (lambda: dynamics()) if inside else dynamics},
+        end_of_epoch_hook=dynamics.end_of_epoch_hook(),
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=0,
+    ).train(1, 2)
+    assert caplog.text.count("checkpoints leave it out") == inside
+
+
 def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
     student, teacher = network(), network(1, compactors=False)
     embedder = torch.nn.Linear(16, 8)

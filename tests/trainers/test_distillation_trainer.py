@@ -72,6 +72,47 @@ def test_teacher_gets_the_index_of_a_dataset_that_yields_one(make_trainer, blobs
     assert teacher.index.shape == (16,) and teacher.index.unique().numel() == 16
 
 
+def test_labels_of_several_levels_may_come_as_a_tuple(make_trainer):
+    class TwoLevels(Blobs):
+        def __getitem__(self, i):
+            image, label = super().__getitem__(i)
+            return image, (label, label // 2)
+
+    seen = []
+
+    class Watching(ContrastiveLoss):
+        def forward(self, embeddings, labels, *args):
+            seen.append(labels)
+            return super().forward(embeddings, labels, *args)
+
+    loss_funcs = {"metric_loss": Watching(), "distillation_loss": RelativeTeacherLoss()}
+    for level in (0, 1):
+        make_trainer(dataset=TwoLevels(), loss_funcs=loss_funcs, label_hierarchy_level=level).train()
+        assert torch.cat(seen).unique().tolist() == [[0, 1, 2, 3], [0, 1]][level]
+        seen.clear()
+
+
+def test_an_override_of_pmls_metric_loss_is_called(make_trainer):
+    class Halved(DistillationTrainer):
+        def maybe_get_metric_loss(self, *args):
+            return super().maybe_get_metric_loss(*args) / 2
+
+    losses = []
+    for cls in (DistillationTrainer, Halved):
+        torch.manual_seed(0)
+        trainer = make_trainer(cls, iterations_per_epoch=1)
+        trainer.train()
+        losses.append(trainer.epoch_losses["metric_loss"].item())
+    assert losses[1] == pytest.approx(losses[0] / 2)
+
+
+def test_hooks_find_dataset_and_sampler_of_the_loader(make_trainer, blobs):
+    trainer = make_trainer(end_of_iteration_hook=lambda t: seen.append((t.dataloader.dataset, t.dataloader.sampler)))
+    seen = []
+    trainer.train()
+    assert seen[0] == (blobs, trainer.dataloader.dataloader.sampler)
+
+
 def test_runs_without_labels(make_trainer):
     class Unlabelled(Blobs):
         def __getitem__(self, i):
@@ -225,11 +266,12 @@ def test_miners_samplers_schedulers_and_freezing(make_trainer, blobs):
     assert all(torch.equal(frozen[k], v) for k, v in trunk.state_dict().items())
 
 
-def test_subset_batch_miner(make_trainer):
+@pytest.mark.parametrize("places", [torch.arange, np.arange, lambda count: list(range(count))])
+def test_subset_batch_miner(make_trainer, places):
     class FirstHalf(torch.nn.Module):
         def forward(self, embeddings, labels):
             assert not embeddings.requires_grad
-            return torch.arange(len(labels) // 2)
+            return places(len(labels) // 2)
 
     teacher = CountingTeacher(network(out=7, seed=1))
     trainer = make_trainer(teacher=teacher, mining_funcs={"subset_batch_miner": FirstHalf()})
