@@ -58,7 +58,8 @@ def test_the_distillation_comes_in_between_a_fifth_and_a_half_of_the_training(fi
     demo = Demo(DemoConfig("digits", 1), finished, torch.device("cpu"))
     loss = LOSSES["relative_teacher"]
     trainer, _ = demo.trainer_and_tester(tmp_path / "student", demo.networks(8, 0), 0, 0.02, loss)
-    trainer.epoch, trainer.total_steps = 1, 100
+    trainer.epoch = 1
+    trainer.iterations_per_epoch = trainer.total_steps = 100
     for trainer.iteration, share in ((10, 0), (20, 0), (35, 1 / 2), (50, 1), (90, 1)):
         trainer.update_loss_weights()
         assert trainer.loss_weights == pytest.approx({"metric_loss": 1, "distillation_loss": share * loss.weight})

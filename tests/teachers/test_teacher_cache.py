@@ -596,9 +596,17 @@ def test_a_flipped_bit_is_found_and_mended(tmp_path):
     with pytest.raises(ValueError, match=r"Block 3 .*rows 24 to 31.*does not have its checksum.*write\(\)"):
         cached(torch.zeros(2), torch.tensor([8, 30]))
     teacher.log = tmp_path / "log"
-    # A cache that has been begun keeps its own batch size.
-    TeacherCache(tmp_path / "cache", teacher, dataset, batch_size=32).write()
+    cache.write()
     assert contents(tmp_path / "cache") == before and teacher.log.read_text() == "24\n"
+
+
+def test_a_cache_that_has_been_begun_keeps_its_own_batch_size(tmp_path):
+    teacher, dataset = make_teacher(), make_dataset()
+    TeacherCache(tmp_path, teacher, dataset, batch_size=8).write()
+    before = contents(tmp_path)
+    flip_a_bit(tmp_path / "embeddings.bin")
+    TeacherCache(tmp_path, teacher, dataset, batch_size=32).write()
+    assert contents(tmp_path) == before
 
 
 def content_of(text):
