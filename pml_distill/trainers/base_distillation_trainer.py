@@ -281,12 +281,14 @@ class BaseDistillationTrainer(BaseTrainer):
         try:
             embeddings = self.compute_embeddings(Views.of(data).student)
             rows = labeled_rows(labels)
+            if rows is not None and not len(rows):
+                return torch.arange(len(embeddings))
+            known, known_labels = (x if x is None or rows is None else x[rows] for x in (embeddings, labels))
+            mined = torch.as_tensor(self.mining_funcs["subset_batch_miner"](known, known_labels))
             if rows is None:
-                return torch.as_tensor(self.mining_funcs["subset_batch_miner"](embeddings, labels))
+                return mined
             dropped = torch.zeros(len(embeddings), dtype=torch.bool).index_fill(0, rows, True)
-            if len(rows):
-                mined = torch.as_tensor(self.mining_funcs["subset_batch_miner"](*only_labeled(embeddings, labels)))
-                dropped[rows[mined.to(rows.device)]] = False
+            dropped[rows[mined.to(rows.device)]] = False
             return (~dropped).nonzero().flatten()
         finally:
             self.set_to_train()

@@ -11,6 +11,7 @@ from pml_distill.models import SmallResNet
 NETWORKS = {
     "torchvision resnet18": torchvision.models.resnet18,
     "torchvision resnet50": torchvision.models.resnet50,
+    "torchvision resnet101": torchvision.models.resnet101,
     "torchvision, wide": lambda: ResNet(Bottleneck, [1, 2, 1, 1], width_per_group=128),
     "timm resnet50": lambda: timm.create_model("resnet50"),
     "timm resnet18": lambda: timm.create_model("resnet18"),

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from pml_distill.capacity import CapacityDynamics, insert_compactors
 from pml_distill.losses import AbsoluteTeacherLoss, PooledFeatureLoss
@@ -49,6 +49,22 @@ def setting(teacher=True, rate=0.1, optimizer=torch.optim.SGD, **kwargs):
     optimizer = optimizer(student.parameters(), lr=rate)
     kwargs = {"reset_epoch": 0, "queue_size": 64, "ratio": 0.8, **kwargs}
     return student, teacher, optimizer, CapacityDynamics(student, teacher, optimizer, SHAPE, **kwargs)
+
+
+def trainer_with(student, optimizer, dynamics, size=32, **parts):
+    """A trainer on ``size`` images, 8 a step; keyword arguments replace its parts."""
+    usual = {
+        "models": {"trunk": student},
+        "optimizers": {"trunk_optimizer": optimizer},
+        "batch_size": 8,
+        "loss_funcs": {"metric_loss": MultiSimilarityLoss()},
+        "dataset": torch.utils.data.TensorDataset(images(size), torch.arange(size) % 4),
+        "gradient_clippers": {"trunk_grad_clipper": dynamics},
+        "end_of_epoch_hook": dynamics.end_of_epoch_hook(),
+        "data_device": torch.device("cpu"),
+        "dataloader_num_workers": 0,
+    }
+    return DistillationTrainer(**usual | parts)
 
 
 def backward(student, batch):
@@ -499,19 +515,20 @@ def test_a_step_does_not_wait_for_the_device_at_each_compactor():
 
 
 @pytest.mark.parametrize(
-    ("positions", "budget"),
+    ("make", "positions", "budget"),
     [
-        ("inner", {"target_params": 0.3287}),
-        ("inner", {"target_flops": 0.3433}),
-        ("all", {"target_params": 0.5}),
-        ("all", {"target_flops": 0.5}),
+        (torchvision.models.resnet18, "inner", {"target_params": 0.3287}),
+        (torchvision.models.resnet18, "inner", {"target_flops": 0.3433}),
+        (torchvision.models.resnet18, "all", {"target_params": 0.2}),
+        (torchvision.models.resnet18, "all", {"target_flops": 0.2}),
+        # In the basic blocks above "all" places are the inner ones.
+        (functools.partial(ResNet, Bottleneck, [1, 1, 1, 1]), "all", {"target_params": 0.5}),
+        (functools.partial(ResNet, Bottleneck, [1, 1, 1, 1]), "all", {"target_flops": 0.5}),
     ],
 )
-def test_a_resnet_meets_the_budget_within_two_percent(positions, budget):
-    # In basic blocks "all" places are the inner ones.
-    block, depths = (BasicBlock, [2, 2, 2, 2]) if positions == "inner" else (Bottleneck, [1, 1, 1, 1])
+def test_a_resnet_meets_the_budget_within_two_percent(make, positions, budget):
     torch.manual_seed(0)
-    student = ResNet(block, depths, num_classes=8)
+    student = make(num_classes=8)
     insert_compactors(student, positions)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
     dynamics = CapacityDynamics(student, None, optimizer, (3, 32, 32), budget_steps=20, **budget)
@@ -522,7 +539,7 @@ def test_a_resnet_meets_the_budget_within_two_percent(positions, budget):
         dynamics()
         optimizer.step()
     ((name, share),) = budget.items()
-    plain = ResNet(block, depths, num_classes=8)
+    plain = make(num_classes=8)
     exported, whole = (model_cost(model, (3, 32, 32), ()) for model in (dynamics.export(), plain))
     key = "parameters" if name == "target_params" else "flops"
     assert 0.98 * share <= getattr(exported, key) / getattr(whole, key) <= share
@@ -928,18 +945,12 @@ def test_a_killed_run_through_pmls_trainer_ends_like_an_undisturbed_one(tmp_path
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_in_a_trainer_with_mixed_precision_and_accumulation(amp_dtype, accumulation_steps):
     student, teacher, optimizer, dynamics = setting(rate=0.01, lasso_weight=1.0, queue_size=100)
-    data = torch.utils.data.TensorDataset(images(32), torch.arange(32) % 4)
-    DistillationTrainer(
-        models={"trunk": student},
-        optimizers={"trunk_optimizer": optimizer},
-        batch_size=8,
+    trainer_with(
+        student,
+        optimizer,
+        dynamics,
         loss_funcs={"metric_loss": MultiSimilarityLoss(), "distillation_loss": AbsoluteTeacherLoss()},
-        dataset=data,
         teacher=FrozenTeacher(teacher),
-        gradient_clippers={"trunk_grad_clipper": dynamics},
-        end_of_epoch_hook=dynamics.end_of_epoch_hook(),
-        data_device=torch.device("cpu"),
-        dataloader_num_workers=0,
         amp_dtype=amp_dtype,
         accumulation_steps=accumulation_steps,
     ).train(1, 2)
@@ -951,17 +962,8 @@ def test_in_a_trainer_with_mixed_precision_and_accumulation(amp_dtype, accumulat
 def test_a_clipper_that_hides_the_dynamics_from_checkpoints_is_told(inside, caplog):
     caplog.set_level("WARNING", logger="PML")
     student, _, optimizer, dynamics = setting(False)
-    DistillationTrainer(
-        models={"trunk": student},
-        optimizers={"trunk_optimizer": optimizer},
-        batch_size=8,
-        loss_funcs={"metric_loss": MultiSimilarityLoss()},
-        dataset=torch.utils.data.TensorDataset(images(16), torch.arange(16) % 4),
-        gradient_clippers={"trunk_grad_clipper": (lambda: dynamics()) if inside else dynamics},
-        end_of_epoch_hook=dynamics.end_of_epoch_hook(),
-        data_device=torch.device("cpu"),
-        dataloader_num_workers=0,
-    ).train(1, 2)
+    clipper = (lambda: dynamics()) if inside else dynamics
+    trainer_with(student, optimizer, dynamics, 16, gradient_clippers={"trunk_grad_clipper": clipper}).train(1, 2)
     assert caplog.text.count("checkpoints leave it out") == inside
 
 
@@ -981,17 +983,13 @@ def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
             outputs.extend([student.eval()(images()), trunk(images())])
             trunk.train()
 
-    trainer = DistillationTrainer(
+    trainer = trainer_with(
+        student,
+        optimizer,
+        dynamics,
         models={"trunk": student, "embedder": embedder},
-        optimizers={"trunk_optimizer": optimizer},
         lr_schedulers={"trunk_scheduler_by_epoch": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)},
-        batch_size=8,
-        loss_funcs={"metric_loss": MultiSimilarityLoss()},
-        dataset=torch.utils.data.TensorDataset(images(32), torch.arange(32) % 4),
-        gradient_clippers={"trunk_grad_clipper": dynamics},
         end_of_epoch_hook=dynamics.end_of_epoch_hook(then, export_after=2),
-        data_device=torch.device("cpu"),
-        dataloader_num_workers=0,
     )
     trainer.train(1, 4)
     small = trainer.models["trunk"]
@@ -1009,19 +1007,16 @@ def test_an_export_that_takes_away_what_the_trainer_taps_is_refused_after_the_fi
     student, teacher, optimizer, dynamics = setting()
 
     def train(tapped):
-        DistillationTrainer(
-            models={"trunk": student},
-            optimizers={"trunk_optimizer": optimizer},
-            batch_size=8,
+        trainer_with(
+            student,
+            optimizer,
+            dynamics,
+            16,
             loss_funcs={"feature_distillation_loss": PooledFeatureLoss()},
-            dataset=torch.utils.data.TensorDataset(images(16), torch.arange(16) % 4),
             teacher=FrozenTeacher(teacher),
             student_features=[tapped],
             teacher_features=["layer1.0"],
-            gradient_clippers={"trunk_grad_clipper": dynamics},
             end_of_epoch_hook=dynamics.end_of_epoch_hook(export_after=2),
-            data_device=torch.device("cpu"),
-            dataloader_num_workers=0,
         ).train(1, 3)
 
     before = list(optimizer.param_groups[0]["params"])

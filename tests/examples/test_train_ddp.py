@@ -48,7 +48,8 @@ def single(tmp_path_factory, options):
     return torch.load(path)
 
 
-@pytest.mark.parametrize(("processes", "cached"), [(2, True), (4, False)])
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("cached", [False, True])
 def test_ten_steps_equal_those_of_one_process(tmp_path, options, single, processes, cached):
     path = tmp_path / "student.pth"
     cache = ["--views", "1", "--cache", str(tmp_path / "cache")] if cached else []

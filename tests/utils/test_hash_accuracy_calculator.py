@@ -166,6 +166,8 @@ def test_precision_recall_curve_and_plot(tmp_path, monkeypatch):
     query, labels, reference, reference_labels = problem(bits=16)
     precision, recall = calculator().precision_recall_curve(query, labels, reference, reference_labels)
     assert precision.shape == recall.shape == (17,)
+    assert recall[-1] == 1 and (recall.diff() >= 0).all()
+    assert precision[-1] == pytest.approx((labels[:, None] == reference_labels).float().mean().item())
     distances, relevant = (16 - query @ reference.t()) / 2, labels[:, None] == reference_labels
     for radius in range(17):
         near = distances <= radius
