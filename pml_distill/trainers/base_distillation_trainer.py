@@ -187,20 +187,16 @@ class BaseDistillationTrainer(BaseTrainer):
         data, labels, index = curr_batch
         student_data, teacher_data = Views.of(on_views(data, self.on_device))
         with self.autocast():
-            output = self.compute_embeddings(student_data)
-            if not isinstance(output, torch.Tensor):
-                raise ValueError(
-                    f'models["trunk"] and ["embedder"] must return one tensor of embeddings, but returned a '
-                    f"{type(output).__name__}."
-                )
-            projected = self.models["projection"](output) if "projection" in self.models else output
+            projected = output = one_tensor(self.compute_embeddings(student_data), 'models["trunk"] and ["embedder"]')
+            if "projection" in self.models:
+                projected = one_tensor(self.models["projection"](output), 'models["projection"]')
         embeddings, projected = in_float32(output), in_float32(projected)
         self.outputs += [embeddings, projected]
         teacher_embeddings: Any = None
         if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner("tuple_miner"):
             # PML's losses, for asymmetric learning, compare what has one precision and is on one device.
             with torch.no_grad():
-                teacher_embeddings = self.teacher(teacher_data, index).to(embeddings)
+                teacher_embeddings = one_tensor(self.teacher(teacher_data, index), "teacher").to(embeddings)
         rows = labeled_rows(labels)
         known, known_labels, known_teacher = (
             x if x is None or rows is None else x[rows] for x in (embeddings, labels, teacher_embeddings)
@@ -488,6 +484,13 @@ def split_batch(batch: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | No
     if isinstance(labels, (tuple, list)):
         labels = torch.stack([torch.as_tensor(level) for level in labels], dim=1)
     return data, labels, index
+
+
+def one_tensor(output: Any, name: str) -> torch.Tensor:
+    """Return the embeddings that a network has returned; raise ``ValueError`` if it returned something else."""
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"{name} must return one tensor of embeddings, but returned a {type(output).__name__}.")
+    return output
 
 
 def on_views(data: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
