@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..utils.one_tensor import one_tensor
 from ..utils.precision import in_float32
 
 
@@ -59,7 +60,7 @@ class EnsembleTeacher(torch.nn.Module):
     @torch.no_grad()
     def forward(self, data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return the joint embeddings, (B, sum of the widths), on the device of the first teacher's."""
-        parts = [teacher(data, index) for teacher in self.teachers]
+        parts = [one_tensor(teacher(data, index), f"teachers[{k}]") for k, teacher in enumerate(self.teachers)]
         # A cached teacher answers where the data are, a frozen one where it is itself.
         device = parts[0].device
         parts = [F.normalize(in_float32(part.to(device))) for part in parts]

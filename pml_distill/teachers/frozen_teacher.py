@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..utils.feature_tap import FeatureTap
+from ..utils.one_tensor import one_tensor
 
 
 class FrozenTeacher(torch.nn.Module):
@@ -59,13 +60,8 @@ class FrozenTeacher(torch.nn.Module):
             data = data.to(device=weight.device, dtype=weight.dtype if data.is_floating_point() else None)
         placed = data if weight is None else weight
         with torch.autocast(placed.device.type if isinstance(placed, torch.Tensor) else "cpu", enabled=False):
-            embeddings = self.embedder(self.trunk(data))
-        if not isinstance(embeddings, torch.Tensor):
-            raise ValueError(
-                f"trunk and embedder must return one tensor of embeddings, but returned a {type(embeddings).__name__}; "
-                "give an embedder that takes it out."
-            )
-        return embeddings
+            output = self.embedder(self.trunk(data))
+        return one_tensor(output, "trunk and embedder", "; give an embedder that takes it out")
 
     def tap(self, names: Sequence[str]) -> FeatureTap:
         """Return what takes the outputs of modules of the trunk while the teacher runs."""

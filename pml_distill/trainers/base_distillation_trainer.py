@@ -20,6 +20,7 @@ from ..losses import BaseDistillationLoss
 from ..miners import BaseTeacherMiner
 from ..utils.distributed import num_processes, process_rank, unwrapped
 from ..utils.feature_tap import FeatureTap
+from ..utils.one_tensor import one_tensor
 from ..utils.precision import in_float32
 from ..utils.whole_file import whole_file
 from .checks import check_multi_hot_level, check_setup, without_wrapper
@@ -198,9 +199,7 @@ class BaseDistillationTrainer(BaseTrainer):
             with torch.no_grad():
                 teacher_embeddings = one_tensor(self.teacher(teacher_data, index), "teacher").to(embeddings)
         rows = labeled_rows(labels)
-        known, known_labels, known_teacher = (
-            x if x is None or rows is None else x[rows] for x in (embeddings, labels, teacher_embeddings)
-        )
+        known, known_labels, known_teacher = at(rows, embeddings, labels, teacher_embeddings)
         indices_tuple = self.maybe_mine_embeddings(known, known_labels, known_teacher) if len(known) else None
         if self.wants("metric_loss") and len(known):
             self.losses["metric_loss"] = self.maybe_get_metric_loss(known, known_labels, indices_tuple)
@@ -279,8 +278,7 @@ class BaseDistillationTrainer(BaseTrainer):
             rows = labeled_rows(labels)
             if rows is not None and not len(rows):
                 return torch.arange(len(embeddings))
-            known, known_labels = (x if x is None or rows is None else x[rows] for x in (embeddings, labels))
-            mined = torch.as_tensor(self.mining_funcs["subset_batch_miner"](known, known_labels))
+            mined = torch.as_tensor(self.mining_funcs["subset_batch_miner"](*at(rows, embeddings, labels)))
             if rows is None:
                 return mined
             dropped = torch.zeros(len(embeddings), dtype=torch.bool).index_fill(0, rows, True)
@@ -486,13 +484,6 @@ def split_batch(batch: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | No
     return data, labels, index
 
 
-def one_tensor(output: Any, name: str) -> torch.Tensor:
-    """Return the embeddings that a network has returned; raise ``ValueError`` if it returned something else."""
-    if not isinstance(output, torch.Tensor):
-        raise ValueError(f"{name} must return one tensor of embeddings, but returned a {type(output).__name__}.")
-    return output
-
-
 def on_views(data: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Apply a function to the data, or to both views."""
     return Views(*map(function, data)) if isinstance(data, Views) else function(data)
@@ -507,10 +498,9 @@ def labeled_rows(labels: torch.Tensor | None) -> torch.Tensor | None:
     return (~missing).nonzero().flatten() if missing.any() else None
 
 
-def only_labeled(rows: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the rows that have a label, and the labels; the same objects if all rows have."""
-    kept = labeled_rows(labels)
-    return (rows, labels) if labels is None or kept is None else (rows[kept], labels[kept])
+def at(rows: torch.Tensor | None, *parts: Any) -> tuple[Any, ...]:
+    """Return these rows of each part, or the same objects if ``rows`` is None; a part that is None stays so."""
+    return parts if rows is None else tuple(None if part is None else part[rows] for part in parts)
 
 
 def needs_labels(loss: Any) -> bool:

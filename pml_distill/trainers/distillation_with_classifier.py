@@ -6,7 +6,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..teachers import CachedTeacher, FrozenTeacher
 from ..utils.precision import in_float32
-from .base_distillation_trainer import BaseDistillationTrainer, all_or_none, only_labeled
+from .base_distillation_trainer import BaseDistillationTrainer, all_or_none, at, labeled_rows
 from .checks import check_frozen
 
 
@@ -73,7 +73,7 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
             logits = in_float32(self.models["classifier"](embeddings.to(weight.dtype)))
         self.outputs.append(logits)
         if self.wants("classifier_loss"):
-            known, known_labels = only_labeled(logits, labels)
+            known, known_labels = at(labeled_rows(labels), logits, labels)
             if len(known):
                 known_labels = c_f.to_device(known_labels, logits)
                 self.losses["classifier_loss"] = self.loss_funcs["classifier_loss"](known, known_labels)

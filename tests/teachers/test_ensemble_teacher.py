@@ -74,3 +74,10 @@ def test_in_a_trainer_it_stays_frozen_and_in_eval_mode():
 def test_wrong_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_teacher_of_several_outputs_is_named():
+    joint = EnsembleTeacher([*teachers(), lambda data, index: (data, data)])
+    message = r"^teachers\[2\] must return one tensor of embeddings, but returned a tuple\.$"
+    with pytest.raises(ValueError, match=message):
+        joint(torch.zeros(2, 6))

@@ -637,18 +637,22 @@ def test_data_other_than_tensors_go_where_pml_sends_them(make_trainer, blobs):
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
-def test_what_returns_several_outputs_is_named(make_trainer):
-    class Two(torch.nn.Module):
-        def forward(self, data):
-            return data, data
+class Two(torch.nn.Module):
+    def forward(self, data, index=None):
+        return data, data
 
-    for name, given in (
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
         (r'models\["trunk"\] and \["embedder"\]', {"models": {"trunk": Two()}}),
         (r'models\["projection"\]', {"models": {"trunk": torch.nn.Identity(), "projection": Two()}}),
-        ("teacher", {"models": {"trunk": torch.nn.Identity()}, "teacher": lambda data, index: (data, data)}),
-    ):
-        with pytest.raises(ValueError, match=f"^{name} must return one tensor of embeddings, but returned a tuple"):
-            make_trainer(optimizers={}, **given).train(1, 1)
+        ("teacher", {"models": {"trunk": torch.nn.Identity()}, "teacher": Two().eval()}),
+    ],
+)
+def test_what_returns_several_outputs_is_named(make_trainer, name, given):
+    with pytest.raises(ValueError, match=f"^{name} must return one tensor of embeddings, but returned a tuple"):
+        make_trainer(optimizers={}, **given).train(1, 1)
 
 
 def test_multi_hot_labels_go_to_the_metric_loss_alone(make_trainer):
