@@ -26,7 +26,7 @@ class EnsembleTeacher(torch.nn.Module):
 
     Raises:
         ValueError: no list, or an empty one; another number of weights, or one that is not positive and finite; a
-            teacher whose parameters require gradients.
+            teacher whose parameters require gradients, or that returns no single tensor.
 
     Example:
         >>> from pml_distill.teachers import FrozenTeacher

@@ -83,7 +83,8 @@ class BaseDistillationTrainer(BaseTrainer):
             student, or reads a cache of another dataset; a key is unknown; features are named that are not there or
             not used; ``amp_dtype`` or ``accumulation_steps`` is out of range;
             ``DistributedLossWrapper(efficient=True)`` around a distillation loss, or the same of a miner that asks the
-            teacher; of several processes each would train a part of the models for itself.
+            teacher; of several processes each would train a part of the models for itself; in a step: a network or the
+            teacher returns no single tensor.
     """
 
     loss_keys_with_teacher: tuple[str, ...] = ("distillation_loss", "feature_distillation_loss")
