@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 from ..datasets import SeededViews, Views
 from ..utils.eval_mode import eval_mode
+from ..utils.one_tensor import one_tensor
 from .block_file import BlockFile
 
 #: What decides which pixels a seed gives.
@@ -69,9 +70,7 @@ def embedding_signature(teacher: torch.nn.Module, dataset: SeededViews) -> list[
     """Return a few values of a teacher's embedding of the first sample: no weight tells of what its code does."""
     data, row = default_collate([(dataset.read([0])[0][0], 0)])
     with eval_mode(teacher):
-        embedding = teacher(Views.of(data).teacher, row)
-    if not isinstance(embedding, torch.Tensor):
-        raise ValueError(f"teacher must return embeddings (B, width), but returned a {type(embedding).__name__}.")
+        embedding = one_tensor(teacher(Views.of(data).teacher, row), "teacher")
     return a_few(flat(embedding.double().cpu()))
 
 

@@ -726,6 +726,15 @@ def test_wrong_arguments_are_refused(tmp_path, changes, message):
         TeacherCache(tmp_path, **{"teacher": make_teacher(), "dataset": make_dataset()} | changes)
 
 
+def test_a_teacher_of_several_outputs_is_named(tmp_path):
+    class Two(nn.Module):
+        def forward(self, data, index):
+            return data, data
+
+    with pytest.raises(ValueError, match=r"^teacher must return one tensor of embeddings, but returned a tuple\.$"):
+        TeacherCache(tmp_path, Two(), make_dataset())
+
+
 def test_ten_million_rows_need_no_memory(tmp_path, monkeypatch):
     """10,000,000 x 512 in float16, 9.5 GiB, nearly all of it holes: reading takes a few pages."""
     monkeypatch.setattr(block_file, "check_room", lambda folder, needed: None)
