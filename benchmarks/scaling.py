@@ -9,9 +9,9 @@ Where the sizes before foretell more than --seconds or --gibibytes for a call, i
 """
 
 import argparse
-import csv
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from speed import (
     figures,
     first_call,
     network_seconds,
-    printed,
+    parsed,
+    recorded,
     rounded,
     seconds_in_turns,
     subjects,
@@ -35,6 +36,7 @@ from speed import (
 from tqdm import tqdm
 
 ANGLES = "angles, all triplets at once"
+COLUMNS = ("family", "name", "batch", "width", *FIGURES, "skipped")
 
 
 class AnglesOfAllTriplets(torch.nn.Module):
@@ -60,12 +62,12 @@ def foretold(history: Sequence[tuple[int, float]], size: int) -> float:
     return value * (size / last) ** power
 
 
-def measure(width: int, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+def measure(width: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the rows of each batch size, the smallest first."""
     device = torch.device(options.device)
     seconds_of: dict[str, list[tuple[int, float]]] = {}
     bytes_of: dict[str, list[tuple[int, float]]] = {}
-    for size in sorted(options.batches):
+    for size in tqdm(sorted(options.batches), desc=f"width {width}"):
         found, skipped, first = subjects(size, width, device), {}, {}
         found[ANGLES] = found["RKDAngleLoss"]._replace(function=AnglesOfAllTriplets())
         for name, subject in found.items():
@@ -82,15 +84,14 @@ def measure(width: int, options: argparse.Namespace) -> Iterator[list[dict[str, 
                     skipped[name] = f"{first[name]:.0f} s a call"
                     seconds_of[name].append((size, first.pop(name)))
         median = seconds_in_turns(found, first, options.repeats)
-        step, rows = network_seconds(device, size), []
+        step = network_seconds(device, size)
         for name, subject in found.items():
             row = {"family": subject.family, "name": name, "batch": size, "width": width}
             row |= dict.fromkeys(FIGURES, "") | {"skipped": skipped.get(name, "")}
             if name in first:
                 seconds_of[name].append((size, median[name]))
                 row |= figures(name, median, bytes_of[name][-1][1], step)
-            rows.append(rounded(row))
-        yield rows
+            yield rounded(row)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, width: int) -> None:
@@ -138,28 +139,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--gibibytes", type=float, default=2.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("scaling"))
-    options = parser.parse_args()
-    if (options.out / "scaling.csv").exists():
-        parser.error(f"--out {options.out} holds a scaling.csv already; choose another folder.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with (
-        open(options.out / "scaling.csv", "w", newline="") as file,
-        tqdm(total=len(options.widths) * len(options.batches), unit="size") as bar,
-    ):
-        writer = csv.DictWriter(file, ("family", "name", "batch", "width", *FIGURES, "skipped"))
-        writer.writeheader()
-        for width in options.widths:
-            for found in measure(width, options):
-                writer.writerows(found)
-                file.flush()
-                rows += found
-                bar.update()
-    table = printed(rows)
-    print(table)
-    (options.out / "scaling.md").write_text(table + "\n", encoding="utf-8")
+    options = parsed(parser, "scaling")
+    measured = chain.from_iterable(measure(width, options) for width in options.widths)
+    rows = recorded(measured, COLUMNS, options.out / "scaling")
     draw(rows, options.out / "scaling.png", options.widths[-1])
 
 

@@ -20,7 +20,7 @@ same against batch size and width.
 import argparse
 import csv
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,10 +169,32 @@ def rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def printed(rows: list[dict[str, Any]]) -> str:
-    """Lay out the rows, the name first."""
-    shown = [{key: f"{v:.3g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in rows]
-    return format_table([{"name": row["name"]} | row for row in shown])
+def parsed(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """Return the options, with those on device and folder; the folder is there, without a table of that name."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(name))
+    options = parser.parse_args()
+    if (options.out / f"{name}.csv").exists():
+        parser.error(f"--out {options.out} holds a {name}.csv already; choose another folder.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def recorded(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> list[dict[str, Any]]:
+    """Write rows as they come into a CSV, all of them as a table beside it, which is printed, and return them."""
+    found = []
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row)
+            file.flush()
+            found.append(row)
+    shown = [{key: f"{v:.3g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in found]
+    table = format_table([{"name": row["name"]} | row for row in shown])
+    print(table)
+    path.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+    return found
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -226,23 +248,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("speed"))
-    options = parser.parse_args()
-    if (options.out / "speed.csv").exists():
-        parser.error(f"--out {options.out} holds a speed.csv already; choose another folder.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with open(options.out / "speed.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in measure(options):
-            writer.writerow(row)
-            file.flush()
-            rows.append(row)
-    table = printed(rows)
-    print(table)
-    (options.out / "speed.md").write_text(table + "\n", encoding="utf-8")
+    options = parsed(parser, "speed")
+    rows = recorded(measure(options), COLUMNS, options.out / "speed")
     draw(rows, options.out / "speed.png")
 
 
