@@ -41,7 +41,7 @@ from torch import nn
 
 from pml_distill.datasets import FROM_PML, Digits
 from pml_distill.demo import DATASETS, EMBEDDING_SIZE, LOSSES, Demo, DemoConfig, Distillation, Supervision
-from pml_distill.utils.whole_file import whole_file
+from pml_distill.utils.files import whole_file
 
 NONE, TEACHER = "none", "teacher"
 FIGURES = ("precision_at_1", "r_precision", "mean_average_precision_at_r", "NMI")

@@ -54,14 +54,14 @@ from pml_distill.capacity import (
     save_compact,
 )
 from pml_distill.datasets import Glyphs
-from pml_distill.datasets.partially_labeled import UNLABELED
+from pml_distill.datasets.items import UNLABELED
 from pml_distill.demo import layout_for
 from pml_distill.distances import EuclideanDistance
+from pml_distill.evaluation import model_cost
 from pml_distill.losses import MutualDistanceLoss
 from pml_distill.samplers import MixedSampler
 from pml_distill.teachers import EnsembleTeacher, FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
-from pml_distill.utils import model_cost
 from pml_distill.utils.report import format_table, mean_and_error, shown
 
 LAYERS = {

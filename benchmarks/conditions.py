@@ -23,8 +23,8 @@ from comparison import METRICS, GlyphsDemo, by_seed, complete, options
 from torch import nn
 
 from pml_distill.demo import EMBEDDING_SIZE, LOSSES
+from pml_distill.evaluation import neighbor_agreement
 from pml_distill.losses import catalogue
-from pml_distill.utils import neighbor_agreement
 from pml_distill.utils.report import format_table, shown
 
 ALONE = "alone"

@@ -23,8 +23,8 @@ from comparison import GlyphsDemo, complete, options, report
 
 from pml_distill.datasets import CrossQuality
 from pml_distill.demo import Distillation
+from pml_distill.evaluation import asymmetric_accuracy, neighbor_agreement
 from pml_distill.losses import AbsoluteTeacherLoss
-from pml_distill.utils import asymmetric_accuracy, neighbor_agreement
 
 CLEAN, LOOKING, ALONE, TAUGHT = "teacher", "teacher on degraded images", "trained on degraded images", "cross-quality"
 DEGRADATIONS = ("low resolution", "blur", "compression")

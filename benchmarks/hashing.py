@@ -25,11 +25,11 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 
 from pml_distill.datasets import Glyphs, glyph_hashing
+from pml_distill.evaluation import HashAccuracyCalculator, model_cost
 from pml_distill.losses import CentralSimilarityLoss, DeepCauchyHashingLoss, RegressionTeacherLoss
 from pml_distill.models import CompactResNet, HashHead
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
-from pml_distill.utils import HashAccuracyCalculator, model_cost
 from pml_distill.utils.report import format_table, mean_and_error, shown
 
 BITS = (16, 32, 48, 64)

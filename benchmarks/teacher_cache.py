@@ -23,11 +23,11 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from timing import medians, peak_memory
 
 from pml_distill.datasets import Glyphs, SeededViews
+from pml_distill.evaluation import model_cost
 from pml_distill.losses import AbsoluteTeacherLoss
 from pml_distill.models import SmallResNet
 from pml_distill.teachers import CachedTeacher, FrozenTeacher, TeacherCache
 from pml_distill.trainers import DistillationTrainer
-from pml_distill.utils import model_cost
 from pml_distill.utils.report import format_table
 
 WIDTH, EMBEDDING_SIZE, PER_CLASS = 16, 128, 4

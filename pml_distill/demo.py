@@ -18,6 +18,7 @@ from pytorch_metric_learning.utils.inference import CustomKNN, FaissKMeans
 from torch import nn
 
 from .datasets import Digits, Glyphs
+from .evaluation import asymmetric_accuracy, model_cost, neighbor_agreement
 from .losses import (
     AbsoluteTeacherLoss,
     AsymmetricRegressionLoss,
@@ -45,8 +46,7 @@ from .models import SmallResNet
 from .teachers import FrozenTeacher
 from .teachers.fingerprint import digest_of
 from .trainers import DistillationWithClassifier
-from .utils import asymmetric_accuracy, model_cost, neighbor_agreement
-from .utils.whole_file import whole_file
+from .utils.files import whole_file
 
 EMBEDDING_SIZE = 128
 BATCH_SIZE = 128

@@ -25,7 +25,7 @@ def test_the_map_names_what_there_is():
     import importlib
 
     packages = (
-        "losses miners distances regularizers samplers teachers testers trainers datasets models capacity utils".split()
+        "losses miners distances regularizers samplers teachers testers trainers datasets models capacity evaluation utils".split()
     )
     for package in packages:
         for name in importlib.import_module(f"pml_distill.{package}").__all__:

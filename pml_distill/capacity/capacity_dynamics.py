@@ -11,8 +11,8 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch import nn
 
 from ..teachers import FrozenTeacher
-from ..utils.distributed import num_processes, unwrapped
-from ..utils.eval_mode import eval_mode
+from ..utils.distributed import num_processes
+from ..utils.modules import eval_mode, unwrapped
 from ..utils.report import format_table, write
 from .compactor import find_compactors
 from .correspondence import check_correspondence, check_networks

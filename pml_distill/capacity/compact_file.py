@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.whole_file import whole_file
+from ..utils.files import whole_file
 from .compactor import find_compactors, replace_module
 
 FORMAT = "pml-distill compact network 1"

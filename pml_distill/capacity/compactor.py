@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.eval_mode import eval_mode
+from ..utils.modules import eval_mode
 
 BASIC = (("conv1", "bn1", "relu", "conv2"),)
 BOTTLENECK = (("conv1", "bn1", "relu", "conv2"), ("conv2", "bn2", "relu", "conv3"))

@@ -4,7 +4,7 @@ from typing import Any
 from torch import nn
 
 from ..teachers import EnsembleTeacher
-from ..utils.distributed import unwrapped
+from ..utils.modules import unwrapped
 from .compactor import find_chains
 
 

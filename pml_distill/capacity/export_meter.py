@@ -5,7 +5,7 @@ from numbers import Integral
 import torch
 from torch import nn
 
-from ..utils.eval_mode import eval_mode
+from ..utils.modules import eval_mode
 from .compactor import compacted_chains
 from .export import kept_rows
 
@@ -33,7 +33,7 @@ class ExportMeter:
 
     The network runs once, when the meter is made, on one black image in eval mode; measuring then takes the row
     norms and arithmetic alone. Parameters and FLOPs (two per multiply-add) are those that
-    ``pml_distill.utils.model_cost`` finds for ``export(model, threshold)``.
+    ``pml_distill.evaluation.model_cost`` finds for ``export(model, threshold)``.
 
     Args:
         model: a network from ``insert_compactors``; its mode is restored.

@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import nn
 
-from ..utils.distributed import unwrapped
+from ..utils.modules import unwrapped
 from ..utils.report import write
 from .compactor import compacted_chains
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from .cross_quality import CrossQuality, Views
+from .cross_quality import CrossQuality
 from .digits import Digits
 from .glyphs import Glyphs
 from .hashing_protocols import HashingSplit, MultiLabelList, cifar10_hashing, glyph_hashing, hashing_splits
+from .items import Views
 from .labeled_and_unlabeled import LabeledAndUnlabeled
 from .partially_labeled import PartiallyLabeled
 from .seeded_views import SeededViews

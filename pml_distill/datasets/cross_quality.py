@@ -1,26 +1,9 @@
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from .partially_labeled import get_items, own_labels
-
-
-class Views(NamedTuple):
-    """Two views of a sample or of a batch; the trainers show each network its own.
-
-    Args:
-        student: what the student sees.
-        teacher: what the teacher sees.
-    """
-
-    student: Any
-    teacher: Any
-
-    @classmethod
-    def of(cls, data: Any) -> "Views":
-        """Return the data if they are views; what is not is seen by both."""
-        return data if isinstance(data, cls) else cls(data, data)
+from .items import Views, get_items, own_labels
 
 
 class CrossQuality(torch.utils.data.Dataset):

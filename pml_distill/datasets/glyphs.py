@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.whole_file import whole_file
+from ..utils.files import whole_file
 from .class_disjoint_images import ClassDisjointImages
 
 VERSION = 1

@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 
-from .partially_labeled import UNLABELED, get_items, labels_of
+from .items import UNLABELED, get_items, labels_of
 
 
 class LabeledAndUnlabeled(torch.utils.data.Dataset):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .partially_labeled import UNLABELED, own_labels
+from .items import UNLABELED, own_labels
 
 
 class SeededViews(torch.utils.data.Dataset):

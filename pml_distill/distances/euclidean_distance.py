@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from pytorch_metric_learning.distances import LpDistance
 
-from ..utils.own_gradient import own_gradient
+from ..utils.tensors import own_gradient
 
 
 class EuclideanDistance(LpDistance):

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..distances import EuclideanDistance
 from ..utils.distributed import num_processes
-from ..utils.precision import in_float32
+from ..utils.tensors import in_float32
 
 IndicesTuple = tuple[torch.Tensor, ...]
 

@@ -5,7 +5,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.module_with_records_and_reducer import ModuleWithRecordsAndReducer
 from torch.nn import functional as F
 
-from ..utils.precision import in_float32
+from ..utils.tensors import in_float32
 
 Maps = Sequence[torch.Tensor]
 

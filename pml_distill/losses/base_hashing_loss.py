@@ -1,8 +1,8 @@
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 
-from ..utils.multi_hot_labels import check_multi_hot
-from ..utils.precision import in_float32
+from ..utils.labels import check_multi_hot
+from ..utils.tensors import in_float32
 from .base_distillation_loss import IndicesTuple
 
 

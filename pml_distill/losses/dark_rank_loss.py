@@ -4,7 +4,7 @@ from math import comb
 import torch
 from torch.nn import functional as F
 
-from ..utils.own_gradient import own_gradient
+from ..utils.tensors import own_gradient
 from .base_distillation_loss import ABSENT, BaseDistillationLoss, check_positive
 from .similarity_score import similarity_score
 

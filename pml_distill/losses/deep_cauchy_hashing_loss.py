@@ -1,7 +1,7 @@
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 
-from ..utils.multi_hot_labels import share_a_label
+from ..utils.labels import share_a_label
 from .base_distillation_loss import check_not_negative, check_positive, cut_zero_rows
 from .base_hashing_loss import BaseHashingLoss
 

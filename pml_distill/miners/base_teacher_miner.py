@@ -2,7 +2,7 @@ import torch
 from pytorch_metric_learning.miners import BaseMiner
 
 from ..distances import EuclideanDistance
-from ..utils.precision import in_float32
+from ..utils.tensors import in_float32
 
 
 class BaseTeacherMiner(BaseMiner):

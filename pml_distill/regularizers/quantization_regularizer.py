@@ -1,7 +1,7 @@
 import torch
 from pytorch_metric_learning.regularizers import BaseRegularizer
 
-from ..utils.precision import in_float32
+from ..utils.tensors import in_float32
 
 
 class QuantizationRegularizer(BaseRegularizer):

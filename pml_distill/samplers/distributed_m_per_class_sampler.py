@@ -5,7 +5,7 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.utils.data import Sampler
 
-from ..datasets.partially_labeled import UNLABELED
+from ..datasets.items import UNLABELED
 from ..utils.distributed import joint_seed, num_processes, process_rank
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from ..datasets.partially_labeled import UNLABELED
+from ..datasets.items import UNLABELED
 from ..utils.distributed import process_rank
 
 

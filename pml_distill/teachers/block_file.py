@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..utils.whole_file import whole_file
+from ..utils.files import whole_file
 
 FORMAT = "pml-distill teacher cache 2"
 HEADER, CHECKSUMS, LOCK = "cache.json", "checksums.bin", "lock"

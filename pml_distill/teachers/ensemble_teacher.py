@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..utils.one_tensor import one_tensor
-from ..utils.precision import in_float32
+from ..utils.tensors import in_float32, one_tensor
 
 
 class EnsembleTeacher(torch.nn.Module):

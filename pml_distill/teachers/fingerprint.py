@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import default_collate
 
 from ..datasets import SeededViews, Views
-from ..utils.eval_mode import eval_mode
-from ..utils.one_tensor import one_tensor
+from ..utils.modules import eval_mode
+from ..utils.tensors import one_tensor
 from .block_file import BlockFile
 
 #: What decides which pixels a seed gives.

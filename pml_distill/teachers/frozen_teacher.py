@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..utils.feature_tap import FeatureTap
-from ..utils.one_tensor import one_tensor
+from ..utils.tensors import one_tensor
 
 
 class FrozenTeacher(torch.nn.Module):

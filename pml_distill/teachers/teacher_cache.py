@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..datasets import SeededViews, Views
 from ..utils.distributed import in_first_process, num_processes, process_rank
-from ..utils.eval_mode import eval_mode
+from ..utils.modules import eval_mode
 from .block_file import CHECKSUMS, HEADER, LOCK, BlockFile, file_sizes, locked
 from .cached_teacher import caches
 from .fingerprint import dataset_fingerprint, differences, embedding_signature, module_fingerprint, refuse

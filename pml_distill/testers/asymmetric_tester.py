@@ -4,8 +4,8 @@ import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 
 from ..datasets import Views
-from ..utils.asymmetric_accuracy import asked_by
-from ..utils.hash_accuracy_calculator import HashAccuracyCalculator
+from ..evaluation.asymmetric_accuracy import asked_by
+from ..evaluation.hash_accuracy_calculator import HashAccuracyCalculator
 
 Embeddings = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

@@ -16,7 +16,7 @@ class MultiLabelTester(GlobalEmbeddingSpaceTester):
 
     Example:
         >>> import torch
-        >>> from pml_distill.utils import HashAccuracyCalculator
+        >>> from pml_distill.evaluation import HashAccuracyCalculator
         >>> images, labels = torch.randn(20, 8), torch.eye(4).repeat(5, 1)
         >>> calculator = HashAccuracyCalculator(include=("mean_average_precision",), device=torch.device("cpu"))
         >>> tester = MultiLabelTester(accuracy_calculator=calculator, dataloader_num_workers=0)

@@ -15,14 +15,14 @@ from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from ..datasets import Views
-from ..datasets.partially_labeled import UNLABELED
+from ..datasets.items import UNLABELED
 from ..losses import BaseDistillationLoss
 from ..miners import BaseTeacherMiner
-from ..utils.distributed import num_processes, process_rank, unwrapped
+from ..utils.distributed import num_processes, process_rank
 from ..utils.feature_tap import FeatureTap
-from ..utils.one_tensor import one_tensor
-from ..utils.precision import in_float32
-from ..utils.whole_file import whole_file
+from ..utils.files import whole_file
+from ..utils.modules import unwrapped
+from ..utils.tensors import in_float32, one_tensor
 from .checks import check_multi_hot_level, check_setup, without_wrapper
 from .random_state import get_random_state, set_random_state
 from .resumable_data_loader import ResumableDataLoader

@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..losses import BaseFeatureLoss, BaseHashingLoss
 from ..teachers import CachedTeacher, FrozenTeacher
 from ..teachers.cached_teacher import caches
-from ..utils.distributed import num_processes, unwrapped
+from ..utils.distributed import num_processes
 from ..utils.feature_tap import FeatureTap
+from ..utils.modules import unwrapped
 
 
 def check_setup(trainer: Any) -> None:

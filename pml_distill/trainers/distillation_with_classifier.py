@@ -5,7 +5,7 @@ from pytorch_metric_learning.trainers import TrainWithClassifier
 from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..teachers import CachedTeacher, FrozenTeacher
-from ..utils.precision import in_float32
+from ..utils.tensors import in_float32
 from .base_distillation_trainer import BaseDistillationTrainer, all_or_none, at, labeled_rows
 from .checks import check_frozen
 

@@ -1,7 +1,6 @@
 """This process among those that train together; alone, it is the first and only one."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -41,9 +40,3 @@ def in_first_process(action: Callable[[], object]) -> None:
         torch.distributed.broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise outcome[0]
-
-
-def unwrapped(module: Any) -> Any:
-    """Return the module inside of a data-parallel wrapper."""
-    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-    return module.module if isinstance(module, wrappers) else module

@@ -23,11 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from pml_distill.capacity import CapacityDynamics, insert_compactors
+from pml_distill.evaluation import model_cost
 from pml_distill.losses import AbsoluteTeacherLoss, PooledFeatureLoss
 from pml_distill.models import SmallResNet
 from pml_distill.teachers import EnsembleTeacher, FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
-from pml_distill.utils import model_cost
 
 SHAPE = (1, 16, 16)
 

@@ -11,7 +11,7 @@ from torchvision.models.resnet import Bottleneck
 
 from pml_distill.capacity import ExportMeter, export, find_compactors, insert_compactors
 from pml_distill.capacity.export import merge
-from pml_distill.utils import model_cost
+from pml_distill.evaluation import model_cost
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

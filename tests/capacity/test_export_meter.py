@@ -4,7 +4,7 @@ from networks import NETWORKS, network, pruned
 from torch.utils.flop_counter import FlopCounterMode
 
 from pml_distill.capacity import ExportMeter, export, find_compactors, insert_compactors
-from pml_distill.utils import model_cost
+from pml_distill.evaluation import model_cost
 
 
 @pytest.mark.parametrize("positions", ["inner", "all"])

@@ -6,10 +6,10 @@ from pytorch_metric_learning.utils.logging_presets import HookContainer, get_rec
 from torch import nn
 
 from pml_distill.datasets import CrossQuality, Glyphs, SeededViews
+from pml_distill.evaluation import HashAccuracyCalculator, asymmetric_accuracy
 from pml_distill.models import SmallResNet
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.testers import AsymmetricTester
-from pml_distill.utils import HashAccuracyCalculator, asymmetric_accuracy
 
 SPLIT = "val"
 

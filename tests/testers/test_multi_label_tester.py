@@ -3,9 +3,9 @@ import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
 from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
 
+from pml_distill.evaluation import HashAccuracyCalculator
 from pml_distill.losses import CentralSimilarityLoss, DeepCauchyHashingLoss
 from pml_distill.testers import MultiLabelTester
-from pml_distill.utils import HashAccuracyCalculator
 
 MAP = "mean_average_precision"
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss, TripletMarginLoss
 
+from pml_distill.evaluation import asymmetric_accuracy
 from pml_distill.losses import RelativeTeacherLoss
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
-from pml_distill.utils import asymmetric_accuracy
 
 
 def trained(loss, epochs=30, dtype=None):

@@ -6,11 +6,11 @@ from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils import logging_presets
 
 from pml_distill.datasets import glyph_hashing
+from pml_distill.evaluation import HashAccuracyCalculator
 from pml_distill.losses import CentralSimilarityLoss, DeepCauchyHashingLoss, RegressionTeacherLoss
 from pml_distill.models import CompactResNet, HashHead, SmallResNet
 from pml_distill.teachers import FrozenTeacher
 from pml_distill.trainers import DistillationTrainer
-from pml_distill.utils import HashAccuracyCalculator
 
 CPU = torch.device("cpu")
 

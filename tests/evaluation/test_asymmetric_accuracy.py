@@ -2,7 +2,7 @@ import pytest
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-from pml_distill.utils import asymmetric_accuracy
+from pml_distill.evaluation import asymmetric_accuracy
 
 
 def data(size=60, width=8):

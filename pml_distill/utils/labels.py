@@ -1,3 +1,5 @@
+"""Multi-hot labels."""
+
 import torch
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .eval_mode import eval_mode
+from ..utils.modules import eval_mode
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from pytorch_metric_learning.utils.inference import FaissKNN
 
-from pml_distill.utils import HashAccuracyCalculator
+from pml_distill.evaluation import HashAccuracyCalculator
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "calc_top_map.npz")
 CPU = torch.device("cpu")

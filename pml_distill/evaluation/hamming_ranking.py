@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from ..distances.packed_codes import check_outputs, pack_codes
-from .multi_hot_labels import check_multi_hot, share_a_label
+from ..utils.labels import check_multi_hot, share_a_label
 
 CHUNK = 1 << 19
 

@@ -1,5 +1,8 @@
+"""Networks put into eval mode for a while, or taken out of their wrapper."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,3 +17,9 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training:
             module.training = mode
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module inside of a data-parallel wrapper."""
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    return module.module if isinstance(module, wrappers) else module

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pml_distill.utils import neighbor_agreement
+from pml_distill.evaluation import neighbor_agreement
 
 
 def test_equal_spaces_agree_whatever_their_rotation_and_scale():

@@ -3,7 +3,7 @@ import os
 import torch
 
 from ..distances.packed_codes import PART, check_outputs, pack_codes, unpack_codes
-from .whole_file import whole_file
+from ..utils.files import whole_file
 
 
 class HammingKNN:

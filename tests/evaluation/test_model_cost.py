@@ -1,7 +1,7 @@
 import torch
 
+from pml_distill.evaluation import model_cost
 from pml_distill.models import SmallResNet
-from pml_distill.utils import model_cost
 
 
 def test_counts_equal_the_closed_form():

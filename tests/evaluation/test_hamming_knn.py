@@ -4,8 +4,8 @@ from pytorch_metric_learning.losses import ContrastiveLoss
 from pytorch_metric_learning.utils.inference import InferenceModel
 
 from pml_distill.distances import HammingDistance, pack_codes, unpack_codes
-from pml_distill.utils import HammingKNN
-from pml_distill.utils.hamming_knn import search_on_gpu
+from pml_distill.evaluation import HammingKNN
+from pml_distill.evaluation.hamming_knn import search_on_gpu
 
 
 def codes(size, bits, seed=0):
@@ -23,7 +23,7 @@ def test_packing_is_reversible(bits):
 def test_search_is_exact(bits, search, monkeypatch):
     if search == "torch":
         # The way of a GPU, on the CPU.
-        monkeypatch.setattr("pml_distill.utils.hamming_knn.search_on_cpu", search_on_gpu)
+        monkeypatch.setattr("pml_distill.evaluation.hamming_knn.search_on_cpu", search_on_gpu)
     query, reference = codes(20, bits), codes(300, bits, seed=1)
     distances, indices = HammingKNN()(3 * query, 10, reference)
     exact = (bits - query @ reference.T) / 2

@@ -1,0 +1,27 @@
+"""Small operations on tensors that several rooms share."""
+
+from typing import Any
+
+import torch
+
+
+def in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Raise half precision to float32; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def one_tensor(output: Any, name: str, advice: str = "") -> torch.Tensor:
+    """Return the embeddings that a network has returned; raise ``ValueError`` if it returned something else."""
+    if not isinstance(output, torch.Tensor):
+        kind = type(output).__name__
+        raise ValueError(f"{name} must return one tensor of embeddings, but returned a {kind}{advice}.")
+    return output
+
+
+def own_gradient(function: type[torch.autograd.Function], tensor: torch.Tensor, *others: Any) -> Any:
+    """Return what a function with a gradient of its own makes of a tensor and other arguments.
+
+    torch 2.4 cannot compile its ``apply`` where nobody asks for a gradient; there ``forward`` does the same.
+    """
+    differentiable = tensor.requires_grad and torch.is_grad_enabled()
+    return (function.apply if differentiable else function.forward)(tensor, *others)
