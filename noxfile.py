@@ -1,5 +1,7 @@
 """Sessions of the project: ``nox -l`` lists them, CONTRIBUTING.md says what they are for."""
 
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "types", "docs"]
@@ -53,3 +55,15 @@ def docs(session):
     session.install(".[test,docs]")
     session.run("mkdocs", "build", "--strict")
     session.run("python", "-m", "pytest", "-q", "tests/test_docs.py", env=CPU)
+
+
+@nox.session
+def release(session):
+    """Source archive and wheel, checked, and the wheel installed where nothing else is."""
+    session.install("build", "twine")
+    session.run("python", "-m", "build", "--outdir", "dist")
+    session.run("twine", "check", "--strict", *map(str, Path("dist").glob("*")))
+    session.install(*map(str, Path("dist").glob("*.whl")))
+    with session.chdir(session.create_tmp()):
+        session.run("python", "-c", "import pml_distill.losses, pml_distill.trainers; print(pml_distill.__version__)")
+        session.run("pml-distill", "--help")
