@@ -7,7 +7,9 @@ from ..utils.tensors import one_tensor
 
 
 @torch.no_grad()
-def ask(teacher: Callable[..., Any], data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
+def ask(
+    teacher: Callable[..., Any], data: Any, index: torch.Tensor | None = None, name: str = "teacher"
+) -> torch.Tensor:
     """Return what a teacher makes of a batch, without gradients.
 
     A teacher is any callable from data to embeddings, such as a frozen network or a function. One with
@@ -17,4 +19,4 @@ def ask(teacher: Callable[..., Any], data: Any, index: torch.Tensor | None = Non
         ValueError: the teacher returns something other than one tensor.
     """
     output = teacher(data, index) if getattr(teacher, "needs_index", False) else teacher(data)
-    return one_tensor(output, "teacher")
+    return one_tensor(output, name)

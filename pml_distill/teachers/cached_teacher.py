@@ -33,6 +33,8 @@ class CachedTeacher:
         IndexError: ``index`` is out of range.
     """
 
+    needs_index = True
+
     def __init__(self, folder: str | os.PathLike, dataset: SeededViews, teacher: torch.nn.Module | None = None):
         if not isinstance(dataset, SeededViews):
             raise ValueError(

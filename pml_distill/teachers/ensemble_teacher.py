@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..utils.tensors import in_float32, one_tensor
+from ..utils.tensors import in_float32
+from .ask import ask
 
 
 class EnsembleTeacher(torch.nn.Module):
@@ -20,7 +21,7 @@ class EnsembleTeacher(torch.nn.Module):
     differ and add up.
 
     Args:
-        teachers: callables of (data, index), such as ``FrozenTeacher``; modules must be frozen.
+        teachers: callables from data to embeddings, such as ``FrozenTeacher``; modules must be frozen.
         weights: one positive number per teacher, scaled to sum to 1; None: all alike.
 
     Raises:
@@ -56,10 +57,15 @@ class EnsembleTeacher(torch.nn.Module):
         self.weights = [weight / sum(weights) for weight in weights]
         self.eval()
 
+    @property
+    def needs_index(self) -> bool:
+        """Whether one of the teachers needs the rows of a batch."""
+        return any(getattr(teacher, "needs_index", False) for teacher in self.teachers)
+
     @torch.no_grad()
     def forward(self, data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return the joint embeddings, (B, sum of the widths), on the device of the first teacher's."""
-        parts = [one_tensor(teacher(data, index), f"teachers[{k}]") for k, teacher in enumerate(self.teachers)]
+        parts = [ask(teacher, data, index, f"teachers[{k}]") for k, teacher in enumerate(self.teachers)]
         # A cached teacher answers where the data are, a frozen one where it is itself.
         device = parts[0].device
         parts = [F.normalize(in_float32(part.to(device))) for part in parts]

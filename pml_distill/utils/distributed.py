@@ -1,6 +1,7 @@
 """This process among those that train together; alone, it is the first and only one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -40,3 +41,11 @@ def in_first_process(action: Callable[[], object]) -> None:
         torch.distributed.broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise outcome[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Return what each process passes, in the order of their ranks; all processes call this."""
+    values = [value] * num_processes()
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values

@@ -26,16 +26,28 @@ def test_similarities_and_squared_distances_are_weighted_means(weights, shares):
     assert (torch.cdist(joint, joint) > mean - 1e-6).all()
 
 
-def test_any_callable_serves_and_gets_the_index():
-    table = torch.randn(20, 3)
-    joint = EnsembleTeacher([teachers()[0], lambda data, index: table[index]])
+class Table:
+    needs_index = True
+
+    def __init__(self):
+        self.rows = torch.randn(20, 3)
+
+    def __call__(self, data, index):
+        return self.rows[index]
+
+
+def test_any_callable_serves_and_gets_the_index_if_it_needs_that():
+    by_row = Table()
+    table = by_row.rows
+    joint = EnsembleTeacher([teachers()[0], by_row])
+    assert joint.needs_index and not EnsembleTeacher(teachers()).needs_index
     index = torch.tensor([3, 17])
     result = joint(torch.randn(2, 6), index)
     assert torch.allclose(result[:, 4:], 0.5**0.5 * torch.nn.functional.normalize(table[index]))
 
 
 def test_teachers_that_answer_on_other_devices_are_joined_on_that_of_the_first():
-    parts = [lambda data, index: torch.ones(2, 3, device="meta"), lambda data, index: torch.ones(2, 4)]
+    parts = [lambda data: torch.ones(2, 3, device="meta"), lambda data: torch.ones(2, 4)]
     joint = EnsembleTeacher(parts)(torch.zeros(2, 1))
     assert joint.shape == (2, 7) and joint.device.type == "meta"
 
@@ -77,7 +89,7 @@ def test_wrong_arguments_are_refused(make, message):
 
 
 def test_a_teacher_of_several_outputs_is_named():
-    joint = EnsembleTeacher([*teachers(), lambda data, index: (data, data)])
+    joint = EnsembleTeacher([*teachers(), lambda data: (data, data)])
     message = r"^teachers\[2\] must return one tensor of embeddings, but returned a tuple\.$"
     with pytest.raises(ValueError, match=message):
         joint(torch.zeros(2, 6))
