@@ -18,6 +18,8 @@ from .deep_cauchy_hashing_loss import DeepCauchyHashingLoss
 from .hash_centers import center_distances, hash_centers
 from .hint_loss import HintLoss
 from .logit_distillation_loss import LogitDistillationLoss
+from .matryoshka_loss import MatryoshkaLoss
+from .multiple_distillation_losses import MultipleDistillationLosses
 from .mutual_distance_loss import MutualDistanceLoss
 from .pooled_feature_loss import PooledFeatureLoss
 from .probabilistic_transfer_loss import ProbabilisticTransferLoss
@@ -27,6 +29,7 @@ from .relative_teacher_loss import RelativeTeacherLoss
 from .relaxed_contrastive_loss import RelaxedContrastiveLoss
 from .rkd_angle_loss import RKDAngleLoss
 from .rkd_distance_loss import RKDDistanceLoss
+from .rkd_loss import RKDLoss
 from .similarity_distribution_loss import SimilarityDistributionLoss
 from .similarity_preserving_loss import SimilarityPreservingLoss
 from .similarity_regression_loss import SimilarityRegressionLoss
@@ -51,11 +54,14 @@ __all__ = [
     "DeepCauchyHashingLoss",
     "HintLoss",
     "LogitDistillationLoss",
+    "MatryoshkaLoss",
+    "MultipleDistillationLosses",
     "MutualDistanceLoss",
     "PooledFeatureLoss",
     "ProbabilisticTransferLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
+    "RKDLoss",
     "RankPreservationLoss",
     "RegressionTeacherLoss",
     "RelativeTeacherLoss",

@@ -56,6 +56,9 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     #: Whether ``indices_tuple`` makes a difference; a loss on single samples ignores it.
     takes_pairs = True
 
+    #: Whether a batch needs labels; only a loss that holds one of PML's does.
+    needs_labels = False
+
     #: Whether the formula holds for distances only and refuses similarities (``distance.is_inverted``).
     needs_proper_distance = False
 

@@ -49,6 +49,7 @@ CATALOGUE = (
     CatalogueEntry("CorrelationCongruenceLoss", "pairwise", (), ("pairs",), False, "B² D", "Peng et al. 2019"),
     CatalogueEntry("RelaxedContrastiveLoss", "pairwise", (), ("distance", "pairs"), False, "B² D", "Kim et al. 2021"),
     CatalogueEntry("RKDAngleLoss", "relational", (), ("pairs",), False, "B³ + B² D", "Park et al. 2019"),
+    CatalogueEntry("RKDLoss", "relational", (), ("distance", "pairs"), False, "B³ + B² D", "Park et al. 2019"),
     CatalogueEntry("SimilarityPreservingLoss", "relational", (), ("pairs",), False, "B² D", "Tung & Mori 2019"),
     CatalogueEntry("ProbabilisticTransferLoss", "relational", (), ("pairs",), False, "B² D", "Passalis & Tefas 2018"),
     CatalogueEntry(

@@ -23,6 +23,9 @@ class BaseTeacherMiner(BaseMiner):
         ValueError: ``ref_emb`` is missing, or it or ``labels`` has another number of rows.
     """
 
+    #: Tells a loss with miners of its own which of them to give the teacher's embeddings.
+    asks_teacher = True
+
     #: Whether there is nothing to mine without labels.
     needs_labels = False
 
@@ -40,7 +43,8 @@ class BaseTeacherMiner(BaseMiner):
             raise ValueError(
                 f"{name} needs the teacher's embeddings: pass ref_emb=teacher_embeddings, a tensor with one row for "
                 f"each row of embeddings {tuple(embeddings.shape)}. MultipleLosses passes none to its miners: mine "
-                "once and pass what is found as indices_tuple, or give the miner to a trainer as tuple_miner."
+                "once and pass what is found as indices_tuple, or give the miner to MultipleDistillationLosses or "
+                "to a trainer as tuple_miner."
             )
         if len(ref_emb) != len(embeddings):
             raise ValueError(

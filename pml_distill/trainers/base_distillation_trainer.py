@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from ..datasets import Views
 from ..datasets.items import UNLABELED
-from ..losses import BaseDistillationLoss
 from ..miners import BaseTeacherMiner
 from ..utils.distributed import num_processes, process_rank
 from ..utils.feature_tap import FeatureTap
@@ -505,9 +504,9 @@ def at(rows: torch.Tensor | None, *parts: Any) -> tuple[Any, ...]:
 
 
 def needs_labels(loss: Any) -> bool:
-    """Whether a loss that is given a teacher is one of PML's own."""
+    """Whether a loss that is given a teacher is one of PML's own, or holds one."""
     loss = without_wrapper(loss)
-    return isinstance(loss, BaseMetricLossFunction) and not isinstance(loss, BaseDistillationLoss)
+    return isinstance(loss, BaseMetricLossFunction) and getattr(loss, "needs_labels", True)
 
 
 def all_or_none(labels: torch.Tensor | None) -> torch.Tensor | None:

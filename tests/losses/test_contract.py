@@ -31,6 +31,8 @@ from pml_distill.losses import (
     DarkRankLoss,
     DecoupledDifferentialLoss,
     LogitDistillationLoss,
+    MatryoshkaLoss,
+    MultipleDistillationLosses,
     MutualDistanceLoss,
     ProbabilisticTransferLoss,
     RankPreservationLoss,
@@ -39,6 +41,7 @@ from pml_distill.losses import (
     RelaxedContrastiveLoss,
     RKDAngleLoss,
     RKDDistanceLoss,
+    RKDLoss,
     SimilarityPreservingLoss,
     SimilarityRegressionLoss,
 )
@@ -69,6 +72,10 @@ LOSSES = {
     "rank_preservation": RankPreservationLoss,
     "decoupled_differential": DecoupledDifferentialLoss,
     "collaborative_rank": CollaborativeRankLoss,
+    "rkd": RKDLoss,
+    "multiple": lambda **kw: MultipleDistillationLosses([RelativeTeacherLoss(**kw), DarkRankLoss(**kw)], [1, 0.5]),
+    "matryoshka": lambda **kw: MatryoshkaLoss(RelativeTeacherLoss(**kw), widths=(3, 5)),
+    "matryoshka_pointwise": lambda **kw: MatryoshkaLoss(CosineTeacherLoss(**kw), widths=(3, 5)),
 }
 SUB_LOSSES = {
     "asymmetric_regression": ["absolute", "teacher_student", "student_student"],
@@ -76,9 +83,11 @@ SUB_LOSSES = {
     "decoupled_differential": ["feature", "hard", "simple"],
     "collaborative_rank": ["nearest", "ranks"],
 }
+# They reduce nothing themselves: reducers and regularizers are those of the losses inside.
+WRAPPERS = ("rkd", "multiple", "matryoshka", "matryoshka_pointwise")
 POINTWISE = ("absolute", "logit", "regression", "regression_smooth_l1", "cosine")
-EQUAL_WIDTHS = (*POINTWISE, "rank_preservation", *SUB_LOSSES)
-PROPER_DISTANCE = ("rkd_distance", "relaxed_contrastive")
+EQUAL_WIDTHS = (*POINTWISE, "rank_preservation", "matryoshka_pointwise", *SUB_LOSSES)
+PROPER_DISTANCE = ("rkd", "rkd_distance", "relaxed_contrastive")
 PAIRWISE = (
     "relative",
     "relative_l2",
@@ -89,6 +98,7 @@ PAIRWISE = (
     "relaxed_contrastive",
 )
 every_loss = pytest.mark.parametrize("name", LOSSES)
+every_plain_loss = pytest.mark.parametrize("name", [name for name in LOSSES if name not in WRAPPERS])
 
 
 def embeddings(size, width=6, seed=0, dtype=torch.float32):
@@ -200,7 +210,7 @@ def test_widths_may_differ_under_any_distance(name, distance):
     assert torch.isfinite(value) and student.grad.abs().sum() > 0
 
 
-@every_loss
+@every_plain_loss
 @pytest.mark.parametrize(
     "reducer", [MeanReducer(), SumReducer(), AvgNonZeroReducer(), ThresholdReducer(low=0), PerAnchorReducer()]
 )
@@ -223,7 +233,7 @@ def test_reducers(name, reducer):
         assert details["reduction_type"] == "element" and details["indices"].tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("relative_frobenius", *SUB_LOSSES)])
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("relative_frobenius", *SUB_LOSSES, *WRAPPERS)])
 def test_class_weights(name):
     labels, weights = torch.arange(8) % 2, torch.tensor([1.0, 3.0])
     student, teacher = embeddings(8), embeddings(8, seed=1)
@@ -234,7 +244,7 @@ def test_class_weights(name):
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@every_loss
+@every_plain_loss
 def test_embedding_regularizer(name):
     student, teacher = embeddings(8), embeddings(8, seed=1)
     plain = LOSSES[name]()(student, ref_emb=teacher)
@@ -255,9 +265,9 @@ def test_a_teacher_in_inference_mode_teaches_the_same(name):
         assert torch.equal(*values) and torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES if n != "rkd_angle"])
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("rkd_angle", "rkd")])
 def test_function_transforms_give_the_same_gradient(name):
-    # rkd_angle: torch.func cannot go through an operator with register_autograd (pytorch/pytorch#168393).
+    # The angles: torch.func cannot go through an operator with register_autograd (pytorch/pytorch#168393).
     student, teacher, loss = embeddings(8).requires_grad_(), embeddings(8, seed=1), LOSSES[name]()
     expected = torch.autograd.grad(loss(student, ref_emb=teacher), student)[0]
     assert torch.equal(torch.func.grad(lambda s: loss(s, ref_emb=teacher))(student.detach()), expected)
@@ -290,7 +300,7 @@ def test_wrong_shapes_are_named(name, student, teacher, message):
         LOSSES[name]()(torch.zeros(student), ref_emb=teacher)
 
 
-@every_loss
+@every_plain_loss
 def test_it_is_logged_like_a_pml_loss_and_has_no_parameters(name):
     loss = LOSSES[name]()
     assert list(loss.parameters()) == []

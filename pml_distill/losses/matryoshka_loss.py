@@ -1,0 +1,90 @@
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .base_distillation_loss import BaseDistillationLoss, IndicesTuple
+from .multiple_distillation_losses import at_width, by_name
+
+
+class MatryoshkaLoss(BaseDistillationLoss):
+    r"""A loss summed over nested widths, so that embeddings may be cut short after training (Matryoshka, MRL).
+
+    .. math:: L = \sum_m w_m \, L(f_{1..m}), \quad m \in \text{widths}
+
+    ``loss`` is any distillation loss or any PML loss, which then needs no ``ref_emb``. A loss that needs equal widths
+    compares the first m coordinates of the student with the first m of the teacher: give it a teacher whose coordinates
+    are sorted by variance (PCA). All other distillation losses see the whole teacher at every width.
+
+    Source: Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022, equation 1, with its weights of 1.
+
+    Args:
+        loss: the loss for all widths, or a list with one loss for each width. The list is needed where a loss has a
+            weight or a queue for each coordinate, as ``ProxyAnchorLoss(classes, width)`` has.
+        widths: how many coordinates count, each at least 1.
+        weights: as many numbers; 1 each by default.
+
+    Attributes:
+        sub_losses: after each call the detached value at each width by name (``"width_32"``), without its weight.
+
+    Raises:
+        ValueError: ``widths`` are empty, equal or below 1; ``weights`` or a list of losses are not as many; a single
+            loss has a weight or queue of one width; the embeddings are narrower than the largest width.
+
+    Example:
+        >>> from pml_distill.losses import RelativeTeacherLoss
+        >>> loss = MatryoshkaLoss(RelativeTeacherLoss(), widths=(2, 4))
+        >>> value = loss(torch.rand(8, 4), ref_emb=torch.rand(8, 6))
+        >>> list(loss.sub_losses)
+        ['width_2', 'width_4']
+    """
+
+    def __init__(
+        self,
+        loss: torch.nn.Module | Sequence[torch.nn.Module],
+        widths: Sequence[int] = (32, 64, 128),
+        weights: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        if not widths or min(widths) < 1 or len(set(widths)) < len(widths):
+            raise ValueError(f"widths must be different numbers of coordinates, each at least 1, but is {widths}.")
+        names = dict.fromkeys(f"width_{width}" for width in widths)
+        self.widths = tuple(widths)
+        self.weights = dict.fromkeys(names, 1.0) if weights is None else by_name("weights", weights, names)
+        if isinstance(loss, torch.nn.Module):
+            tied = [name for name, x in (*loss.named_parameters(), *loss.named_buffers()) if x.ndim > 1]
+            if tied and len(widths) > 1:
+                raise ValueError(
+                    f"{type(loss).__name__} has {', '.join(tied)} for one width only; give a list with one loss for "
+                    f"each of the widths {self.widths}."
+                )
+            self.losses = torch.nn.ModuleList([loss])
+        else:
+            self.losses = torch.nn.ModuleList(by_name("loss", loss, names).values())
+        self.takes_pairs = any(getattr(part, "takes_pairs", True) for part in self.losses)
+        self.needs_labels = any(getattr(part, "needs_labels", True) for part in self.losses)
+        self.sub_losses: dict[str, torch.Tensor] = {}
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        indices_tuple: IndicesTuple | None = None,
+        ref_emb: torch.Tensor | None = None,
+        ref_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the weighted sum over the widths, and keep what it is made of in ``sub_losses``."""
+        if not self.needs_labels:
+            self._checked_teacher(embeddings, ref_emb)
+        if embeddings.shape[1] < max(self.widths):
+            raise ValueError(
+                f"widths go up to {max(self.widths)}, but embeddings has shape {tuple(embeddings.shape)}; leave out "
+                "the larger widths."
+            )
+        total: Any = 0
+        for place, width in enumerate(self.widths):
+            loss, name = self.losses[place % len(self.losses)], f"width_{width}"
+            value = at_width(loss, width, embeddings[:, :width], labels, indices_tuple, ref_emb, ref_labels)
+            self.sub_losses[name] = value.detach()
+            total = total + self.weights[name] * value
+        return total

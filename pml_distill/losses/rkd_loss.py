@@ -1,0 +1,32 @@
+from typing import Any
+
+from .multiple_distillation_losses import MultipleDistillationLosses
+from .rkd_angle_loss import RKDAngleLoss
+from .rkd_distance_loss import RKDDistanceLoss
+
+
+class RKDLoss(MultipleDistillationLosses):
+    """Relational knowledge distillation (RKD): distances plus two times angles.
+
+    ``distance_weight * RKDDistanceLoss + angle_weight * RKDAngleLoss``; see these for what they take.
+
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, whose weights for metric learning are the
+    defaults; for classification they use 25 and 50.
+
+    Args:
+        distance_weight: weight of the distances.
+        angle_weight: weight of the angles.
+        distance: distance of ``RKDDistanceLoss``.
+        reducer: reducer of both.
+
+    Example:
+        >>> import torch
+        >>> round(RKDLoss()(torch.eye(4), ref_emb=3 * torch.eye(4, 7)).item(), 6)
+        0.0
+    """
+
+    def __init__(
+        self, distance_weight: float = 1.0, angle_weight: float = 2.0, distance: Any = None, reducer: Any = None
+    ):
+        losses = RKDDistanceLoss(distance=distance, reducer=reducer), RKDAngleLoss(reducer=reducer)
+        super().__init__(losses, weights=(distance_weight, angle_weight))
