@@ -1,8 +1,21 @@
-"""Compact students, and the trunks they are compared with."""
+"""Networks by name, compact students, and the trunks they are compared with."""
 
+from .by_name import NamedNetwork, load_student, network_by_name
 from .compact_alexnet_student import CompactAlexNetStudent
 from .compact_resnet import CompactResNet
+from .embedding_network import EmbeddingNetwork
 from .hash_head import HashHead
+from .preprocessing import Preprocessing
 from .small_resnet import SmallResNet
 
-__all__ = ["CompactAlexNetStudent", "CompactResNet", "HashHead", "SmallResNet"]
+__all__ = [
+    "CompactAlexNetStudent",
+    "CompactResNet",
+    "EmbeddingNetwork",
+    "HashHead",
+    "NamedNetwork",
+    "Preprocessing",
+    "SmallResNet",
+    "load_student",
+    "network_by_name",
+]
