@@ -66,7 +66,7 @@ def network_by_name(
         named = from_torchvision(name, pretrained and weights is None, weights)
         weights = None
     elif Path(name).is_dir():
-        student = load_student(name)
+        student: Any = load_student(name)
         named = NamedNetwork(name, student, student.preprocessing, 0)
     elif ":" in name:
         named = from_function(name)

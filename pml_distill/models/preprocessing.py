@@ -69,4 +69,5 @@ class Preprocessing:
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Preprocessing":
         """Return the preprocessing that ``to_dict`` has written."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        own: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**own)

@@ -69,7 +69,7 @@ class ImageSet(Dataset):
     def at(self, rows: Iterable[int]) -> "ImageSet":
         """Return these of the images."""
         rows = [int(row) for row in rows]
-        indices, names = ([values[row] for row in rows] for values in (self.indices, self.names))
+        indices, names = [self.indices[row] for row in rows], [self.names[row] for row in rows]
         return ImageSet(self.dataset, indices, self.labels[rows], names)
 
     @property
@@ -257,7 +257,8 @@ def without_broken(found: Images, skip: bool) -> Images:
     names = ", ".join(files.names[row] for row in sorted(bad)[:5]) + (" and others" if len(bad) > 5 else "")
     if not skip:
         raise ValueError(
-            f"{len(bad)} of {len(files)} images cannot be read: {names}. Remove them, or leave them out with --skip-broken."
+            f"{len(bad)} of {len(files)} images cannot be read: {names}. Remove them, or leave them out with "
+            "--skip-broken."
         )
     notes = [f"Left out, as they cannot be read: {len(bad)} ({names})."]
     labels = files.labels.tolist()
@@ -302,7 +303,7 @@ def complete_splits(found: Images, source: Any) -> None:
 def divided(
     rows: list[int], labels: torch.Tensor, share: float, source: Any, left: int = 2
 ) -> tuple[list[int], list[int]]:
-    """Return the rows that are left, at least so many classes, and a share of them; whole classes where there are any."""
+    """Return the rows that are left and a share of them: whole classes, if there are any, of which so many are left."""
     generator = torch.Generator().manual_seed(0)
     classes = labels[rows].unique()
     classes = classes[classes != UNLABELED]
