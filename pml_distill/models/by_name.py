@@ -1,4 +1,4 @@
-"""Networks by name: timm's, torchvision's, a function of yours, a run; each with the preprocessing it was trained with."""
+"""Networks by name, each with the preprocessing it was trained with: timm, torchvision, your functions, runs."""
 
 import difflib
 import importlib
