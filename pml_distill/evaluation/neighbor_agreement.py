@@ -1,6 +1,8 @@
 import torch
 from torch.nn import functional as F
 
+from ..utils.tensors import check_finite
+
 
 def neighbor_agreement(embeddings: torch.Tensor, ref_emb: torch.Tensor, k: int = 10) -> float:
     r"""The share of k nearest neighbours that student and teacher have in common, averaged over samples.
@@ -18,12 +20,13 @@ def neighbor_agreement(embeddings: torch.Tensor, ref_emb: torch.Tensor, k: int =
         A number in [0, 1]; two unrelated embeddings reach about k / N.
 
     Raises:
-        ValueError: the numbers of rows differ, or ``k`` is not in 1 ... N - 1.
+        ValueError: the numbers of rows differ, ``k`` is not in 1 ... N - 1, or values are not finite.
     """
     if len(embeddings) != len(ref_emb):
         raise ValueError(f"embeddings has {len(embeddings)} rows and ref_emb {len(ref_emb)}; they must be aligned.")
     if not 1 <= k < len(embeddings):
         raise ValueError(f"k must be from 1 to {len(embeddings) - 1}, one less than the rows, but is {k}.")
+    check_finite(embeddings=embeddings, ref_emb=ref_emb)
     student, teacher = F.normalize(embeddings.float()), F.normalize(ref_emb.float())
     common = 0.0
     for rows in torch.arange(len(student), device=student.device).split(1024):

@@ -25,3 +25,11 @@ def own_gradient(function: type[torch.autograd.Function], tensor: torch.Tensor, 
     """
     differentiable = tensor.requires_grad and torch.is_grad_enabled()
     return (function.apply if differentiable else function.forward)(tensor, *others)
+
+
+def check_finite(**tensors: torch.Tensor) -> None:
+    """Raise ``ValueError`` for a tensor with values that are not finite, such as embeddings of a diverged network."""
+    for name, tensor in tensors.items():
+        # In parts, since what the check allocates is as large as the tensor.
+        if not all(part.isfinite().all() for part in tensor.split(1 << 13)):
+            raise ValueError(f"{name} {tuple(tensor.shape)} must be finite, but has values that are not.")

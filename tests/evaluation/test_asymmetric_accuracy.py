@@ -55,3 +55,11 @@ def test_wrong_input_is_named():
         asymmetric_accuracy(torch.zeros(4, 3), torch.zeros(4, 2), torch.zeros(4))
     with pytest.raises(ValueError, match="no class with two samples"):
         asymmetric_accuracy(torch.zeros(4, 3), torch.zeros(4, 3), torch.arange(4))
+
+
+def test_diverged_embeddings_have_no_figure():
+    embeddings, labels = data()
+    with pytest.raises(ValueError, match=r"embeddings \(60, 8\) must be finite"):
+        asymmetric_accuracy(embeddings.clone().fill_(torch.nan), embeddings, labels)
+    with pytest.raises(ValueError, match=r"ref_emb \(60, 8\) must be finite"):
+        asymmetric_accuracy(embeddings, embeddings.clone().index_fill_(0, torch.tensor([3]), torch.inf), labels)

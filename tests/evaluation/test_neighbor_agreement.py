@@ -29,3 +29,10 @@ def test_errors_name_the_argument():
         neighbor_agreement(torch.randn(3, 2), torch.randn(4, 2))
     with pytest.raises(ValueError, match="k must be from 1 to 2.*but is 3"):
         neighbor_agreement(torch.randn(3, 2), torch.randn(3, 2), k=3)
+
+
+def test_diverged_embeddings_have_no_figure():
+    space = torch.randn(50, 4)
+    for arguments in ((space * torch.nan, space), (space, space * torch.inf)):
+        with pytest.raises(ValueError, match=r"\(50, 4\) must be finite"):
+            neighbor_agreement(*arguments)
