@@ -47,6 +47,8 @@ from torch import nn
 
 from pml_distill.capacity import (
     CapacityDynamics,
+    RetrievalReset,
+    SizeBudget,
     export,
     find_compactors,
     insert_compactors,
@@ -308,19 +310,18 @@ class Run:
         if method in COMPARISONS["lasso"]:
             # OneCycleLR's mean is about half of its largest rate.
             weight = SHRINKING / (optimizer.defaults["lr"] / 2 * steps)
-            return CapacityDynamics(model, None, optimizer, shape, weight, proximal=method.startswith("proximal"))
-        return CapacityDynamics(
-            model,
-            None if method == LASSO else guide,
-            optimizer,
-            shape,
-            lasso_weight=0.01,
-            reset_epoch=1,
+            return CapacityDynamics(model, optimizer, shape, weight, proximal=method.startswith("proximal"))
+        reset = RetrievalReset(
+            guide,
+            warmup_epochs=1,
             queue_size=size,
             accumulate=method != ALONE,
             refresh_interval=size // BATCH if method == REFRESHED else None,
-            target_flops=self.options.milder_flops if method == MILDER else self.options.target_flops,
-            budget_steps=int(self.options.budget_share * steps),
+        )
+        target = self.options.milder_flops if method == MILDER else self.options.target_flops
+        budget = SizeBudget(flops=target, steps=int(self.options.budget_share * steps))
+        return CapacityDynamics(
+            model, optimizer, shape, lasso_weight=0.01, reset=None if method == LASSO else reset, budget=budget
         )
 
     def fit(self, model: nn.Module, method: str) -> tuple[nn.Module, list[dict], dict]:
@@ -377,7 +378,6 @@ class Run:
                     optimizer, optimizer.defaults["lr"], total_steps=steps, pct_start=0.2
                 )
             },
-            gradient_clippers={} if dynamics is None else {"trunk_grad_clipper": dynamics},
             end_of_epoch_hook=None if dynamics is None else dynamics.end_of_epoch_hook(end_of_epoch),
             data_device=self.device,
             dataloader_num_workers=0,

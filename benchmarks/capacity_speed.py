@@ -14,7 +14,7 @@ import torch
 from timing import medians
 from torch.nn import functional as F
 
-from pml_distill.capacity import CapacityDynamics, GradientReset, insert_compactors
+from pml_distill.capacity import CapacityDynamics, GradientReset, RetrievalReset, insert_compactors
 from pml_distill.utils.report import format_table
 
 BATCH, QUEUE = 96, 24000
@@ -65,21 +65,19 @@ def step(device: torch.device, batch: int, size: int, repeats: int) -> list[dict
         student, teacher = resnet50().to(device), resnet50().to(device).eval().requires_grad_(False)
         insert_compactors(student)
         optimizer = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9)
-        dynamics = None
         if name != "step":
-            dynamics = CapacityDynamics(student, teacher, optimizer, (3, size, size), reset_epoch=0)
-            for reset in dynamics.resets:
+            settings = RetrievalReset(teacher, warmup_epochs=0)
+            dynamics = CapacityDynamics(student, optimizer, (3, size, size), reset=settings)
+            for reset in dynamics.resetting.resets:
                 reset.load_state_dict(filled(len(reset.mask), device).state_dict())
         images = torch.randn(batch, 3, size, size, device=device)
 
-        def run(student=student, teacher=teacher, optimizer=optimizer, dynamics=dynamics, images=images) -> None:
+        def run(student=student, teacher=teacher, optimizer=optimizer, images=images) -> None:
             optimizer.zero_grad()
             outputs = student(images)
             with torch.no_grad():
                 targets = teacher(images)
             (outputs - targets).square().mean().backward()
-            if dynamics is not None:
-                dynamics()
             optimizer.step()
 
         runs[name] = run

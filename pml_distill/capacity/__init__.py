@@ -7,12 +7,16 @@ from .export import export
 from .export_meter import ExportMeter
 from .gradient_reset import GradientReset
 from .group_lasso import add_lasso_gradient, group_lasso, shrink_rows
+from .retrieval_reset import RetrievalReset
+from .size_budget import SizeBudget
 
 __all__ = [
     "CapacityDynamics",
     "Compactor",
     "ExportMeter",
     "GradientReset",
+    "RetrievalReset",
+    "SizeBudget",
     "add_lasso_gradient",
     "export",
     "find_compactors",

@@ -1,58 +1,89 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
 
-import numpy as np
 import torch
 
 from .compactor import Compactor
 from .export_meter import ExportMeter
 
 
+@dataclass(frozen=True)
 class SizeBudget:
-    """Brings a network to a share of its size in so many steps, and settles which rows of its compactors stay.
+    """How small a network shall become: the target of ``CapacityDynamics``, and in how many steps.
+
+    Args:
+        parameters: share of the parameters of the network without compactors that shall remain, from 0 to 1.
+        flops: share of its FLOPs that shall remain. One of both.
+        steps: of the optimizer, until the target is met.
+
+    Raises:
+        ValueError: no target or two, a share out of range, ``steps`` that are no positive whole number.
+
+    Example:
+        >>> SizeBudget(flops=0.5, steps=1000).share
+        0.5
+    """
+
+    parameters: float | None = None
+    flops: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.parameters is None) == (self.flops is None):
+            raise ValueError(
+                f"a SizeBudget has parameters ({self.parameters}) or flops ({self.flops}): give one, not both."
+            )
+        if not 0 < self.share < 1:
+            raise ValueError(
+                f"{self.measured} is the share that shall remain and must lie between 0 and 1, but is {self.share}."
+            )
+        if not isinstance(self.steps, Integral) or self.steps < 1:
+            raise ValueError(
+                f"steps must be a positive whole number, after which the target is met, but is {self.steps!r}."
+            )
+
+    @property
+    def measured(self) -> str:
+        """What has a target: ``"parameters"`` or ``"flops"``."""
+        return "flops" if self.parameters is None else "parameters"
+
+    @property
+    def share(self) -> float:
+        """How much of that shall remain."""
+        return getattr(self, self.measured)
+
+
+class BudgetSchedule:
+    """Brings a network to its ``SizeBudget``, and settles which rows of its compactors stay.
 
     Of the rows that have to go, the longest is led to zero along a straight line: the lasso grows stronger or weaker
     as that row is behind or ahead. When the target is met or the time is over, the shortest rows that are still too
     many go, and from then on those that are zero stay zero.
 
     Args:
+        settings: the target.
         compactors: by name, as ``find_compactors`` returns them.
         meter: of the network.
-        target: ``"target_params"`` or ``"target_flops"``, what is counted.
-        share: of the network's parameters or FLOPs that shall remain, from 0 to 1.
-        steps: after how many steps.
         threshold: rows shorter than this count as gone.
 
     Raises:
-        ValueError: ``share`` is out of range or out of reach, or there are no ``steps``.
+        ValueError: the target is out of reach.
     """
 
-    def __init__(
-        self,
-        compactors: dict[str, Compactor],
-        meter: ExportMeter,
-        target: str,
-        share: float,
-        steps: int | None,
-        threshold: float,
-    ):
-        if not 0 < share < 1:
-            raise ValueError(f"{target} is the share that shall remain and must lie between 0 and 1, but is {share}.")
-        if not isinstance(steps, (int, np.integer)) or steps < 1:
-            raise ValueError(
-                f"{target} needs budget_steps, a positive whole number, the steps after which it is met, but that is "
-                f"{steps!r}."
-            )
-        self.measured = {"target_params": "parameters", "target_flops": "flops"}[target]
-        self.compactors, self.meter, self.steps, self.threshold = compactors, meter, steps, threshold
+    def __init__(self, settings: SizeBudget, compactors: dict[str, Compactor], meter: ExportMeter, threshold: float):
+        self.measured, self.steps = settings.measured, int(settings.steps or 0)
+        self.compactors, self.meter, self.threshold = compactors, meter, threshold
         self.weights = [compactor.weight for compactor in compactors.values()]
         self.counts = [len(weight) for weight in self.weights]
         whole, least = (getattr(meter.measure(rows), self.measured) for rows in (0.0, math.inf))
-        self.target = share * whole
+        self.target = settings.share * whole
         if self.target < least:
             raise ValueError(
-                f"{target} is {share}, but one channel behind each compactor leaves {least / whole:.3f} of the network."
+                f"{self.measured} is {settings.share}, but one channel behind each compactor leaves "
+                f"{least / whole:.3f} of the network."
             )
         self.first_longest = 0.0
         self.alive: list[torch.Tensor] | None = None
@@ -116,7 +147,7 @@ class SizeBudget:
             if gone.all():
                 gone[own.argmax()] = False  # stays in any case
         self.fill_up(gone_rows, lengths_of)
-        self.alive = [(~gone).to(w.dtype).view(-1, 1, 1, 1) for gone, w in zip(gone_rows, self.weights)]
+        self.alive = [(~gone).to(w.dtype).view(-1, *(1,) * (w.ndim - 1)) for gone, w in zip(gone_rows, self.weights)]
         self.hold()
 
     def fill_up(self, gone_rows: Sequence[torch.Tensor], lengths_of: Sequence[torch.Tensor]) -> None:
@@ -138,7 +169,7 @@ class SizeBudget:
 
     def plan(self) -> dict[str, object]:
         """Return what is counted, how much of it shall remain, and when."""
-        return {"measured": self.measured, "target": self.target, "budget_steps": self.steps}
+        return {"measured": self.measured, "target": self.target, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where ``state_dict`` was taken, or raise ``ValueError`` if it was under another plan."""

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from pml_distill.capacity import CapacityDynamics, insert_compactors
+from pml_distill.capacity import CapacityDynamics, RetrievalReset, SizeBudget, insert_compactors
 from pml_distill.evaluation import model_cost
 from pml_distill.losses import AbsoluteTeacherLoss, PooledFeatureLoss
 from pml_distill.models import SmallResNet
@@ -44,11 +44,25 @@ def images(count=8, seed=0):
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
+def attach(student, teacher, optimizer, shape=SHAPE, **kwargs):
+    """Dynamics, with the settings of the budget, of the resetting and their own side by side."""
+    budget = {key: kwargs.pop(key) for key in ("parameters", "flops", "steps") if key in kwargs}
+    own = {key: kwargs.pop(key) for key in ("lasso_weight", "threshold", "proximal") if key in kwargs}
+    reset = None if teacher is None else RetrievalReset(teacher, **kwargs)
+    budget = SizeBudget(**budget) if any(budget.values()) else None
+    return CapacityDynamics(student, optimizer, shape, reset=reset, budget=budget, **own)
+
+
 def setting(teacher=True, rate=0.1, optimizer=torch.optim.SGD, **kwargs):
     student, teacher = network(), network(1, compactors=False) if teacher else None
     optimizer = optimizer(student.parameters(), lr=rate)
-    kwargs = {"reset_epoch": 0, "queue_size": 64, "ratio": 0.8, **kwargs}
-    return student, teacher, optimizer, CapacityDynamics(student, teacher, optimizer, SHAPE, **kwargs)
+    kwargs = {"warmup_epochs": 0, "queue_size": 64, "ratio": 0.8, **kwargs}
+    return student, teacher, optimizer, attach(student, teacher, optimizer, **kwargs)
+
+
+def adjust(dynamics):
+    """Do what happens to the gradients at the beginning of the optimizer's step."""
+    dynamics.before_step(None)
 
 
 def trainer_with(student, optimizer, dynamics, size=32, **parts):
@@ -59,7 +73,6 @@ def trainer_with(student, optimizer, dynamics, size=32, **parts):
         "batch_size": 8,
         "loss_funcs": {"metric_loss": MultiSimilarityLoss()},
         "dataset": torch.utils.data.TensorDataset(images(size), torch.arange(size) % 4),
-        "gradient_clippers": {"trunk_grad_clipper": dynamics},
         "end_of_epoch_hook": dynamics.end_of_epoch_hook(),
         "data_device": torch.device("cpu"),
         "dataloader_num_workers": 0,
@@ -79,25 +92,25 @@ def test_marked_rows_lose_their_gradient_and_others_keep_it():
     student, _, _, dynamics = setting()
     backward(student, images())
     before = gradients(dynamics)
-    dynamics()
-    assert any(not reset.mask.all() for reset in dynamics.resets)
-    for gradient, reset, weight in zip(before, dynamics.resets, dynamics.weights):
+    adjust(dynamics)
+    assert any(not reset.mask.all() for reset in dynamics.resetting.resets)
+    for gradient, reset, weight in zip(before, dynamics.resetting.resets, dynamics.weights):
         expected = gradient * reset.mask.view(-1, 1, 1, 1)
         assert torch.equal(weight.grad, expected)
 
 
 def test_nothing_is_reset_before_its_epoch_or_without_a_teacher():
-    for kwargs in ({"reset_epoch": 1}, {"teacher": False}):
+    for kwargs in ({"warmup_epochs": 1}, {"teacher": False}):
         student, _, _, dynamics = setting(**kwargs)
         backward(student, images())
         before = gradients(dynamics)
-        dynamics()
+        adjust(dynamics)
         assert all(torch.equal(a, b) for a, b in zip(before, gradients(dynamics)))
-    student, _, _, dynamics = setting(reset_epoch=1)
+    student, _, _, dynamics = setting(warmup_epochs=1)
     dynamics.end_epoch()
     backward(student, images())
-    dynamics()
-    assert all(reset.count == 8 for reset in dynamics.resets)
+    adjust(dynamics)
+    assert all(reset.count == 8 for reset in dynamics.resetting.resets)
 
 
 def test_the_teacher_runs_once_in_eval_mode_and_stays_as_it_is():
@@ -111,10 +124,10 @@ def test_the_teacher_runs_once_in_eval_mode_and_stays_as_it_is():
         if given:
             FrozenTeacher(teacher)(batch)
         teacher.train(not given)
-        dynamics()
+        adjust(dynamics)
         assert calls == [1] and teacher.training == (not given)
         assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in state.items())
-        passes.append([reset.queue.clone() for reset in dynamics.resets])
+        passes.append([reset.queue.clone() for reset in dynamics.resetting.resets])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*passes))
 
 
@@ -123,21 +136,24 @@ def test_a_teacher_run_on_other_images_does_not_count():
     backward(student, images())
     with torch.no_grad():
         teacher.eval()(images(seed=5))
-    dynamics()
+    adjust(dynamics)
     expected = setting()
     backward(expected[0], images())
-    expected[3]()
-    assert all(torch.allclose(a.queue, b.queue, atol=1e-6) for a, b in zip(dynamics.resets, expected[3].resets))
+    adjust(expected[3])
+    assert all(
+        torch.allclose(a.queue, b.queue, atol=1e-6)
+        for a, b in zip(dynamics.resetting.resets, expected[3].resetting.resets)
+    )
 
 
 def test_nothing_is_kept_of_a_gallery_that_the_teacher_embeds_while_the_student_is_tested():
     student, teacher, _, dynamics = setting()
     backward(student, images())
-    dynamics()
+    adjust(dynamics)
     student.eval()
     with torch.no_grad():
         teacher.eval()(images(seed=5))
-    assert not dynamics.taps["teacher"].passes
+    assert not dynamics.resetting.teacher_tap.passes
 
 
 def test_nothing_is_kept_of_a_gallery_that_the_teacher_embeds_while_the_student_is_in_training_mode():
@@ -145,7 +161,7 @@ def test_nothing_is_kept_of_a_gallery_that_the_teacher_embeds_while_the_student_
     with torch.no_grad():
         for seed in range(5):
             teacher(images(seed=seed))
-    assert len(dynamics.taps["teacher"].passes) == 1
+    assert len(dynamics.resetting.teacher_tap.passes) == 1
 
 
 def test_the_teacher_runs_once_on_each_accumulated_batch_whichever_network_is_first():
@@ -157,26 +173,26 @@ def test_the_teacher_runs_once_on_each_accumulated_batch_whichever_network_is_fi
             batch = images(seed=seed)
             for network in order:
                 backward(student, batch) if network == "student" else teacher(batch)
-        dynamics()
-        assert len(calls) == 3 and dynamics.resets[0].count == 24
+        adjust(dynamics)
+        assert len(calls) == 3 and dynamics.resetting.resets[0].count == 24
 
 
 def test_a_student_has_one_dynamics_at_a_time():
     student, teacher, optimizer, dynamics = setting()
-    arguments = {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "image_shape": SHAPE, "queue_size": 8}
+    arguments = {"optimizer": torch.optim.SGD(student.parameters(), lr=0.1)}
     with pytest.raises(ValueError, match=r"no other CapacityDynamics, but has one: call close\(\) on that first"):
-        CapacityDynamics(student, None, **arguments)
+        attach(student, None, **arguments)
     dynamics.close()
-    second = CapacityDynamics(student, teacher, **arguments)
+    second = attach(student, teacher, **arguments)
     dynamics.close()
     with pytest.raises(ValueError, match="no other CapacityDynamics"):
-        CapacityDynamics(student, teacher, **arguments)
+        attach(student, teacher, **arguments)
     second.close()
     del second
-    CapacityDynamics(student, None, **arguments)
+    attach(student, None, **arguments)
     # Nothing holds the last one but its optimizer.
     del arguments
-    CapacityDynamics(student, None, optimizer, SHAPE)
+    attach(student, None, optimizer)
 
 
 def test_networks_and_dynamics_can_go_without_being_closed():
@@ -195,8 +211,8 @@ def test_the_exported_network_has_no_hooks_and_the_training_goes_on(tmp_path):
     torch.save(small, tmp_path / "small.pth")
     backward(student, images())
     small.train()(images(seed=1))
-    dynamics()
-    assert all(reset.count == 16 for reset in dynamics.resets)
+    adjust(dynamics)
+    assert all(reset.count == 16 for reset in dynamics.resetting.resets)
 
 
 def test_only_whole_passes_of_the_student_itself_count():
@@ -207,26 +223,26 @@ def test_only_whole_passes_of_the_student_itself_count():
     student.layer1(torch.randn(8, 4, 8, 8))
     with torch.no_grad():
         student(images(seed=2))
-    dynamics()
+    adjust(dynamics)
     expected = setting()
     backward(expected[0], images())
-    expected[3]()
-    for reset, other in zip(dynamics.resets, expected[3].resets):
+    adjust(expected[3])
+    for reset, other in zip(dynamics.resetting.resets, expected[3].resetting.resets):
         assert reset.count == 8 and torch.equal(reset.mask, other.mask)
 
 
 def test_a_student_called_by_keyword_counts():
     student, _, _, dynamics = setting()
     student(images=images()).square().sum().backward()
-    dynamics()
-    assert all(reset.count == 8 for reset in dynamics.resets)
+    adjust(dynamics)
+    assert all(reset.count == 8 for reset in dynamics.resetting.resets)
 
 
 def test_a_frozen_student_keeps_no_passes():
     student, _, _, dynamics = setting()
     student.requires_grad_(False)
     student(images())
-    assert not dynamics.taps["student"].passes
+    assert not dynamics.resetting.student_tap.passes
 
 
 @pytest.mark.parametrize("run", ["by a method", "in eval mode", "twice called"])
@@ -238,19 +254,17 @@ def test_gradients_of_a_pass_that_was_not_heard_are_refused(run):
         backward(student.eval(), images())
     else:
         backward(student, images())
-        dynamics()
+        adjust(dynamics)
     with pytest.raises(RuntimeError, match=r"no pass of the student was heard .* call it as student\(images\)"):
-        dynamics()
+        adjust(dynamics)
 
 
 def test_steps_without_gradients_of_the_compactors_need_no_pass():
     student, _, optimizer, dynamics = setting()
-    dynamics()
+    adjust(dynamics)
     backward(student, images())
-    dynamics()
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
-    dynamics()
     optimizer.step()
     assert dynamics.steps == 2
 
@@ -261,7 +275,6 @@ def test_closed_it_does_nothing_more(proximal):
     dynamics.close()
     backward(student, images())
     before = gradients(dynamics)
-    dynamics()
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(dynamics))) and dynamics.steps == 0
 
@@ -274,8 +287,8 @@ def test_activation_checkpointing_changes_no_mask(reentrant):
     expected = setting()
     for model, hook in ((student, dynamics), (expected[0], expected[3])):
         backward(model, images())
-        hook()
-    assert all(torch.equal(a.mask, b.mask) for a, b in zip(dynamics.resets, expected[3].resets))
+        adjust(hook)
+    assert all(torch.equal(a.mask, b.mask) for a, b in zip(dynamics.resetting.resets, expected[3].resetting.resets))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -283,7 +296,7 @@ def test_a_frozen_teacher_of_any_precision_runs_once(dtype):
     student = network()
     teacher = FrozenTeacher(network(1, False), dtype=dtype)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    dynamics = CapacityDynamics(student, teacher, optimizer, SHAPE, reset_epoch=0, queue_size=8)
+    dynamics = attach(student, teacher, optimizer, warmup_epochs=0, queue_size=8)
     calls = []
     teacher.trunk.register_forward_hook(lambda *_: calls.append(1))
     batch = images()
@@ -292,8 +305,8 @@ def test_a_frozen_teacher_of_any_precision_runs_once(dtype):
         backward(student, batch)
         if given:
             teacher(batch)
-        dynamics()
-        assert calls == [1] and dynamics.resets[0].count == 8
+        adjust(dynamics)
+        assert calls == [1] and dynamics.resetting.resets[0].count == 8
 
 
 def test_the_teacher_is_put_into_eval_mode_and_a_pass_in_training_mode_does_not_count():
@@ -304,8 +317,8 @@ def test_the_teacher_is_put_into_eval_mode_and_a_pass_in_training_mode_does_not_
     batch = images()
     backward(student, batch)
     teacher.train()(batch)
-    dynamics()
-    assert modes == [True, False] and all(reset.count == 8 for reset in dynamics.resets)
+    adjust(dynamics)
+    assert modes == [True, False] and all(reset.count == 8 for reset in dynamics.resetting.resets)
 
 
 class Pair(torch.nn.Module):
@@ -329,7 +342,7 @@ def pair(twice=False):
     student, teacher = Pair(twice), Pair(twice)
     insert_compactors(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    dynamics = CapacityDynamics(student, teacher, optimizer, (4, 16, 16), reset_epoch=0, queue_size=8)
+    dynamics = attach(student, teacher, optimizer, (4, 16, 16), warmup_epochs=0, queue_size=8)
     return student, teacher, dynamics
 
 
@@ -343,9 +356,9 @@ def test_features_belong_to_the_block_they_come_from_in_whatever_order_blocks_ru
     backward(student, batch)
     with torch.no_grad():
         teacher(batch)
-    dynamics()
+    adjust(dynamics)
     assert next(iter(dynamics.compactors)) == "second.0.bn1" and next(iter(seen)) == "first.0.bn1"
-    for name, reset in zip(dynamics.compactors, dynamics.resets):
+    for name, reset in zip(dynamics.compactors, dynamics.resetting.resets):
         assert torch.allclose(reset.queue, torch.nn.functional.normalize(seen[name]), atol=1e-6)
 
 
@@ -366,8 +379,8 @@ def test_accumulated_batches_enter_together():
     backward(parts[0], images(8)[:4])
     backward(parts[0], images(8)[4:])
     for _, _, _, dynamics in (whole, parts):
-        dynamics()
-    for a, b in zip(whole[3].resets, parts[3].resets):
+        adjust(dynamics)
+    for a, b in zip(whole[3].resetting.resets, parts[3].resetting.resets):
         assert torch.equal(a.mask, b.mask) and torch.allclose(a.queue, b.queue, atol=1e-6)
 
 
@@ -375,7 +388,6 @@ def steps(student, dynamics, optimizer, count, seed=0):
     for step in range(count):
         optimizer.zero_grad()
         (student(images(seed=seed + step)).square().mean()).backward()
-        dynamics()
         optimizer.step()
 
 
@@ -390,7 +402,7 @@ def test_the_gradient_form_adds_the_weight_times_each_rows_direction():
     with torch.no_grad():
         for weight in dynamics.weights:
             weight *= 3
-    dynamics()
+    adjust(dynamics)
     assert all(torch.allclose(w.grad, 0.5 * w / 3) for w in dynamics.weights)
 
 
@@ -418,25 +430,73 @@ def test_a_step_that_the_scaler_skips_shrinks_nothing(fused):
     before = [weight.clone() for weight in dynamics.weights]
     scaler.scale(student(images()).square().sum() * torch.inf).backward()
     scaler.unscale_(optimizer)
-    dynamics()
+    adjust(dynamics)
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(a, b) for a, b in zip(before, dynamics.weights)) and dynamics.steps == 0
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_without_the_dynamics_is_refused_unless_the_scaler_skips_it(fused):
+@pytest.mark.parametrize("proximal", [False, True])
+def test_scaled_and_clipped_steps_are_those_of_plain_ones(fused, proximal):
+    states = []
+    for scale in (None, 2.0**10):
+        optimizer = functools.partial(torch.optim.SGD, fused=fused)
+        student, _, optimizer, dynamics = setting(optimizer=optimizer, lasso_weight=0.3, proximal=proximal)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = student(images(seed=step)).square().mean()
+            # An overflow that the scaler skips changes nothing but what the queues hold.
+            scaler.scale(loss).backward()
+            if step > 1:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(student.parameters(), 0.01)
+            scaler.step(optimizer)
+            scaler.update()
+        assert dynamics.steps == 4
+        states.append(student.state_dict())
+    assert all(torch.allclose(states[0][key], states[1][key], atol=1e-6) for key in states[0])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_training_goes_on_after_a_step_that_the_scaler_skips(fused):
     student, _, optimizer, dynamics = setting(optimizer=functools.partial(torch.optim.SGD, fused=fused))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(student(images()).square().sum() * torch.inf).backward()
-    dynamics()
     scaler.step(optimizer)
+    scaler.update()
+    assert dynamics.steps == 0
+    optimizer.zero_grad()
     backward(student, images())
-    with pytest.raises(RuntimeError, match=r"call dynamics\(\) between backward and step, or give it to the trainer"):
-        optimizer.step()
-    dynamics()
     optimizer.step()
-    assert dynamics.steps == 1
+    assert dynamics.steps == 1 and all(weight.isfinite().all() for weight in dynamics.weights)
+
+
+def test_gradients_are_clipped_before_the_lasso_is_added():
+    student, _, optimizer, dynamics = setting(False, rate=1.0, lasso_weight=0.5, proximal=False)
+    backward(student, images())
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1e-9)
+    optimizer.step()
+    assert all(torch.allclose(w.flatten(1).norm(dim=1), torch.tensor(0.5)) for w in dynamics.weights)
+
+
+def test_the_optimizers_state_carries_the_progress():
+    parts = [setting(rate=0.02, parameters=0.5, steps=12) for _ in range(2)]
+    (student, _, optimizer, dynamics), (other, _, anew, resumed) = parts
+    steps(student, dynamics, optimizer, 6)
+    dynamics.end_epoch()
+    other.load_state_dict(student.state_dict())
+    anew.load_state_dict(optimizer.state_dict())
+    assert (resumed.epoch, resumed.steps, resumed.history) == (2, 6, dynamics.history)
+    for part in parts:
+        steps(part[0], part[3], part[2], 8, seed=6)
+    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), other.state_dict().values()))
+    dynamics.close()
+    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+    with pytest.raises(ValueError, match="the state has a budget, but the dynamics has none"):
+        setting()[2].load_state_dict(anew.state_dict())
+    torch.optim.SGD(student.parameters(), lr=0.1).load_state_dict(anew.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -445,29 +505,28 @@ def test_a_step_without_the_dynamics_is_refused_unless_the_scaler_skips_it(fused
 def test_the_queue_has_the_precision_of_the_student_or_the_given_one(kwargs, expected):
     student, teacher = network().double(), network(1, False).double()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    dynamics = CapacityDynamics(student, teacher, optimizer, SHAPE, reset_epoch=0, queue_size=8, ratio=0.8, **kwargs)
+    dynamics = attach(student, teacher, optimizer, warmup_epochs=0, queue_size=8, ratio=0.8, **kwargs)
     backward(student, images().double())
-    dynamics()
-    assert all(reset.queue.dtype == expected and reset.count == 8 for reset in dynamics.resets)
-    assert any(not reset.mask.all() for reset in dynamics.resets)
+    adjust(dynamics)
+    assert all(reset.queue.dtype == expected and reset.count == 8 for reset in dynamics.resetting.resets)
+    assert any(not reset.mask.all() for reset in dynamics.resetting.resets)
 
 
 def test_a_loss_of_nan_is_found_and_not_taken_for_small_rows():
     student, _, optimizer, dynamics = setting(False, lasso_weight=1.0)
     (student(images()).square().sum() * torch.nan).backward()
-    dynamics()
     optimizer.step()
     with pytest.raises(ValueError, match="not finite"):
         dynamics.end_epoch()
 
 
-@pytest.mark.parametrize("budget", [{"target_params": 0.5}, {"target_flops": 0.6}])
+@pytest.mark.parametrize("budget", [{"parameters": 0.5}, {"flops": 0.6}])
 def test_the_budget_is_met_within_some_channels_and_kept(budget):
-    student, _, optimizer, dynamics = setting(rate=0.02, budget_steps=60, **budget)
+    student, _, optimizer, dynamics = setting(rate=0.02, steps=60, **budget)
     whole = dynamics.meter.measure(0.0)
     steps(student, dynamics, optimizer, 60)
     ((name, share),) = budget.items()
-    key = "parameters" if name == "target_params" else "flops"
+    key = "parameters" if name == "parameters" else "flops"
     assert getattr(dynamics.measure(), key) <= share * getattr(whole, key)
     # One channel of this little network is 1.6 % of its parameters and 1.1 % of its FLOPs.
     assert getattr(dynamics.measure(), key) == pytest.approx(share * getattr(whole, key), rel=0.04)
@@ -478,7 +537,7 @@ def test_the_budget_is_met_within_some_channels_and_kept(budget):
 
 @torch.no_grad()
 def test_a_budget_is_filled_up_with_rows_that_still_fit():
-    _, _, _, dynamics = setting(budget_steps=10, target_params=0.5)
+    _, _, _, dynamics = setting(steps=10, parameters=0.5)
     # The short rows, of narrow layers, go first, so that the last one to go is of a wide layer.
     for place, weight in enumerate(dynamics.weights):
         weight.mul_(torch.linspace(0.5, 0.6, len(weight)).view(-1, 1, 1, 1) + place)
@@ -491,7 +550,7 @@ def test_a_budget_is_filled_up_with_rows_that_still_fit():
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
 def test_a_budget_is_not_exceeded_where_rows_are_alike(share):
-    student, _, optimizer, dynamics = setting(False, rate=0.0, target_flops=share, budget_steps=1)
+    student, _, optimizer, dynamics = setting(False, rate=0.0, flops=share, steps=1)
     steps(student, dynamics, optimizer, 1)
     assert dynamics.budget.met and dynamics.measure().flops <= share * dynamics.meter.measure(0.0).flops
 
@@ -506,10 +565,10 @@ class Readings(TorchDispatchMode):
 
 
 def test_a_step_does_not_wait_for_the_device_at_each_compactor():
-    student, _, optimizer, dynamics = setting(target_params=0.5, budget_steps=1000)
+    student, _, optimizer, dynamics = setting(parameters=0.5, steps=1000)
     backward(student, images())
     with Readings() as readings:
-        dynamics()
+        adjust(dynamics)
         dynamics.after_step(optimizer)
     assert dynamics.steps == 1 and readings.count <= 1
 
@@ -517,13 +576,13 @@ def test_a_step_does_not_wait_for_the_device_at_each_compactor():
 @pytest.mark.parametrize(
     ("make", "positions", "budget"),
     [
-        (torchvision.models.resnet18, "inner", {"target_params": 0.3287}),
-        (torchvision.models.resnet18, "inner", {"target_flops": 0.3433}),
-        (torchvision.models.resnet18, "all", {"target_params": 0.2}),
-        (torchvision.models.resnet18, "all", {"target_flops": 0.2}),
+        (torchvision.models.resnet18, "inner", {"parameters": 0.3287}),
+        (torchvision.models.resnet18, "inner", {"flops": 0.3433}),
+        (torchvision.models.resnet18, "all", {"parameters": 0.2}),
+        (torchvision.models.resnet18, "all", {"flops": 0.2}),
         # In the basic blocks above "all" places are the inner ones.
-        (functools.partial(ResNet, Bottleneck, [1, 1, 1, 1]), "all", {"target_params": 0.5}),
-        (functools.partial(ResNet, Bottleneck, [1, 1, 1, 1]), "all", {"target_flops": 0.5}),
+        (functools.partial(ResNet, Bottleneck, [1, 1, 1, 1]), "all", {"parameters": 0.5}),
+        (functools.partial(ResNet, Bottleneck, [1, 1, 1, 1]), "all", {"flops": 0.5}),
     ],
 )
 def test_a_resnet_meets_the_budget_within_two_percent(make, positions, budget):
@@ -531,17 +590,16 @@ def test_a_resnet_meets_the_budget_within_two_percent(make, positions, budget):
     student = make(num_classes=8)
     insert_compactors(student, positions)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
-    dynamics = CapacityDynamics(student, None, optimizer, (3, 32, 32), budget_steps=20, **budget)
+    dynamics = attach(student, None, optimizer, (3, 32, 32), steps=20, **budget)
     for step in range(20):
         optimizer.zero_grad()
         batch = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
         student(batch).square().mean().backward()
-        dynamics()
         optimizer.step()
     ((name, share),) = budget.items()
     plain = make(num_classes=8)
     exported, whole = (model_cost(model, (3, 32, 32), ()) for model in (dynamics.export(), plain))
-    key = "parameters" if name == "target_params" else "flops"
+    key = "parameters" if name == "parameters" else "flops"
     assert 0.98 * share <= getattr(exported, key) / getattr(whole, key) <= share
 
 
@@ -590,11 +648,11 @@ def test_history_holds_what_torch_counts_in_the_blocks_of_the_exported_network(c
 
 def test_how_to_reset_is_handed_on():
     *_, dynamics = setting(ratio=0.7, queue_size=20, neighbors=3, metric="euclidean", accumulate=False)
-    for reset in dynamics.resets:
+    for reset in dynamics.resetting.resets:
         assert reset.lowest == int(0.7 * len(reset.mask)) and len(reset.queue) == 20
         assert (reset.neighbors, reset.metric, reset.accumulate) == (3, "euclidean", False)
     *_, dynamics = setting(refresh_interval=5)
-    assert all(reset.refresh_interval == 5 for reset in dynamics.resets)
+    assert all(reset.refresh_interval == 5 for reset in dynamics.resetting.resets)
 
 
 def test_rows_below_the_threshold_count_as_gone():
@@ -614,11 +672,11 @@ def test_closed_it_leaves_no_hooks():
 
 def test_a_state_resumes_the_run():
     torch.manual_seed(0)
-    student, _, optimizer, dynamics = setting(rate=0.02, target_params=0.5, budget_steps=12)
+    student, _, optimizer, dynamics = setting(rate=0.02, parameters=0.5, steps=12)
     steps(student, dynamics, optimizer, 6)
     saved = copy.deepcopy([x.state_dict() for x in (student, optimizer, dynamics)])
     steps(student, dynamics, optimizer, 10, seed=6)
-    other = setting(rate=0.02, target_params=0.5, budget_steps=12)
+    other = setting(rate=0.02, parameters=0.5, steps=12)
     for part, state in zip((other[0], other[2], other[3]), saved):
         part.load_state_dict(state)
     steps(other[0], other[3], other[2], 10, seed=6)
@@ -643,76 +701,88 @@ def frozen_but_for_compactors(student):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda s, t, o: CapacityDynamics(network(compactors=False), t, o, SHAPE), "has no compactors"),
+        (lambda s, t, o: attach(network(compactors=False), t, o), "has no compactors"),
         (
-            lambda s, t, o: CapacityDynamics(s, t, torch.optim.SGD([s.conv1.weight], lr=0.1), SHAPE),
+            lambda s, t, o: attach(s, t, torch.optim.SGD([s.conv1.weight], lr=0.1)),
             r"does not train the compactors behind \['layer1.0.bn1'",
         ),
         (
-            lambda s, t, o: CapacityDynamics(s, torch.nn.Linear(2, 2), o, SHAPE),
+            lambda s, t, o: attach(s, torch.nn.Linear(2, 2), o),
             r"student has layer1.0 \(pml_distill.models.small_resnet.BasicBlock\), the teacher, a Linear, has nothing",
         ),
         (
-            lambda s, t, o: CapacityDynamics(frozen_but_for_compactors(s), t, o, SHAPE),
+            lambda s, t, o: attach(frozen_but_for_compactors(s), t, o),
             r"student learns nothing but its compactors.* requires_grad_\(True\)",
         ),
-        (lambda s, t, o: CapacityDynamics(s, s, o, SHAPE), "teacher is the student"),
-        (lambda s, t, o: CapacityDynamics(s, FrozenTeacher(s), o, SHAPE), "teacher is the student"),
-        (lambda s, t, o: CapacityDynamics("x", t, o, SHAPE), "student must be a network, but is a str"),
         (
-            lambda s, t, o: CapacityDynamics(s, t, None, SHAPE),
+            lambda s, t, o: CapacityDynamics(s, o, SHAPE, reset=t),
+            "reset must be a RetrievalReset or None, but is a SmallResNet",
+        ),
+        (
+            lambda s, t, o: CapacityDynamics(s, o, SHAPE, budget=0.5),
+            "budget must be a SizeBudget or None, but is a float",
+        ),
+        (lambda s, t, o: SizeBudget(steps=5), "give one, not both"),
+        (lambda s, t, o: attach(s, s, o), "teacher is the student"),
+        (lambda s, t, o: attach(s, FrozenTeacher(s), o), "teacher is the student"),
+        (lambda s, t, o: attach("x", t, o), "student must be a network, but is a str"),
+        (
+            lambda s, t, o: attach(s, t, None),
             "optimizer must be a torch.optim.Optimizer, but is a None",
         ),
         (
-            lambda s, t, o: CapacityDynamics(s, EnsembleTeacher([FrozenTeacher(t)]), o, SHAPE),
+            lambda s, t, o: attach(s, EnsembleTeacher([FrozenTeacher(t)]), o),
             "is an EnsembleTeacher: give one of its teachers",
         ),
-        (lambda s, t, o: CapacityDynamics(s, lambda x: x, o, SHAPE), "must be a network.* but is a function"),
+        (lambda s, t, o: attach(s, lambda x: x, o), "must be a network.* but is a function"),
         (
-            lambda s, t, o: CapacityDynamics(torch.compile(s, backend="eager"), t, o, SHAPE),
+            lambda s, t, o: attach(torch.compile(s, backend="eager"), t, o),
             "but is of type OptimizedModule, behind which its passes cannot be seen",
         ),
-        (lambda s, t, o: CapacityDynamics(torch.nn.DataParallel(s), t, o, SHAPE), "but is of type DataParallel"),
+        (lambda s, t, o: attach(torch.nn.DataParallel(s), t, o), "but is of type DataParallel"),
         (
-            lambda s, t, o: CapacityDynamics(s, SmallResNet(8), o, SHAPE),
+            lambda s, t, o: attach(s, SmallResNet(8), o),
             "teacher has 8 channels behind layer1.0.bn1, the student 4",
         ),
         (
-            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_params=0.5, target_flops=0.5),
+            lambda s, t, o: attach(s, t, o, parameters=0.5, flops=0.5),
             "not both",
         ),
-        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_params=2), "between 0 and 1, but is 2"),
-        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5), "needs budget_steps"),
+        (lambda s, t, o: attach(s, t, o, parameters=2), "between 0 and 1, but is 2"),
+        (lambda s, t, o: attach(s, t, o, flops=0.5), "steps must be a positive whole number, .* but is None"),
         (
-            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=2.5),
-            "needs budget_steps, a positive whole number, .* but that is 2.5",
+            lambda s, t, o: attach(s, t, o, flops=0.5, steps=2.5),
+            "steps must be a positive whole number, .* but is 2.5",
         ),
         *[
             (
-                lambda s, t, o, epoch=epoch: CapacityDynamics(s, t, o, SHAPE).end_of_epoch_hook(export_after=epoch),
+                lambda s, t, o, epoch=epoch: attach(s, t, o).end_of_epoch_hook(export_after=epoch),
                 f"export_after must be None or a whole number, at least 1, but is {epoch!r}",
             )
             for epoch in (0, -1, "x", 1.5)
         ],
         (
-            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, proximal=False),
+            lambda s, t, o: attach(s, t, o, flops=0.5, steps=3, proximal=False),
             "needs proximal=True",
         ),
         (
-            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, target_flops=0.5, budget_steps=3, lasso_weight=0),
-            "target_flops multiplies lasso_weight step by step, so that it must be above 0, but is 0",
+            lambda s, t, o: attach(s, t, o, flops=0.5, steps=3, lasso_weight=0),
+            "needs proximal=True, .* and a lasso_weight above 0, which it multiplies; given are True and 0",
         ),
         (
-            lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, lasso_weight=-1),
+            lambda s, t, o: attach(s, t, o, lasso_weight=-1),
             "lasso_weight must be finite and at least 0, but is -1",
         ),
-        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, threshold=1), "threshold must be above 0 .* but is 1"),
-        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, threshold=float("nan")), "threshold must be .* but is nan"),
-        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, reset_epoch=-1), "reset_epoch must be at least 0, but is -1"),
-        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE, queue_size=1), "neighbors must be at most queue_size, 1"),
-        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE).table(), "no epoch has ended yet"),
-        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE).block_table(), "no epoch has ended yet"),
-        (lambda s, t, o: CapacityDynamics(s, t, o, SHAPE).plot("none.png"), "no epoch has ended yet"),
+        (lambda s, t, o: attach(s, t, o, threshold=1), "threshold must be above 0 .* but is 1"),
+        (lambda s, t, o: attach(s, t, o, threshold=float("nan")), "threshold must be .* but is nan"),
+        (
+            lambda s, t, o: attach(s, t, o, warmup_epochs=-1),
+            "warmup_epochs must be at least 0, but is -1",
+        ),
+        (lambda s, t, o: attach(s, t, o, queue_size=1), "neighbors must be at most queue_size, 1"),
+        (lambda s, t, o: attach(s, t, o).table(), "no epoch has ended yet"),
+        (lambda s, t, o: attach(s, t, o).block_table(), "no epoch has ended yet"),
+        (lambda s, t, o: attach(s, t, o).plot("none.png"), "no epoch has ended yet"),
     ],
 )
 def test_wrong_arguments_are_refused(make, message):
@@ -725,7 +795,7 @@ def test_a_refused_teacher_is_left_as_it_is_and_no_hook_stays():
     student, teacher = network(), SmallResNet(8)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="the student 4"):
-        CapacityDynamics(student, teacher, optimizer, SHAPE, reset_epoch=0, queue_size=8)
+        attach(student, teacher, optimizer, warmup_epochs=0, queue_size=8)
     assert teacher.training and not optimizer._optimizer_step_post_hooks and not student._forward_pre_hooks
 
 
@@ -743,14 +813,14 @@ def test_a_state_of_other_compactors_is_refused():
     for positions in ("inner", "all"):
         student = torchvision.models.resnet50(num_classes=8)
         insert_compactors(student, positions)
-        dynamics = CapacityDynamics(student, None, torch.optim.SGD(student.parameters(), lr=0.1), (3, 32, 32))
+        dynamics = attach(student, None, torch.optim.SGD(student.parameters(), lr=0.1), (3, 32, 32))
         states.append(dynamics.state_dict())
     with pytest.raises(ValueError, match=r"with the widths \{'layer1.0.bn2': 64.*the student has \{'layer1.0.bn1': 64"):
         dynamics.load_state_dict(states[0])
 
 
 def test_of_a_refused_state_nothing_is_loaded():
-    kwargs = {"target_params": 0.5, "budget_steps": 1}
+    kwargs = {"parameters": 0.5, "steps": 1}
     student, _, optimizer, dynamics = setting(queue_size=32, **kwargs)
     steps(student, dynamics, optimizer, 1)
     *_, other = setting(**kwargs)
@@ -764,14 +834,14 @@ def test_of_a_refused_state_nothing_is_loaded():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_params": 0.6}, r"state is of the budget \{'measured': 'parameters', 'target': .* but this one is"),
-        ({"target_params": None, "target_flops": 0.5}, "'measured': 'parameters'.* but this one is .*'flops'"),
-        ({"budget_steps": 13}, "'budget_steps': 12.*'budget_steps': 13"),
-        ({"target_params": None, "budget_steps": None}, "the state has target_params or target_flops, but the dynam"),
+        ({"parameters": 0.6}, r"state is of the budget \{'measured': 'parameters', 'target': .* but this one is"),
+        ({"parameters": None, "flops": 0.5}, "'measured': 'parameters'.* but this one is .*'flops'"),
+        ({"steps": 13}, "'steps': 12.*'steps': 13"),
+        ({"parameters": None, "steps": None}, "the state has a budget, but the dynamics has none"),
     ],
 )
 def test_a_state_of_another_budget_is_refused(changes, message):
-    kwargs = {"target_params": 0.5, "budget_steps": 12}
+    kwargs = {"parameters": 0.5, "steps": 12}
     state = setting(**kwargs)[3].state_dict() | {"epoch": 7}
     other = setting(**{**kwargs, **changes})[3]
     with pytest.raises(ValueError, match=message):
@@ -799,7 +869,7 @@ def test_a_teacher_with_other_blocks_is_refused(student, teacher, message):
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     teacher = timm.create_model("resnet50") if teacher == "timm" else torchvision.models.get_model(teacher)
     with pytest.raises(ValueError, match=message):
-        CapacityDynamics(student, teacher, optimizer, (3, 32, 32), queue_size=8)
+        attach(student, teacher, optimizer, (3, 32, 32), queue_size=8)
 
 
 def test_a_compactor_with_nan_is_named():
@@ -817,18 +887,17 @@ def worker(rank, folder):
             module.eval()
     student = torch.nn.parallel.DistributedDataParallel(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
-    dynamics = CapacityDynamics(
-        student, network(1, False), optimizer, SHAPE, reset_epoch=0, queue_size=64, ratio=0.8, lasso_weight=0.5
+    dynamics = attach(
+        student, network(1, False), optimizer, warmup_epochs=0, queue_size=64, ratio=0.8, lasso_weight=0.5
     )
     gather, calls = torch.distributed.all_gather, []
     torch.distributed.all_gather = lambda *args: (calls.append(1), gather(*args))
     for step in range(3):
         optimizer.zero_grad()
         student(images(8, seed=step)[4 * rank : 4 * rank + 4]).square().sum().backward()
-        dynamics()
         optimizer.step()
     assert len(calls) == 3
-    torch.save([[r.mask for r in dynamics.resets], dynamics.weights], f"{folder}/{rank}.pth")
+    torch.save([[r.mask for r in dynamics.resetting.resets], dynamics.weights], f"{folder}/{rank}.pth")
     # No process leaves while another still talks to it.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -841,19 +910,18 @@ def test_two_processes_mark_the_rows_that_one_marks(tmp_path):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
-    dynamics = CapacityDynamics(
-        student, network(1, False), optimizer, SHAPE, reset_epoch=0, queue_size=64, ratio=0.8, lasso_weight=0.5
+    dynamics = attach(
+        student, network(1, False), optimizer, warmup_epochs=0, queue_size=64, ratio=0.8, lasso_weight=0.5
     )
     for step in range(3):
         optimizer.zero_grad()
         (student(images(8, seed=step)).square().sum() / 2).backward()
-        dynamics()
         optimizer.step()
     for rank in range(2):
         masks, weights = torch.load(tmp_path / f"{rank}.pth")
-        assert all(torch.equal(mask, reset.mask) for mask, reset in zip(masks, dynamics.resets))
+        assert all(torch.equal(mask, reset.mask) for mask, reset in zip(masks, dynamics.resetting.resets))
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights, dynamics.weights))
-    assert any(not reset.mask.all() for reset in dynamics.resets)
+    assert any(not reset.mask.all() for reset in dynamics.resetting.resets)
 
 
 RUN = textwrap.dedent(
@@ -865,7 +933,7 @@ RUN = textwrap.dedent(
     from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
     from pytorch_metric_learning.utils import common_functions as c_f, logging_presets
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-    from pml_distill.capacity import CapacityDynamics, insert_compactors
+    from pml_distill.capacity import CapacityDynamics, RetrievalReset, SizeBudget, insert_compactors
     from pml_distill.datasets import Digits
     from pml_distill.losses import AbsoluteTeacherLoss
     from pml_distill.models import SmallResNet
@@ -880,9 +948,8 @@ RUN = textwrap.dedent(
     student, teacher = SmallResNet(4), SmallResNet(4)
     insert_compactors(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
-    dynamics = CapacityDynamics(
-        student, teacher, optimizer, (1, 32, 32), reset_epoch=1, queue_size=100, target_params=0.6, budget_steps=15
-    )
+    reset, budget = RetrievalReset(teacher, warmup_epochs=1, queue_size=100), SizeBudget(parameters=0.6, steps=15)
+    dynamics = CapacityDynamics(student, optimizer, (1, 32, 32), reset=reset, budget=budget)
     record_keeper, _, _ = logging_presets.get_record_keeper(folder + "/logs", folder + "/tensorboard")
     hooks = logging_presets.HookContainer(record_keeper, primary_metric="precision_at_1")
     tester = GlobalEmbeddingSpaceTester(
@@ -911,7 +978,6 @@ RUN = textwrap.dedent(
         dataset=train,
         teacher=FrozenTeacher(teacher),
         sampler=MPerClassSampler(train.labels, 8, 32, 160),
-        gradient_clippers={"trunk_grad_clipper": dynamics},
         data_device=torch.device("cpu"),
         dataloader_num_workers=0,
         end_of_iteration_hook=end_of_iteration,
@@ -954,17 +1020,8 @@ def test_in_a_trainer_with_mixed_precision_and_accumulation(amp_dtype, accumulat
         amp_dtype=amp_dtype,
         accumulation_steps=accumulation_steps,
     ).train(1, 2)
-    assert dynamics.resets[0].count == 64 and len(dynamics.history) == 2
+    assert dynamics.resetting.resets[0].count == 64 and len(dynamics.history) == 2
     assert all(weight.isfinite().all() for weight in dynamics.weights)
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_clipper_that_hides_the_dynamics_from_checkpoints_is_told(inside, caplog):
-    caplog.set_level("WARNING", logger="PML")
-    student, _, optimizer, dynamics = setting(False)
-    clipper = (lambda: dynamics()) if inside else dynamics
-    trainer_with(student, optimizer, dynamics, 16, gradient_clippers={"trunk_grad_clipper": clipper}).train(1, 2)
-    assert caplog.text.count("checkpoints leave it out") == inside
 
 
 def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
@@ -974,7 +1031,7 @@ def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
     others = [p for p in student.parameters() if not any(p is c for c in compactors)]
     groups = [{"params": others + list(embedder.parameters())}, {"params": compactors, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=1e-3)
-    dynamics = CapacityDynamics(student, teacher, optimizer, SHAPE, queue_size=64, target_params=0.6, budget_steps=6)
+    dynamics = attach(student, teacher, optimizer, queue_size=64, parameters=0.6, steps=6)
     outputs = []
 
     def then(trainer):
@@ -997,7 +1054,7 @@ def test_the_exported_network_takes_the_students_place_in_the_trainer(capsys):
     assert sum(p.numel() for p in small.parameters()) == dynamics.history[-1]["parameters"]
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for model in (small, embedder) for p in model.parameters()}
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 16) and not trainer.gradient_clippers
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 16)
     assert not torch.equal(outputs[1], small.eval()(images())) and len(dynamics.history) == 2
     assert "parameters have become" in capsys.readouterr().out
 
@@ -1030,7 +1087,7 @@ def test_an_export_that_takes_away_what_the_trainer_taps_is_refused_after_the_fi
 def test_a_student_that_is_compiled_is_exported_in_a_trainer_only_where_it_is_compiled_in_place():
     student, _, optimizer, dynamics = setting(False)
     models = {"embedder": torch.nn.Linear(16, 8), "trunk": torch.compile(student, backend="eager")}
-    trainer = types.SimpleNamespace(models=models, optimizers={"trunk_optimizer": optimizer}, gradient_clippers={})
+    trainer = types.SimpleNamespace(models=models, optimizers={"trunk_optimizer": optimizer})
     with pytest.raises(ValueError, match=r'models\["trunk"\] is what torch.compile.* in place by student.compile\(\)'):
         dynamics.end_of_epoch_hook(export_after=2)(trainer)
     assert not dynamics.history
@@ -1059,10 +1116,8 @@ def test_the_first_line_of_a_resumed_run_comes_with_the_whole_table_and_other_pr
 def replaced(student, groups):
     """The optimizer and the small network after an export in a trainer."""
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-    dynamics = CapacityDynamics(student, None, optimizer, (3, 32, 32))
-    trainer = types.SimpleNamespace(
-        models={"trunk": student}, optimizers={"trunk_optimizer": optimizer}, gradient_clippers={}
-    )
+    dynamics = attach(student, None, optimizer, (3, 32, 32))
+    trainer = types.SimpleNamespace(models={"trunk": student}, optimizers={"trunk_optimizer": optimizer})
     return optimizer, dynamics.replace_student(trainer)
 
 
@@ -1120,10 +1175,8 @@ def test_a_renewed_distributed_wrapper_keeps_its_settings(tmp_path, capsys):
         )
         wrapper.broadcast_buffers = False
         optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.01)
-        dynamics = CapacityDynamics(wrapper, None, optimizer, SHAPE)
-        trainer = types.SimpleNamespace(
-            models={"trunk": wrapper}, optimizers={"trunk_optimizer": optimizer}, gradient_clippers={}
-        )
+        dynamics = attach(wrapper, None, optimizer)
+        trainer = types.SimpleNamespace(models={"trunk": wrapper}, optimizers={"trunk_optimizer": optimizer})
         small, renewed = dynamics.replace_student(trainer), trainer.models["trunk"]
         assert renewed.module is small and renewed.process_group is group and not renewed.broadcast_buffers
         assert renewed.find_unused_parameters and renewed.gradient_as_bucket_view

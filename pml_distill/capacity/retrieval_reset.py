@@ -1,0 +1,139 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..teachers import FrozenTeacher
+from ..utils.distributed import num_processes
+from ..utils.modules import eval_mode, unwrapped
+from .compactor import Compactor
+from .correspondence import check_correspondence
+from .gradient_reset import GradientReset
+from .pass_tap import PassTap
+
+
+@dataclass(frozen=True)
+class RetrievalReset:
+    """Retrieval-guided gradient resetting for ``CapacityDynamics``: the teacher, and how channels are marked.
+
+    Args:
+        teacher: a network of the same blocks and widths as the student, or a ``FrozenTeacher`` with one as trunk. It is
+            put into eval mode, and runs on the student's input if nothing else has run it on the batch.
+        warmup_epochs: resetting begins after so many epochs.
+        ratio: share of channels that may be marked, see ``GradientReset``; likewise the others, but ``queue_dtype``.
+        neighbors: of the teacher.
+        queue_size: of the teacher's features, for each compactor.
+        queue_dtype: their precision, such as ``torch.float16`` for half the memory; None: that of the compactors.
+        metric: of the teacher's features.
+        accumulate: whether marks stay.
+        refresh_interval: after how many steps they are taken back.
+
+    Raises:
+        ValueError: ``warmup_epochs`` is negative.
+    """
+
+    teacher: nn.Module
+    warmup_epochs: int = 20
+    ratio: float = 0.5
+    neighbors: int = 2
+    queue_size: int = 24000
+    queue_dtype: torch.dtype | None = None
+    metric: str = "cosine"
+    accumulate: bool = True
+    refresh_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.warmup_epochs >= 0:
+            raise ValueError(f"warmup_epochs must be at least 0, but is {self.warmup_epochs}.")
+
+
+class Resetting:
+    """Applies ``RetrievalReset`` to a student: hears both networks, keeps the queues and zeroes gradients.
+
+    Args:
+        settings: what to apply.
+        student: the network, without wrapper.
+        compactors: its compactors by name.
+        epoch: the current one.
+    """
+
+    def __init__(
+        self, settings: RetrievalReset, student: nn.Module, compactors: dict[str, Compactor], epoch: Callable[[], int]
+    ):
+        self.compactors = compactors
+        self.active = lambda: epoch() > settings.warmup_epochs
+        self.weights = [compactor.weight for compactor in compactors.values()]
+        self.resets: Any = nn.ModuleList(
+            GradientReset(
+                len(weight),
+                settings.queue_size,
+                settings.neighbors,
+                settings.ratio,
+                settings.metric,
+                settings.accumulate,
+                settings.refresh_interval,
+            ).to(weight.device, settings.queue_dtype or weight.dtype)
+            for weight in self.weights
+        )
+        self.teacher = unwrapped(settings.teacher)
+        trunk = self.teacher.trunk if isinstance(self.teacher, FrozenTeacher) else self.teacher
+        check_correspondence(student, trunk)
+        self.teacher.eval()
+
+        def learning() -> bool:
+            # A pass without gradients, as when batch norms are brought up to date, is no part of a step.
+            trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights)
+            return self.active() and student.training and trained
+
+        self.student_tap = PassTap(student, dict(compactors), learning)
+        # The teacher may be first, but then the student follows.
+        self.teacher_tap = PassTap(
+            self.teacher,
+            {name: trunk.get_submodule(name) for name in compactors},
+            lambda: self.active() and student.training and not trunk.training,
+            lambda done: any(done.images is own.images for own in self.student_tap.passes),
+        )
+
+    def close(self) -> None:
+        """Take all hooks away."""
+        for handle in self.student_tap.handles + self.teacher_tap.handles:
+            handle.remove()
+
+    def forget(self) -> None:
+        """Drop the passes that were heard."""
+        self.student_tap.take(), self.teacher_tap.take()
+
+    def apply(self) -> None:
+        """Let the batches of this step enter the queues, and zero the gradients of the marked rows."""
+        if not self.student_tap.passes:
+            if any(weight.grad is not None and bool(weight.grad.any()) for weight in self.weights):
+                raise RuntimeError(
+                    "gradients are to be reset, but no pass of the student was heard since the last step: call it as "
+                    "student(images), not by one of its methods or parts, and keep it in training mode; batch norms "
+                    "alone may be in eval mode."
+                )
+            return
+        if [id(p.images) for p in self.student_tap.passes] != [id(p.images) for p in self.teacher_tap.passes]:
+            self.teacher_tap.take()
+            with eval_mode(self.teacher):
+                for done in self.student_tap.passes:
+                    self.teacher(done.images)
+        sides = self.student_tap.take(), self.teacher_tap.take()
+        features = [torch.cat([p.features[name] for p in side]) for name in self.compactors for side in sides]
+        # All side by side, so that processes talk once.
+        parts = gathered(torch.cat(features, dim=1)).split([part.shape[1] for part in features], dim=1)
+        for weight, reset, own, other in zip(self.weights, self.resets, parts[::2], parts[1::2]):
+            mask = reset.update(own, other)
+            if weight.grad is not None:
+                weight.grad.mul_(mask.to(weight.grad.dtype).view(-1, *(1,) * (weight.ndim - 1)))
+
+
+def gathered(features: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all processes, the same on each."""
+    if num_processes() == 1:
+        return features
+    parts = [torch.empty_like(features) for _ in range(num_processes())]
+    torch.distributed.all_gather(parts, features.contiguous())
+    return torch.cat(parts)
