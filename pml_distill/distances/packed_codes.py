@@ -1,4 +1,7 @@
+import numpy as np
 import torch
+
+from ..utils.tensors import check_finite
 
 PART = 1 << 13
 
@@ -6,18 +9,26 @@ PART = 1 << 13
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """Pack the signs of (N, bits) outputs eight to a byte, (N, ceil(bits / 8)) uint8; 0 counts as -1.
 
-    The first code is the highest bit, as in ``numpy.packbits``; what is left of the last byte is 0.
+    The first code is the lowest bit, as in faiss (``real_to_binary``) and ``numpy.packbits(bitorder="little")``; what
+    is left of the last byte is 0.
 
     Example:
         >>> pack_codes(torch.tensor([[1.0, -1, -1, -1, -1, -1, -1, 1, 1]])).tolist()
-        [[129, 128]]
+        [[129, 1]]
+        >>> pack_codes(torch.tensor([[1.0, 1, -1, -1, -1, -1, -1, -1]])).tolist()
+        [[3]]
     """
     size, bits = codes.shape
+    if not codes.is_cuda:
+        parts = [np.packbits((part > 0).numpy(), axis=1, bitorder="little") for part in codes.detach().split(PART)]
+        return torch.from_numpy(np.concatenate(parts))
     packed = torch.zeros(size, -(-bits // 8), dtype=torch.uint8, device=codes.device)
-    positive = codes > 0
-    for place in range(8):
-        column = positive[:, place::8].to(torch.uint8)
-        packed[:, : column.shape[1]] |= column << (7 - place)
+    # In parts, since what lies between is as large as the packed codes are small.
+    for part, place in zip(codes.split(PART), packed.split(PART)):
+        positive = part > 0
+        for bit in range(8):
+            column = positive[:, bit::8].to(torch.uint8)
+            place[:, : column.shape[1]] |= column << bit
     return packed
 
 
@@ -25,9 +36,21 @@ def check_outputs(codes: torch.Tensor, name: str) -> None:
     """Raise ``ValueError`` for packed codes, whose bytes would be taken for outputs, and for what is not finite."""
     if codes.dtype == torch.uint8:
         raise ValueError(f"{name} must be outputs or codes of -1 and 1, but is uint8; unpack_codes gives them back.")
-    # In parts, since what the check allocates is as large as the outputs.
-    if not all(part.isfinite().all() for part in codes.split(PART)):
-        raise ValueError(f"{name} {tuple(codes.shape)} must be finite, but has values that are not.")
+    check_finite(**{name: codes})
+
+
+def is_packed(reference: torch.Tensor | np.ndarray, bits: int) -> bool:
+    """Tell whether a database holds packed codes of this many bits, as bytes."""
+    return str(reference.dtype).endswith("uint8") and tuple(reference.shape[1:]) == (-(-bits // 8),)
+
+
+def check_packed(packed: torch.Tensor | np.ndarray, bits: int) -> None:
+    """Raise ``ValueError`` for packed codes whose last bytes have more bits, as those packed in another order have."""
+    if bits % 8 and len(packed) and packed[:, -1].max() >= 1 << bits % 8:
+        raise ValueError(
+            f"reference {tuple(packed.shape)} must be packed codes of {bits} bits, lowest bit first, but has others "
+            'set; pack with pack_codes, faiss, or numpy.packbits(bitorder="little").'
+        )
 
 
 def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -37,6 +60,6 @@ def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
         >>> unpack_codes(torch.tensor([[129]], dtype=torch.uint8), 8).tolist()
         [[1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0]]
     """
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     ones = (packed[:, :, None] >> places) & 1
     return 2 * ones.flatten(1)[:, :bits].float() - 1

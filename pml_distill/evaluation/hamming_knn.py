@@ -1,9 +1,13 @@
 import os
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from ..distances.packed_codes import PART, check_outputs, pack_codes, unpack_codes
+from ..distances.packed_codes import PART, check_outputs, check_packed, is_packed, pack_codes, unpack_codes
 from ..utils.files import whole_file
+
+Codes = torch.Tensor | np.ndarray
 
 
 class HammingKNN:
@@ -26,39 +30,51 @@ class HammingKNN:
 
     def __init__(self, only_codes: bool = False):
         self.only_codes = only_codes
-        self.database: torch.Tensor | None = None
+        self.parts: list[torch.Tensor] = []
         self.bits = 0
+
+    @property
+    def database(self) -> torch.Tensor | None:
+        """The packed codes that are kept, (N, bytes)."""
+        if len(self.parts) > 1:
+            # Joined once for a search, not at each addition.
+            self.parts = [torch.cat(self.parts)]
+        return self.parts[0] if self.parts else None
 
     def train(self, reference: torch.Tensor) -> None:
         """Keep the packed codes of a database (N, bits), to be searched without giving ``reference`` again."""
-        self.database, self.bits = self.packed(reference, "reference"), reference.shape[1]
+        self.parts, self.bits = [self.packed(reference, "reference")], reference.shape[1]
 
     def add(self, reference: torch.Tensor) -> None:
-        """Append to the database, for one that does not fit into memory as real outputs; its codes are copied once."""
-        if self.database is None:
+        """Append to the database, for one that does not fit into memory as real outputs."""
+        if not self.parts:
             return self.train(reference)
         check_bits(reference, self.bits, "reference")
-        self.database = torch.cat([self.database, self.packed(reference, "reference").to(self.database.device)])
+        self.parts.append(self.packed(reference, "reference").to(self.parts[0].device))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the database that is kept; ``InferenceModel.save_knn_func`` calls this."""
         if self.database is None:
             raise ValueError("no database is kept that could be saved: call train first.")
         with whole_file(path) as unfinished:
-            torch.save({"database": self.database, "bits": self.bits}, unfinished)
+            torch.save({"database": self.database, "bits": self.bits, "lowest_first": True}, unfinished)
 
     def load(self, path: str | os.PathLike) -> None:
         """Read a database that ``save`` wrote, in place of the one that is kept."""
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or state.keys() != {"database", "bits"}:
+        if not isinstance(state, dict) or not {"database", "bits"} <= state.keys():
             raise ValueError(f"path {path} must be a file of HammingKNN.save, but holds something else.")
-        self.database, self.bits = state["database"], state["bits"]
+        database, self.bits = state["database"], state["bits"]
+        if "lowest_first" not in state:
+            # Earlier versions packed the first bit highest.
+            database = torch.from_numpy(np.packbits(np.unpackbits(database.numpy(), axis=1), axis=1, bitorder="little"))
+        self.parts = [database]
 
     def __call__(
         self,
         query: torch.Tensor,
         k: int,
-        reference: torch.Tensor | None = None,
+        reference: Codes | None = None,
         ref_includes_query: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Search the k nearest.
@@ -66,7 +82,8 @@ class HammingKNN:
         Args:
             query: (Q, bits) outputs or codes.
             k: how many.
-            reference: (N, bits); None: the database kept by ``train``.
+            reference: (N, bits), or packed by ``pack_codes``, (N, ceil(bits / 8)) uint8, also a ``numpy.memmap``;
+                None: the database kept by ``train``.
             ref_includes_query: whether row i of the reference is query i, which is then left out.
 
         Returns:
@@ -79,16 +96,22 @@ class HammingKNN:
         if reference is None:
             if self.database is None:
                 raise ValueError("reference is None and no database is kept: pass reference, or call train first.")
-            self.database = self.database.to(query.device)
-            database, bits = self.database, self.bits
+            self.parts = [self.database.to(query.device)]
+            database: Codes = self.parts[0]
+            bits = self.bits
+        elif query.ndim == 2 and is_packed(reference, query.shape[1]):
+            check_packed(reference, query.shape[1])
+            bits = query.shape[1]
+            # A file that is mapped to memory stays one on the CPU.
+            database = torch.as_tensor(reference).to(query.device) if query.is_cuda else reference
         else:
-            database, bits = self.packed(reference, "reference").to(query.device), reference.shape[1]
+            database, bits = self.packed(torch.as_tensor(reference), "reference").to(query.device), reference.shape[1]
         check_bits(query, bits, "query")
         wanted = k + ref_includes_query
         if not 0 < wanted <= len(database):
             beside = " beside the query itself" if ref_includes_query else ""
             raise ValueError(f"k = {k} neighbours{beside} are wanted of a database of {len(database)} codes.")
-        search = search_on_gpu if query.is_cuda else search_on_cpu
+        search: Callable = search_on_gpu if query.is_cuda else search_on_cpu
         distances, indices = search(self.packed(query, "query"), database, bits, wanted)
         if not ref_includes_query:
             return distances, indices
@@ -103,13 +126,10 @@ class HammingKNN:
         if codes.ndim != 2 or codes.numel() == 0:
             raise ValueError(f"{name} must be (N, bits) and not empty, but has shape {tuple(codes.shape)}.")
         check_outputs(codes, name)
-        packed = torch.empty(len(codes), -(-codes.shape[1] // 8), dtype=torch.uint8, device=codes.device)
-        # In parts, since what the checks allocate is several times as large as the packed codes.
-        for part, place in zip(codes.split(PART), packed.split(PART)):
-            if self.only_codes and not (part.abs() == 1).all():
-                raise ValueError(f"{name} {tuple(codes.shape)} must hold only -1 and 1, but has other values.")
-            place.copy_(pack_codes(part))
-        return packed
+        # In parts, since what the check allocates is as large as the outputs.
+        if self.only_codes and not all((part.abs() == 1).all() for part in codes.split(PART)):
+            raise ValueError(f"{name} {tuple(codes.shape)} must hold only -1 and 1, but has other values.")
+        return pack_codes(codes)
 
 
 def check_bits(codes: torch.Tensor, bits: int, name: str) -> None:
@@ -118,11 +138,11 @@ def check_bits(codes: torch.Tensor, bits: int, name: str) -> None:
         raise ValueError(f"{name} has shape {tuple(codes.shape)}, but the database was built with {bits} bits.")
 
 
-def search_on_cpu(query: torch.Tensor, database: torch.Tensor, bits: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def search_on_cpu(query: torch.Tensor, database: Codes, bits: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Search packed codes with faiss, in place: an index would copy the database."""
     import faiss
 
-    distances, indices = faiss.knn_hamming(query.numpy(), database.numpy(), k)
+    distances, indices = faiss.knn_hamming(query.numpy(), np.ascontiguousarray(database), k)
     return torch.from_numpy(distances).float(), torch.from_numpy(indices).long()
 
 

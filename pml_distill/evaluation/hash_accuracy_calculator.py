@@ -1,15 +1,19 @@
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
+from ..distances.packed_codes import is_packed
 from .hamming_knn import HammingKNN
-from .hamming_ranking import Ranking
+from .hamming_ranking import Ranking, flat
 from .tied_ranking import average_precision, precision_of_order, relevant_within
 
-TIES = ("expected", "stable", "best", "worst")
-METRICS = ("mean_average_precision", "precision_within_radius", "precision_at_k", "recall_at_k")
+TIES = ("expected", "stable", "best", "worst", "relevant_first", "relevant_last")
+DEFAULT = ("mean_average_precision", "precision_within_radius", "precision_at_k", "recall_at_k")
+METRICS = (*DEFAULT, "mean_average_precision_within_radius")
+Values = torch.Tensor | np.ndarray
 
 
 class HashAccuracyCalculator(AccuracyCalculator):
@@ -22,11 +26,12 @@ class HashAccuracyCalculator(AccuracyCalculator):
       R_j relevant items among the first j. **The divisor is R_k, the number of relevant items found within the
       first k**, as in the hashing literature (PML's own divides by all relevant items); 0 where there are none.
     - ``precision_within_radius``: the share of relevant items among all within Hamming distance ``radius``; 0 where
-      there are none.
+      there are none. ``mean_average_precision_within_radius``: the average precision of these, the figure of DCH.
     - ``precision_at_k``, ``recall_at_k``: the share of relevant items among the first k; the share of all relevant
       items that is among the first k, 0 where there are none.
 
-    PML's metrics are there too, by ``include``, with ``HammingKNN``; those need class labels.
+    PML's metrics are there too, by ``include``, with ``HammingKNN``. They need class labels, or multi-hot ones with a
+    ``label_comparison_fn``, which then decides relevance for all metrics.
 
     Rankings by Hamming distance are full of ties. The default is the expectation over all orders of tied items,
     exact, from the counts of relevant and of all items at each distance alone: given h of the m places of a tie
@@ -34,18 +39,22 @@ class HashAccuracyCalculator(AccuracyCalculator):
     "Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores", ECIR 2008.)
 
     Args:
-        k: length of the ranking; None: the whole database.
-        ties: ``"expected"``; ``"stable"``: by place in the database, as published code with a stable sort; or
-            ``"best"`` and ``"worst"``: relevant items first or last.
-        radius: of ``precision_within_radius``.
-        include: names of metrics; default: the four above.
-        **kwargs: as in ``AccuracyCalculator``; ``label_comparison_fn``, ``return_per_class`` and ``avg_of_avgs`` are
-            for PML's metrics alone.
+        k: length of the ranking; None: the whole database. ``"max_bin_count"`` is for PML's metrics alone; those
+            above, if there are any, then have the whole database.
+        ties: ``"expected"``; ``"stable"``: by place in the database, as published code with a stable sort;
+            ``"best"`` and ``"worst"``: the bounds over all orders; ``"relevant_first"`` and ``"relevant_last"``: one
+            order, which bounds the average precision only if k does not cut a tie.
+        radius: of the metrics within it.
+        include: names of metrics; default: all of the above but ``mean_average_precision_within_radius``.
+        ignore_label: items of this class are neither queries nor in the database. Default: -1, unlabelled; None: no
+            class is left out.
+        **kwargs: as in ``AccuracyCalculator``; ``return_per_class`` and ``avg_of_avgs`` are for PML's metrics alone.
 
     Shapes:
         query: (Q, bits). query_labels: (Q,) integers, never rounded, or multi-hot (Q, C), which ``MultiLabelTester``
-        gives; PML's own tester takes each column for class labels. reference: (N, bits);
-        reference_labels likewise.
+        gives; PML's own tester takes each column for class labels. reference: (N, bits), or packed by ``pack_codes``,
+        (N, ceil(bits / 8)) uint8, also a ``numpy.memmap``: it is read in blocks, and nothing else grows with N but
+        the labels. reference_labels: likewise.
 
     Raises:
         ValueError: codes and labels of different length, codes of different length, values that are not finite,
@@ -60,39 +69,52 @@ class HashAccuracyCalculator(AccuracyCalculator):
         {'mean_average_precision': 1.0}
     """
 
+    knn_func: Callable
+
     def __init__(
         self,
-        k: int | None = None,
+        k: int | str | None = None,
         ties: str = "expected",
         radius: int = 2,
-        include: tuple[str, ...] = METRICS,
+        include: tuple[str, ...] = DEFAULT,
+        ignore_label: int | None = -1,
         **kwargs,
     ):
         if ties not in TIES:
             raise ValueError(f"ties must be one of {', '.join(TIES)}, but is {ties!r}.")
-        if k is not None and not (isinstance(k, (int, np.integer)) and k >= 1):
-            raise ValueError(f"k must be None, for the whole ranking, or a number of at least 1, but is {k!r}.")
+        kept = set(include) - set(kwargs.get("exclude", ()))
+        of_pml = k == "max_bin_count" and not kept <= set(METRICS)
+        if not (k is None or of_pml or (isinstance(k, (int, np.integer)) and k >= 1)):
+            raise ValueError(
+                f"k must be None, for the whole ranking, or a number of at least 1, but is {k!r}; 'max_bin_count' is "
+                "for metrics of PML."
+            )
         if not (isinstance(radius, (int, np.integer)) and radius >= 0):
             raise ValueError(f"radius must be a whole number, not negative, but is {radius}.")
-        ignored = [name for name in ("label_comparison_fn", "return_per_class", "avg_of_avgs") if kwargs.get(name)]
-        if ignored and set(include) & set(METRICS):
+        ignored = [name for name in ("return_per_class", "avg_of_avgs") if kwargs.get(name)]
+        if ignored and kept & set(METRICS):
             raise ValueError(f"{ignored[0]} is for PML's metrics alone, but include has {', '.join(include)}.")
-        self.ties, self.radius = ties, radius
+        self.ties, self.radius, self.ignore_label = ties, radius, ignore_label
         kwargs.setdefault("knn_func", HammingKNN())
         # Clustering is not for codes, and PML builds it with faiss.
         kwargs.setdefault("kmeans_func", no_clusters)
-        super().__init__(k=k, include=include, **kwargs)
+        super().__init__(k=int(k) if isinstance(k, np.integer) else k, include=include, **kwargs)
 
     def requires_knn(self) -> list[str]:
         """Return the metrics that need neighbours; ours only need the counts."""
-        return [name for name in super().requires_knn() if name not in METRICS]
+        return [name for name in (*super().requires_knn(), "mean_reciprocal_rank") if name not in METRICS]
+
+    def determine_k(self, bin_counts: torch.Tensor, num_reference_embeddings: int, ref_includes_query: bool) -> int:
+        """Return how many neighbours PML's metrics get, no more than there are."""
+        most = num_reference_embeddings - ref_includes_query
+        return max(1, min(super().determine_k(bin_counts, num_reference_embeddings, ref_includes_query), most))
 
     def get_accuracy(
         self,
-        query: torch.Tensor | np.ndarray,
-        query_labels: torch.Tensor | np.ndarray,
-        reference: torch.Tensor | np.ndarray | None = None,
-        reference_labels: torch.Tensor | np.ndarray | None = None,
+        query: Values,
+        query_labels: Values,
+        reference: Values | None = None,
+        reference_labels: Values | None = None,
         ref_includes_query: bool = False,
         include: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
@@ -102,72 +124,145 @@ class HashAccuracyCalculator(AccuracyCalculator):
         Args:
             query: outputs or codes.
             query_labels: their labels.
-            reference: the database; None: the queries themselves, each without itself.
+            reference: the database, which may be packed; None: the queries themselves, each without itself.
             reference_labels: its labels.
-            ref_includes_query: whether row i of the database is query i, which is then left out.
+            ref_includes_query: whether row i of the database is query i, perhaps as another network sees it. Its row
+                is then left out.
             include: fewer metrics than those of the calculator.
             exclude: metrics to leave out.
         """
-        if reference is None:
-            reference, reference_labels, ref_includes_query = query, query_labels, True
-        elif reference_labels is None:
-            raise ValueError("reference is given, but reference_labels is None.")
+        arguments = self.prepared(query, query_labels, reference, reference_labels, ref_includes_query)
+        query, query_labels, reference, reference_labels, ref_includes_query = arguments
         names = self.get_function_dict(include, exclude)
         others = [name for name in names if name not in METRICS]
-        if others and np.ndim(query_labels) > 1 and query_labels.shape[1] > 1:
+        if others and query_labels.ndim > 1 and query_labels.shape[1] > 1 and self.compared() is None:
             raise ValueError(
                 f"{', '.join(others)} need one class label for each code, but query_labels has shape "
                 f"{tuple(query_labels.shape)}; with multi-hot labels include can have {', '.join(METRICS)}."
             )
-        if any(name in METRICS for name in names):
-            self.ranking = self.rank(query, query_labels, reference, reference_labels, ref_includes_query)
-        return super().get_accuracy(
-            query, query_labels, reference, reference_labels, ref_includes_query, include, exclude
-        )
+        if len(others) < len(names):
+            self.ranking = Ranking(*arguments, self.compared())
+        if not others:
+            return {name: function() for name, function in names.items()}
 
-    def rank(
+        # PML wants real numbers, and a database that begins with the queries; the search gets what is there.
+        own_knn, shown, asking = self.knn_func, reference, reference[: len(query)] if ref_includes_query else query
+        if is_packed(reference, query.shape[1]):
+            shown, asking = torch.zeros(len(reference), 1), torch.zeros(len(query), 1)
+        if query_labels.ndim == 1 and self.compared() is None:
+            # Numbered anew, because PML turns them into float32.
+            numbers = torch.cat([query_labels, reference_labels]).unique(return_inverse=True)[1]
+            query_labels, reference_labels = numbers.split([len(query_labels), len(reference_labels)])
+        self.knn_func = lambda _, k, __, own: own_knn(query, k, reference, own)
+        try:
+            return super().get_accuracy(
+                asking, query_labels, shown, reference_labels, ref_includes_query, include, exclude
+            )
+        finally:
+            self.knn_func = own_knn
+
+    def by_query(
         self,
-        query: torch.Tensor | np.ndarray,
-        query_labels: torch.Tensor | np.ndarray,
-        reference: torch.Tensor | np.ndarray,
-        reference_labels: torch.Tensor | np.ndarray | None,
+        query: Values,
+        query_labels: Values,
+        reference: Values | None = None,
+        reference_labels: Values | None = None,
         ref_includes_query: bool = False,
-    ) -> Ranking:
-        """Rank the database for each query, on the calculator's device."""
-        query, query_labels, reference, reference_labels = (
-            torch.as_tensor(values).to(self.device) for values in (query, query_labels, reference, reference_labels)
+    ) -> dict[str, torch.Tensor]:
+        """Return the (Q,) values of each metric of this class, for ``bootstrap_interval``."""
+        arguments = self.prepared(query, query_labels, reference, reference_labels, ref_includes_query)
+        self.ranking = Ranking(*arguments, self.compared())
+        return {name: self.values(name) for name in self.get_function_dict() if name in METRICS}
+
+    def prepared(
+        self,
+        query: Values,
+        query_labels: Values,
+        reference: Values | None,
+        reference_labels: Values | None,
+        ref_includes_query: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, Values, torch.Tensor, bool]:
+        """Return the arguments on the calculator's device, without items that are ignored."""
+        if reference is None:
+            reference, reference_labels, ref_includes_query = query, query_labels, True
+        elif reference_labels is None:
+            raise ValueError("reference is given, but reference_labels is None.")
+        query, query_labels, reference_labels = (
+            torch.as_tensor(values).to(self.device) for values in (query, query_labels, reference_labels)
         )
-        return Ranking(query, query_labels, reference, reference_labels, ref_includes_query)
+        query_labels, reference_labels = flat(query_labels), flat(reference_labels)
+        # A database of bytes may be a file; it moves to the device in blocks.
+        if str(reference.dtype) not in ("uint8", "torch.uint8"):
+            reference = torch.as_tensor(reference).to(self.device)
+        if self.ignore_label is not None and query_labels.ndim == reference_labels.ndim == 1:
+            kept, kept_items = query_labels != self.ignore_label, reference_labels != self.ignore_label
+            if not kept.all() and len(kept) == len(query):
+                query, query_labels = query[kept], query_labels[kept]
+            if not kept_items.all() and len(kept_items) == len(reference):
+                places = kept_items.nonzero()[:, 0]
+                reference = reference[places.cpu().numpy() if isinstance(reference, np.ndarray) else places]
+                reference_labels = reference_labels[places]
+        return query, query_labels, reference, reference_labels, ref_includes_query
+
+    def compared(self) -> Callable | None:
+        """Return the user's comparison of labels, if there is one."""
+        return None if self.label_comparison_fn is torch.eq else self.label_comparison_fn
 
     def length(self) -> int:
         """Return how many places of the ranking count."""
-        return self.ranking.size if self.k is None else min(int(self.k), self.ranking.size)
+        return min(self.k, self.ranking.size) if isinstance(self.k, int) else self.ranking.size
+
+    def values(self, name: str) -> torch.Tensor:
+        """Return one of our metrics for each query, (Q,) float64."""
+        relevant, total = self.ranking.counts
+        near, near_total = relevant[:, : self.radius + 1], total[:, : self.radius + 1]
+        if name == "precision_within_radius":
+            return near.sum(dim=1).double() / near_total.sum(dim=1).clamp(min=1)
+        if name.startswith("mean_average_precision"):
+            within_radius = name.endswith("radius")
+            if self.ties != "stable":
+                if within_radius:
+                    return average_precision(near, near_total, self.ranking.size, self.ties)
+                return average_precision(relevant, total, self.length(), self.ties)
+            # In the stable order, the places within the radius are the first ones.
+            most = (
+                near_total.sum(dim=1, keepdim=True) if within_radius else torch.full_like(total[:, :1], self.length())
+            )
+            return self.in_order(
+                lambda rows, part: precision_of_order(
+                    part & (torch.arange(part.shape[1], device=part.device) < most[rows])
+                )
+            )
+        if self.ties == "stable":
+            hits = self.in_order(lambda rows, part: part.sum(dim=1))
+        else:
+            hits = relevant_within(relevant, total, self.length(), self.ties)
+        divisor = self.length() if name == "precision_at_k" else relevant.sum(dim=1).clamp(min=1)
+        return hits.double() / divisor
+
+    def in_order(self, figure: Callable) -> torch.Tensor:
+        """Return a figure of each query's stable order, a few queries at a time."""
+        return torch.cat([figure(rows, part) for rows, part in self.ranking.stable_relevance(self.length())])
 
     def calculate_mean_average_precision(self, **kwargs) -> float:
         """Return the mean over the queries."""
-        if self.ties == "stable":
-            parts = self.ranking.stable_relevance(self.length())
-            return torch.cat([precision_of_order(part) for part in parts]).mean().item()
-        return average_precision(*self.ranking.counts, self.length(), self.ties).mean().item()
+        return self.values("mean_average_precision").mean().item()
+
+    def calculate_mean_average_precision_within_radius(self, **kwargs) -> float:
+        """Return the mean over the queries."""
+        return self.values("mean_average_precision_within_radius").mean().item()
 
     def calculate_precision_within_radius(self, **kwargs) -> float:
         """Return the mean over the queries."""
-        relevant, total = (counts[:, : self.radius + 1].sum(dim=1) for counts in self.ranking.counts)
-        return (relevant / total.clamp(min=1)).double().mean().item()
+        return self.values("precision_within_radius").mean().item()
 
     def calculate_precision_at_k(self, **kwargs) -> float:
         """Return the mean over the queries."""
-        return (self.found() / self.length()).mean().item()
+        return self.values("precision_at_k").mean().item()
 
     def calculate_recall_at_k(self, **kwargs) -> float:
         """Return the mean over the queries."""
-        return (self.found() / self.ranking.counts[0].sum(dim=1).clamp(min=1)).mean().item()
-
-    def found(self) -> torch.Tensor:
-        """Return the number of relevant items within the first k of each query, under the tie rule."""
-        if self.ties == "stable":
-            return torch.cat([part.sum(dim=1) for part in self.ranking.stable_relevance(self.length())])
-        return relevant_within(*self.ranking.counts, self.length(), self.ties)
+        return self.values("recall_at_k").mean().item()
 
     def precision_recall_curve(
         self,
@@ -181,7 +276,8 @@ class HashAccuracyCalculator(AccuracyCalculator):
         Means over the queries that find anything (precision) and that have relevant items (recall); a radius at
         which no query finds anything has NaN as its precision.
         """
-        ranking = self.rank(query, query_labels, reference, reference_labels)
+        arguments = self.prepared(query, query_labels, reference, reference_labels, False)
+        ranking = Ranking(*arguments, self.compared())
         relevant, total = (c.cumsum(dim=1).double() for c in ranking.counts)
         precision = (relevant / total).nanmean(dim=0)
         recall = (relevant / relevant[:, -1:]).nanmean(dim=0)

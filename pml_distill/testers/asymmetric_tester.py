@@ -36,9 +36,8 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
         **kwargs: those of PML's tester.
 
     Raises:
-        ValueError: ``teacher`` is no module; ``pca`` is given, which PML would fit to each network for itself; the
-            calculator is a ``HashAccuracyCalculator``, which ranks by itself; student and teacher have embeddings of
-            different widths.
+        ValueError: ``teacher`` is no module; ``pca`` is given, which PML would fit to each network for itself; student
+            and teacher have embeddings of different widths.
 
     Example:
         >>> from pml_distill.datasets import Digits
@@ -62,13 +61,8 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
                 f"pca must be None, but is {self.pca}: it is fitted to each network for itself, and neither could "
                 "search the other's gallery."
             )
-        if isinstance(self.accuracy_calculator, HashAccuracyCalculator):
-            raise ValueError(
-                "accuracy_calculator is a HashAccuracyCalculator, which ranks without the knn_func through which the "
-                "student asks in the teacher's gallery; call its get_accuracy with the student's codes as query and "
-                "the teacher's as reference."
-            )
         self.teacher, self.teacher_looks = teacher, False
+        self.queries: torch.Tensor | None = None
 
     def get_all_embeddings_for_all_splits(
         self, dataset_dict: dict, trunk_model: Any, embedder_model: Any, splits: list[str], collate_fn: Any
@@ -107,14 +101,23 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
         calculator, queries = self.accuracy_calculator, embeddings_and_labels[query_split_name][0]
         own_knn = calculator.knn_func
 
-        for name, knn_func in (("teacher", own_knn), ("asymmetric", asked_by(queries, own_knn))):
+        for name in ("teacher", "asymmetric"):
             found: dict[str, float] = {}
-            calculator.knn_func = knn_func
+            if name == "asymmetric" and isinstance(calculator, HashAccuracyCalculator):
+                self.queries = queries
+            elif name == "asymmetric":
+                # PML's calculator wants a gallery that begins with the queries.
+                calculator.knn_func = asked_by(queries, own_knn)
             try:
                 super().do_knn_and_accuracies(found, self.teacher_embeddings_and_labels, *splits)
             finally:
-                calculator.knn_func = own_knn
+                self.queries, calculator.knn_func = None, own_knn
             clusters = calculator.requires_clustering() if name == "asymmetric" else ()
             accuracies.update(
                 {f"{name}_{key}": value for key, value in found.items() if not any(c in key for c in clusters)}
             )
+
+    def set_reference_and_query(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Return queries, their labels, the gallery and its labels."""
+        query, *others = super().set_reference_and_query(*args)
+        return query if self.queries is None else self.queries, *others

@@ -1,21 +1,30 @@
 from typing import Any
 
+import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+from ..evaluation.hash_accuracy_calculator import HashAccuracyCalculator
+
+RETRIEVAL = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 
 
 class MultiLabelTester(GlobalEmbeddingSpaceTester):
     """PML's ``GlobalEmbeddingSpaceTester`` for multi-hot labels, which it would take for so many hierarchy levels.
 
-    The accuracy calculator gets all columns at once: ``HashAccuracyCalculator`` counts as relevant what shares a label.
-    The figures are named as at level 0, such as ``mean_average_precision_level0``, so that ``HookContainer`` finds
-    them. In a trainer ``label_hierarchy_level="all"`` hands multi-hot labels to the loss.
+    The accuracy calculator gets all columns at once: ``HashAccuracyCalculator`` counts as relevant what shares a label,
+    and so does the default, PML's calculator with its metrics of retrieval. The figures are named as at level 0, such
+    as ``mean_average_precision_level0``, so that ``HookContainer`` finds them. In a trainer
+    ``label_hierarchy_level="all"`` hands multi-hot labels to the loss.
 
     Args:
         *args: those of PML's tester.
         **kwargs: those of PML's tester.
 
+    Raises:
+        ValueError: PML's own calculator has no ``label_comparison_fn``, and would compare all columns.
+
     Example:
-        >>> import torch
         >>> from pml_distill.evaluation import HashAccuracyCalculator
         >>> images, labels = torch.randn(20, 8), torch.eye(4).repeat(5, 1)
         >>> calculator = HashAccuracyCalculator(include=("mean_average_precision",), device=torch.device("cpu"))
@@ -25,6 +34,21 @@ class MultiLabelTester(GlobalEmbeddingSpaceTester):
         ['epoch', 'mean_average_precision_level0']
     """
 
+    accuracy_calculator: Any
+
+    def initialize_accuracy_calculator(self) -> None:
+        """Take the default calculator, or check the given one."""
+        if self.accuracy_calculator is None:
+            self.accuracy_calculator = AccuracyCalculator(
+                include=RETRIEVAL, k="max_bin_count", label_comparison_fn=share_one
+            )
+        compares = getattr(self.accuracy_calculator, "label_comparison_fn", None)
+        if compares is torch.eq and not isinstance(self.accuracy_calculator, HashAccuracyCalculator):
+            raise ValueError(
+                "accuracy_calculator compares labels by equality, column by column. Give it label_comparison_fn=lambda "
+                "x, y: (x * y).any(-1), or pass a HashAccuracyCalculator."
+            )
+
     def do_knn_and_accuracies(
         self,
         accuracies: dict[str, Any],
@@ -33,15 +57,13 @@ class MultiLabelTester(GlobalEmbeddingSpaceTester):
         reference_split_names: list[str],
     ) -> None:
         """Measure one split."""
-        query, query_labels, reference, reference_labels = self.set_reference_and_query(
-            embeddings_and_labels, query_split_name, reference_split_names
-        )
+        splits = self.set_reference_and_query(embeddings_and_labels, query_split_name, reference_split_names)
         self.label_levels = [0]
-        found = self.accuracy_calculator.get_accuracy(
-            query,
-            query_labels,
-            reference,
-            reference_labels,
-            self.ref_includes_query(query_split_name, reference_split_names),
-        )
+        own = self.ref_includes_query(query_split_name, reference_split_names)
+        found = self.accuracy_calculator.get_accuracy(*splits, own)
         accuracies.update({self.accuracies_keyname(name): value for name, value in found.items()})
+
+
+def share_one(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return where multi-hot labels have one in common, in the shapes of PML's calculator."""
+    return (labels * others).any(dim=-1)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.losses import ContrastiveLoss
@@ -16,6 +17,32 @@ def codes(size, bits, seed=0):
 def test_packing_is_reversible(bits):
     assert torch.equal(unpack_codes(pack_codes(codes(10, bits)), bits), codes(10, bits))
     assert pack_codes(codes(10, bits)).shape == (10, -(-bits // 8))
+
+
+@pytest.mark.parametrize("bits", [8, 64, 512])
+def test_the_order_of_bits_is_faisss_and_numpys_little(bits):
+    import faiss
+
+    outputs = torch.randn(10, bits)
+    theirs = np.zeros((10, bits // 8), dtype="uint8")
+    faiss.real_to_binary(outputs.numel(), faiss.swig_ptr(outputs.numpy()), faiss.swig_ptr(theirs))
+    assert np.array_equal(pack_codes(outputs).numpy(), theirs)
+    assert np.array_equal(np.packbits(outputs.numpy() > 0, axis=1, bitorder="little"), theirs)
+
+
+@pytest.mark.parametrize("bits", [13, 64])
+def test_a_packed_database_is_searched_as_it_is(bits):
+    query, reference = codes(20, bits), codes(300, bits, seed=1)
+    expected = HammingKNN()(query, 5, reference)
+    for packed in (pack_codes(reference), pack_codes(reference).numpy()):
+        found = HammingKNN()(query, 5, packed)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_codes_packed_in_another_order_are_refused_where_it_shows():
+    packed = np.packbits(codes(300, 13).numpy() > 0, axis=1)
+    with pytest.raises(ValueError, match="must be packed codes of 13 bits, lowest bit first"):
+        HammingKNN()(codes(5, 13), 1, packed)
 
 
 @pytest.mark.parametrize("bits", [8, 13, 48, 64, 100])
@@ -46,6 +73,27 @@ def test_a_kept_database_grows():
     knn.add(reference[40:])
     distances, _ = knn(reference[:5], 3)
     assert torch.equal(distances, HammingKNN()(reference[:5], 3, reference)[0])
+
+
+def test_adding_does_not_copy_what_is_there():
+    knn, reference = HammingKNN(), codes(400, 64)
+    places = []
+    for part in reference.split(100):
+        knn.add(part)
+        places.append(knn.parts[0].data_ptr())
+    assert len(set(places)) == 1
+    assert torch.equal(knn(reference[:5], 3)[0], HammingKNN()(reference[:5], 3, reference)[0])
+    knn.add(reference[:5])
+    assert torch.equal(knn(reference[:5], 2)[0], torch.zeros(5, 2))
+
+
+def test_files_of_the_former_order_are_converted(tmp_path):
+    reference = codes(60, 12)
+    database = torch.from_numpy(np.packbits(reference.numpy() > 0, axis=1))
+    torch.save({"database": database, "bits": 12}, tmp_path / "former.pth")
+    knn = HammingKNN()
+    knn.load(tmp_path / "former.pth")
+    assert torch.equal(knn.database, pack_codes(reference))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from pytorch_metric_learning.utils.inference import FaissKNN
 
-from pml_distill.evaluation import HashAccuracyCalculator
+from pml_distill.evaluation import HashAccuracyCalculator, pack_codes
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "calc_top_map.npz")
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def problem(queries=20, size=200, bits=8, classes=4, seed=0):
 
 
 @pytest.mark.parametrize("case", ["c00", "c02", "c04", "c06"])
-@pytest.mark.parametrize("ties", ["stable", "best", "worst"])
+@pytest.mark.parametrize("ties", ["stable", "relevant_first", "relevant_last"])
 def test_equals_the_published_code(case, ties):
     names = ("qB", "qL", "rB", "rL")
     query, labels, reference, reference_labels = (torch.from_numpy(GOLDEN[f"{case}_{n}"]).float() for n in names)
@@ -33,8 +33,49 @@ def test_equals_the_published_code(case, ties):
     # The published code drops the last item where it is asked for the whole ranking.
     k = len(reference) - 1 if k == -1 else k
     value = calculator(k=k, ties=ties, include=MAP).get_accuracy(query, labels, reference, reference_labels)
-    name = ties if ties == "stable" else f"ties_{ties}"
+    name = {"stable": "stable", "relevant_first": "ties_best", "relevant_last": "ties_worst"}[ties]
     assert value["mean_average_precision"] == pytest.approx(GOLDEN[f"{case}_map_{name}"].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("case", ["c00", "c02"])
+@pytest.mark.parametrize("ties", ["best", "worst"])
+def test_the_bounds_equal_the_published_code_where_no_tie_is_cut(case, ties):
+    names = ("qB", "qL", "rB", "rL")
+    query, labels, reference, reference_labels = (torch.from_numpy(GOLDEN[f"{case}_{n}"]).float() for n in names)
+    k = len(reference) - 1 if int(GOLDEN[f"{case}_hp_topk"]) == -1 else len(reference)
+    value = calculator(k=k, ties=ties, include=MAP).get_accuracy(query, labels, reference, reference_labels)
+    assert value[MAP[0]] == pytest.approx(GOLDEN[f"{case}_map_ties_{ties}"].item(), rel=1e-9)
+
+
+def all_orders(groups, k):
+    """Average precision, and the number of relevant items, within k of every order of tied groups."""
+    from itertools import permutations, product
+
+    averages, counts = [], []
+    for order in product(*(set(permutations(group)) for group in groups)):
+        found = np.array(sum(order, ()))[:k]
+        hits = found.cumsum()
+        averages.append((found * hits / np.arange(1, len(found) + 1)).sum() / max(hits[-1], 1))
+        counts.append(hits[-1])
+    return averages, counts
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 6, 9, None])
+def test_best_and_worst_are_the_bounds_over_all_orders(k):
+    generator = np.random.RandomState(0)
+    cases = [[[1], [0], [1, 0]]] + [[list(generator.randint(2, size=s)) for s in (2, 4, 3)] for _ in range(12)]
+    for groups in cases:
+        flat = sum(groups, [])
+        # Group g is at distance g from the query of ones.
+        codes = torch.tensor([[-1.0] * g + [1] * (4 - g) for g, group in enumerate(groups) for _ in group])
+        labels = torch.tensor([1 - r for r in flat])
+        averages, counts = all_orders([tuple(group) for group in groups], k or len(flat))
+        for ties, bound in (("best", max), ("worst", min)):
+            values = calculator(k=k, ties=ties, include=("mean_average_precision", "recall_at_k")).get_accuracy(
+                torch.ones(1, 4), torch.tensor([0]), codes, labels
+            )
+            assert values[MAP[0]] == pytest.approx(bound(averages)), (groups, ties)
+            assert values["recall_at_k"] == pytest.approx(bound(counts) / max(sum(flat), 1)), (groups, ties)
 
 
 def shuffled_average_precision(distances, relevant, k, times, seed=0):
@@ -129,6 +170,176 @@ def test_the_query_itself_is_left_out(ties):
         each.append(calculator(ties=ties).get_accuracy(codes[[i]], labels[[i]], codes[others], labels[others]))
     for name, value in values.items():
         assert value == pytest.approx(np.mean([e[name] for e in each]), rel=1e-6)
+
+
+def everything(students, labels, gallery, own, **settings):
+    """Values of our metrics and of two of PML's."""
+    include = ("mean_average_precision", "precision_within_radius", "precision_at_k", "recall_at_k", "r_precision")
+    return calculator(include=include, **settings).get_accuracy(students, labels, gallery, labels, own)
+
+
+@pytest.mark.parametrize("ties", ["expected", "stable", "best", "worst"])
+@pytest.mark.parametrize("k", [None, 5])
+def test_a_students_query_does_not_find_its_own_row_of_the_teachers_gallery(ties, k):
+    generator = torch.Generator().manual_seed(0)
+    gallery, labels = torch.randn(50, 64, generator=generator), torch.arange(50) // 5
+    students = gallery + 1.5 * torch.randn(50, 64, generator=generator)
+    found = everything(students, labels, gallery, True, ties=ties, k=k, radius=26)
+    each = []
+    for i in range(50):
+        others = torch.arange(50) != i
+        one = calculator(ties=ties, k=k, radius=26, include=tuple(found)).get_accuracy(
+            students[[i]], labels[[i]], gallery[others], labels[others]
+        )
+        each.append(one)
+    for name in found:
+        # Ties at the last place are broken in an order of the search for PML's metrics.
+        tolerance = 0.02 if name == "r_precision" else 1e-9
+        assert found[name] == pytest.approx(np.mean([e[name] for e in each]), abs=tolerance), name
+    assert found["mean_average_precision"] < everything(students, labels, gallery, False)["mean_average_precision"]
+
+
+def test_own_rows_have_their_querys_label():
+    with pytest.raises(ValueError, match="query i is item i, but their labels differ"):
+        calculator().get_accuracy(torch.ones(2, 8), torch.tensor([0, 1]), torch.ones(3, 8), torch.zeros(3), True)
+
+
+PML = ("precision_at_1", "r_precision", "mean_average_precision_at_r", "mean_reciprocal_rank")
+OURS = (*MAP, "mean_average_precision_within_radius", "precision_within_radius", "precision_at_k", "recall_at_k")
+
+
+@pytest.mark.parametrize("k", [None, 7, 1000, "max_bin_count"])
+def test_any_metrics_go_together(k):
+    problem_ = problem(bits=64)
+    alone = {}
+    for name in OURS if k != "max_bin_count" else ():
+        alone |= calculator(k=k, include=(name,)).get_accuracy(*problem_)
+    for name in PML:
+        alone |= calculator(k=k, include=(name,)).get_accuracy(*problem_)
+    for ours in OURS:
+        for pmls in PML:
+            found = calculator(k=k, include=(ours, pmls)).get_accuracy(*problem_)
+            assert set(found) == {ours, pmls}
+            for name, value in found.items():
+                assert value == pytest.approx(alone.get(name, value)), (ours, pmls)
+    found = calculator(k=k, include=(*OURS, *PML)).get_accuracy(*problem_)
+    assert found == pytest.approx({name: alone.get(name, found[name]) for name in found})
+    # What is left out may be of either kind.
+    calculator(k=k, include=(*OURS, *PML)).get_accuracy(*problem_, exclude=OURS)
+
+
+def test_pmls_usual_k_serves_its_metrics_and_ours_rank_everything():
+    problem_ = problem(bits=64)
+    include = ("mean_average_precision", "mean_average_precision_at_r")
+    usual = calculator(include=include, k="max_bin_count").get_accuracy(*problem_)
+    assert usual == pytest.approx(calculator(include=include).get_accuracy(*problem_))
+    codes, labels = problem_[2:]
+    assert calculator(include=include[1:], k="max_bin_count").get_accuracy(codes, labels)[include[1]] > 0
+
+
+def shares(labels, others):
+    return (labels * others).any(-1)
+
+
+@pytest.mark.parametrize("k", [None, "max_bin_count"])
+def test_labels_of_two_dimensions_with_a_comparison(k):
+    codes = torch.randn(60, 64, generator=torch.Generator().manual_seed(0))
+    labels = (torch.rand(60, 5, generator=torch.Generator().manual_seed(1)) < 0.3).long()
+    include = ("mean_average_precision", "r_precision", "mean_average_precision_at_r")
+    found = calculator(include=include, k=k, label_comparison_fn=shares).get_accuracy(codes, labels)
+    assert found["mean_average_precision"] == pytest.approx(
+        calculator(include=MAP).get_accuracy(codes, labels)["mean_average_precision"]
+    )
+    hits = []
+    distances = ((64 - codes.sign() @ codes.sign().T) / 2).fill_diagonal_(99)
+    for i in range(60):
+        relevant = shares(labels[i], labels)
+        relevant[i] = False
+        if relevant.any():
+            hits.append(relevant[distances[i].argsort()[: relevant.sum()]].double().mean().item())
+    assert found["r_precision"] == pytest.approx(np.mean(hits), abs=0.02)
+
+
+def test_a_comparison_decides_for_all_metrics():
+    query, labels, reference, reference_labels = problem(bits=64)
+    near = calculator(include=("mean_average_precision", "precision_at_1"), label_comparison_fn=lambda x, y: x != y)
+    others = calculator(include=MAP)
+    found = near.get_accuracy(query, labels, reference, reference_labels)
+    # Of two classes those of the other one are relevant.
+    for kept in (0, 1):
+        rows, items = labels == kept, reference_labels < 2
+        expected = others.get_accuracy(query[rows], 1 - labels[rows], reference[items], reference_labels[items])
+        got = near.get_accuracy(query[rows], labels[rows], reference[items], reference_labels[items])
+        assert got[MAP[0]] == pytest.approx(expected[MAP[0]])
+    assert set(found) == {"mean_average_precision", "precision_at_1"}
+
+
+@pytest.mark.parametrize("ties", ["expected", "stable", "best", "worst"])
+@pytest.mark.parametrize("bits", [64, 13])
+@pytest.mark.parametrize("kind", ["tensor", "memmap"])
+def test_a_packed_database_gives_the_same(ties, bits, kind, tmp_path, monkeypatch):
+    # Several blocks, the last one shorter.
+    monkeypatch.setattr("pml_distill.evaluation.hamming_ranking.BLOCK", 77)
+    query, labels, reference, reference_labels = problem(bits=bits)
+    packed = pack_codes(reference)
+    if kind == "memmap":
+        np.save(tmp_path / "codes.npy", packed.numpy())
+        packed = np.load(tmp_path / "codes.npy", mmap_mode="r")
+    include = (*OURS, "r_precision")
+    expected = calculator(ties=ties, include=include, radius=bits // 3).get_accuracy(
+        query, labels, reference, reference_labels
+    )
+    found = calculator(ties=ties, include=include, radius=bits // 3).get_accuracy(
+        query, labels, packed, reference_labels
+    )
+    assert found == expected
+    own = calculator(ties=ties, include=include).get_accuracy(
+        reference[:30], reference_labels[:30], packed, reference_labels, True
+    )
+    assert own == calculator(ties=ties, include=include).get_accuracy(
+        reference[:30], reference_labels[:30], reference, reference_labels, True
+    )
+
+
+def test_codes_packed_in_another_order_are_refused_where_it_shows():
+    query, labels, reference, reference_labels = problem(bits=13)
+    packed = np.packbits(reference.numpy() > 0, axis=1)
+    with pytest.raises(ValueError, match='must be packed codes of 13 bits, lowest bit first.*bitorder="little"'):
+        calculator().get_accuracy(query, labels, packed, reference_labels)
+
+
+@pytest.mark.parametrize("ties", ["expected", "stable", "best", "worst"])
+def test_average_precision_within_the_radius_is_that_of_a_cut_database(ties):
+    query, labels, reference, reference_labels = problem(bits=16)
+    near = (16 - query @ reference.T) / 2 <= 5
+    expected = []
+    for i in range(len(query)):
+        if near[i].any():
+            arguments = query[[i]], labels[[i]], reference[near[i]], reference_labels[near[i]]
+            expected.append(calculator(ties=ties, include=MAP).get_accuracy(*arguments)[MAP[0]])
+        else:
+            expected.append(0.0)
+    name = "mean_average_precision_within_radius"
+    counter = calculator(ties=ties, include=(name,), radius=5)
+    assert counter.get_accuracy(query, labels, reference, reference_labels)[name] == pytest.approx(np.mean(expected))
+    assert counter.by_query(query, labels, reference, reference_labels)[name].tolist() == pytest.approx(expected)
+
+
+def test_unlabelled_items_are_neither_queries_nor_in_the_database():
+    query, labels, reference, reference_labels = problem(bits=64)
+    some, some_items = labels.clone(), reference_labels.clone()
+    some[::3], some_items[::4] = -1, -1
+    kept, kept_items = some >= 0, some_items >= 0
+    include = (*OURS, "r_precision")
+    expected = calculator(include=include).get_accuracy(
+        query[kept], some[kept], reference[kept_items], some_items[kept_items]
+    )
+    assert calculator(include=include).get_accuracy(query, some, reference, some_items) == expected
+    assert calculator(include=include).get_accuracy(query, some, pack_codes(reference), some_items) == expected
+    counted = calculator(include=include, ignore_label=None).get_accuracy(query, some, reference, some_items)
+    assert counted != expected
+    own = calculator(include=include).get_accuracy(reference, some_items)
+    assert own == calculator(include=include).get_accuracy(reference[kept_items], some_items[kept_items])
 
 
 def test_large_labels_are_told_apart():

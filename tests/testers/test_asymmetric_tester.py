@@ -102,9 +102,22 @@ def test_pca_is_refused_because_each_network_would_have_its_own():
         make_tester(teacher=FrozenTeacher(network(4, 1)), pca=4)
 
 
-def test_a_calculator_that_ranks_by_itself_is_refused():
-    with pytest.raises(ValueError, match="accuracy_calculator is a HashAccuracyCalculator"):
-        make_tester(teacher=FrozenTeacher(network(4, 1)), accuracy_calculator=HashAccuracyCalculator())
+@pytest.mark.parametrize("ties", ["expected", "stable"])
+def test_hamming_figures_leave_out_each_querys_own_row(glyphs, ties):
+    student, teacher = network(8, 0), network(8, 0)
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 0.05 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) if p.ndim > 1 else 0
+    name = "mean_average_precision"
+    counter = HashAccuracyCalculator(include=(name, "precision_at_1"), ties=ties, device=torch.device("cpu"))
+    found = make_tester(teacher=FrozenTeacher(teacher), accuracy_calculator=counter).test({SPLIT: glyphs}, 1, student)
+    spaces = embeddings(student, glyphs), embeddings(teacher, glyphs)
+    for prefix, queries, gallery in (("", 0, 0), ("teacher_", 1, 1), ("asymmetric_", 0, 1)):
+        expected = counter.get_accuracy(spaces[queries], glyphs.labels, spaces[gallery], glyphs.labels, True)
+        for metric, value in expected.items():
+            assert found[SPLIT][f"{prefix}{metric}_level0"] == pytest.approx(value), (prefix, metric)
+    with_own = counter.get_accuracy(spaces[0], glyphs.labels, spaces[1], glyphs.labels)
+    assert found[SPLIT][f"asymmetric_{name}_level0"] < with_own[name]
 
 
 def test_clusters_have_no_asymmetric_figure(glyphs):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
 
 from pml_distill.evaluation import HashAccuracyCalculator
@@ -54,3 +55,20 @@ def test_trains_and_measures_what_shares_a_label(splits, loss, tmp_path):
     (query, query_labels), (reference, reference_labels) = (splits[name].tensors for name in ("val", "train"))
     direct = tester.accuracy_calculator.get_accuracy(trunk(query), query_labels, trunk(reference), reference_labels)
     assert after == pytest.approx(direct[MAP])
+
+
+def test_the_default_calculator_counts_what_shares_a_label(splits):
+    tester = MultiLabelTester(data_device=torch.device("cpu"), dataloader_num_workers=0)
+    found = tester.test(splits, 1, torch.nn.Identity())["val"]
+    data, labels = splits["val"].tensors
+    similar = torch.nn.functional.normalize(data) @ torch.nn.functional.normalize(data).T
+    relevant = (labels @ labels.T > 0).fill_diagonal_(False)
+    first = similar.fill_diagonal_(-2).argmax(dim=1)
+    hits = relevant[torch.arange(48), first][relevant.any(dim=1)]
+    assert found["precision_at_1_level0"] == pytest.approx(hits.double().mean().item())
+    assert {"r_precision_level0", "mean_average_precision_at_r_level0"} <= set(found)
+
+
+def test_a_calculator_that_compares_columns_is_refused():
+    with pytest.raises(ValueError, match="accuracy_calculator compares labels by equality.*label_comparison_fn"):
+        MultiLabelTester(accuracy_calculator=AccuracyCalculator(include=("precision_at_1",)))
