@@ -80,7 +80,7 @@ class Conditioned(GlyphsDemo):
         trainer, tester = super().trainer_and_tester(folder, *others)
         if not self.condition.labels:
             del trainer.loss_funcs["metric_loss"], trainer.loss_weights["metric_loss"]
-            trainer.full_weights = {}  # no ramp
+            trainer.loss_weight_ramps = {}
         return trainer, tester
 
 

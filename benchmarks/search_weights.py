@@ -7,7 +7,7 @@ not repeated. Usage:
     python benchmarks/search_weights.py --out weight_search
 
 benchmarks/results/weight_search.csv holds the search behind the demo's defaults, one seed per trial; its column
-``ramp`` tells trials with the demo's ramp (see DemoTrainer) from those before there was one.
+``ramp`` tells trials with the demo's ramp (see LossWeightRamp) from those before there was one.
 """
 
 import argparse

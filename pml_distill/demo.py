@@ -45,7 +45,7 @@ from .losses import (
 from .models import SmallResNet
 from .teachers import FrozenTeacher
 from .teachers.fingerprint import digest_of
-from .trainers import DistillationWithClassifier
+from .trainers import DistillationWithClassifier, LossWeightRamp
 from .utils.files import whole_file
 
 EMBEDDING_SIZE = 128
@@ -112,22 +112,6 @@ LOSSES = {
 }
 #: What the demo compares unless asked for others.
 CORE = tuple(LOSSES)[:6]
-
-
-class DemoTrainer(DistillationWithClassifier):
-    """Brings the distillation in between a fifth and a half of the training.
-
-    At the start all distances are near zero. A loss on distances or scores then drives the samples apart along
-    whatever differs, noise included, before the metric loss has shaped the space, and the student does not
-    recover: without this ramp the relative teacher and the similarity regression *lower* the accuracy.
-    """
-
-    def update_loss_weights(self) -> None:
-        """Set the weight of the teacher's loss for this step."""
-        progress = self.get_global_iteration() / self.total_steps
-        for key in self.loss_keys_with_teacher:
-            if key in self.full_weights:
-                self.loss_weights[key] = self.full_weights[key] * min(1, max(0, (progress - 0.2) / 0.3))
 
 
 @dataclass(frozen=True)
@@ -297,7 +281,7 @@ class Demo:
         learning_rate: float,
         distillation: Distillation | None,
         supervision: Supervision = MULTI_SIMILARITY,
-    ) -> tuple[DemoTrainer, GlobalEmbeddingSpaceTester]:
+    ) -> tuple[DistillationWithClassifier, GlobalEmbeddingSpaceTester]:
         """Build what every run has in common, and add the teacher where there is a loss to distil with."""
         from pytorch_metric_learning.utils import common_functions as c_f
         from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
@@ -326,13 +310,15 @@ class Demo:
         c_f.NUMPY_RANDOM.seed(seed)
         torch.manual_seed(seed)
         total_steps = self.config.epochs * (len(sampler) // self.batch_size)
-        trainer = DemoTrainer(
+        trainer = DistillationWithClassifier(
             models=models,
             optimizers={f"{key}_optimizer": optimizer for key, optimizer in optimizers.items()},
             batch_size=self.batch_size,
             loss_funcs=loss_funcs,
-            # A copy: the ramp changes the trainer's.
-            loss_weights=dict(loss_weights),
+            loss_weights=loss_weights,
+            # Without it the relative teacher and the similarity regression lower the accuracy.
+            loss_weight_ramps={key: LossWeightRamp() for key in loss_funcs if "distillation" in key},
+            total_steps=total_steps,
             dataset=dataset,
             mining_funcs={} if supervision.miner is None else {"tuple_miner": supervision.miner()},
             dataset_labels=dataset.labels.numpy(),
@@ -355,7 +341,6 @@ class Demo:
             end_of_iteration_hook=hooks.end_of_iteration_hook,
             end_of_epoch_hook=lambda trainer: trainer.save_checkpoint(folder / "checkpoint.pth"),
         )
-        trainer.full_weights, trainer.total_steps = loss_weights, total_steps
 
         def end_of_testing(tester: GlobalEmbeddingSpaceTester) -> None:
             hooks.end_of_testing_hook(tester)

@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 
-from .items import Views, get_items, own_labels
+from .items import Views, get_items, own_labels, plain_item, read_item
 
 
 class CrossQuality(torch.utils.data.Dataset):
@@ -24,7 +24,7 @@ class CrossQuality(torch.utils.data.Dataset):
             Windows, Python 3.14) they need it pickled, which no lambda can be.
 
     Items:
-        those of ``dataset``, their data replaced by ``Views(student=degrade(data), teacher=data)``.
+        those of ``dataset`` as tuples, their data replaced by ``Views(student=degrade(data), teacher=data)``.
 
     Attributes:
         labels: those of ``dataset``.
@@ -55,7 +55,7 @@ class CrossQuality(torch.utils.data.Dataset):
 
     def views(self, item: Any) -> Any:
         """Replace the data of an item by its two views."""
-        if isinstance(item, (tuple, list)):
-            data, *rest = item
-            return (Views(self.degrade(data), data), *rest)
-        return Views(self.degrade(item), item)
+        data, label, row = read_item(item)
+        if type(item) in (tuple, list):
+            return (Views(self.degrade(data), data), *item[1:])
+        return plain_item(Views(self.degrade(data), data), label, row)

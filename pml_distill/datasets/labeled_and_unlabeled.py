@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 
-from .items import UNLABELED, get_items, labels_of
+from .items import UNLABELED, get_items, labels_of, read_item
 
 
 class LabeledAndUnlabeled(torch.utils.data.Dataset):
@@ -49,14 +49,10 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
         wanted, size = [places[i] for i in indices], len(self.labeled)
         own = iter(get_items(self.labeled, [i for i in wanted if i < size]))
         others = iter(get_items(self.unlabeled, [i - size for i in wanted if i >= size]))
-        items = [next(own) if i < size else without_label(next(others), size) for i in wanted]
+        parts = [read_item(next(own if i < size else others)) for i in wanted]
         # A batch has an index for all or for none.
-        shortest = min(map(len, items), default=0)
-        return [item[:shortest] for item in items]
-
-
-def without_label(item: Any, offset: int) -> tuple:
-    """Return (data, -1), and the index behind ``offset`` if the item has one."""
-    # Data may itself be a named tuple of two views.
-    parts = item if type(item) in (tuple, list) else (item,)
-    return (parts[0], UNLABELED, *(offset + index for index in parts[2:]))
+        indexed = all(row is not None for *_, row in parts)
+        return [
+            (data, label, row + size * (i >= size)) if indexed else (data, label)
+            for i, label, (data, _, row) in zip(wanted, self.labels[wanted].tolist(), parts)
+        ]

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .items import UNLABELED, get_items, labels_of
+from .items import UNLABELED, get_items, labels_of, plain_item, read_item
 
 
 class PartiallyLabeled(torch.utils.data.Dataset):
@@ -24,7 +24,7 @@ class PartiallyLabeled(torch.utils.data.Dataset):
         seed: of the draw.
 
     Items:
-        those of ``dataset``, the label being -1 where it is not kept.
+        (data, label), or (data, label, index), the label being -1 where it is not kept.
 
     Attributes:
         labels: (N,) int64 tensor, -1 where not kept; what ``MixedSampler`` needs.
@@ -62,4 +62,4 @@ class PartiallyLabeled(torch.utils.data.Dataset):
         """Return several items at once; what a ``DataLoader`` calls for a batch."""
         labels = self.labels[torch.as_tensor(indices)].tolist()
         items = get_items(self.dataset, indices)
-        return [(data, label, *rest) for (data, _, *rest), label in zip(items, labels)]
+        return [plain_item(data, label, row) for (data, _, row), label in zip(map(read_item, items), labels)]

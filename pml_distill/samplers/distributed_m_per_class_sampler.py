@@ -5,7 +5,7 @@ import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from torch.utils.data import Sampler
 
-from ..datasets.items import UNLABELED
+from ..datasets.items import UNLABELED, numbered
 from ..utils.distributed import joint_seed, num_processes, process_rank
 
 
@@ -35,7 +35,7 @@ class DistributedMPerClassSampler(Sampler[int]):
     """
 
     def __init__(
-        self, labels: Sequence[int] | torch.Tensor, m: int, batch_size: int, length_before_new_iter: int = 100000
+        self, labels: Sequence[int | str] | torch.Tensor, m: int, batch_size: int, length_before_new_iter: int = 100000
     ):
         if m < 1 or batch_size % m or not 0 < batch_size <= length_before_new_iter:
             raise ValueError(
@@ -44,7 +44,7 @@ class DistributedMPerClassSampler(Sampler[int]):
             )
         self.m, self.batch_size = m, batch_size
         self.num_batches = length_before_new_iter // batch_size
-        self.classes = tuple(i for c, i in c_f.get_labels_to_indices(labels).items() if c != UNLABELED)
+        self.classes = tuple(i for c, i in c_f.get_labels_to_indices(numbered(labels)).items() if c != UNLABELED)
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size

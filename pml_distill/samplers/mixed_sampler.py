@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from ..datasets.items import UNLABELED
+from ..datasets.items import UNLABELED, numbered
 from ..utils.distributed import process_rank
 
 
@@ -38,7 +38,7 @@ class MixedSampler(Sampler[int]):
 
     def __init__(
         self,
-        labels: Sequence[int] | torch.Tensor,
+        labels: Sequence[int | str] | torch.Tensor,
         m: int,
         batch_size: int,
         labeled_fraction: float = 0.5,
@@ -46,7 +46,7 @@ class MixedSampler(Sampler[int]):
     ):
         if m < 1:
             raise ValueError(f"m must be at least 1, but is {m}.")
-        known = np.asarray(labels)
+        known = numbered(labels).cpu().numpy()
         if known.ndim != 1:
             raise ValueError(f"labels must be (N,), one class for each sample, but have shape {known.shape}.")
         length = len(known) if length_before_new_iter is None else length_before_new_iter

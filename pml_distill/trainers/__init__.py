@@ -3,5 +3,6 @@
 from .base_distillation_trainer import BaseDistillationTrainer
 from .distillation_trainer import DistillationTrainer
 from .distillation_with_classifier import DistillationWithClassifier
+from .loss_weights import LossWeightRamp
 
-__all__ = ["BaseDistillationTrainer", "DistillationTrainer", "DistillationWithClassifier"]
+__all__ = ["BaseDistillationTrainer", "DistillationTrainer", "DistillationWithClassifier", "LossWeightRamp"]

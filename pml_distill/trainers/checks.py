@@ -1,15 +1,10 @@
-"""What a distillation trainer refuses before it trains."""
+"""What a distillation trainer refuses before it trains, because it would cost hours or end in an obscure error."""
 
-import inspect
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import (
-    BaseMetricLossFunction,
-    CrossBatchMemory,
-    MultipleLosses,
-    SelfSupervisedLoss,
-)
+from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory, MultipleLosses, SelfSupervisedLoss
+from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,64 +15,25 @@ from ..utils.distributed import num_processes
 from ..utils.feature_tap import FeatureTap
 from ..utils.modules import unwrapped
 
+#: What the values of each dictionary must have, and what they are called.
+PARTS = {
+    "models": ("parameters", "a torch.nn.Module"),
+    "loss_funcs": ("parameters", "a loss, a torch.nn.Module"),
+    "optimizers": ("param_groups", "an optimizer"),
+    "lr_schedulers": ("step", "a scheduler"),
+    "mining_funcs": ("__call__", "a miner"),
+    "gradient_clippers": ("__call__", "a function"),
+}
+
 
 def check_setup(trainer: Any) -> None:
     """Raise ``ValueError`` for what does not go together."""
-    wanting = [key for key in trainer.loss_keys_with_teacher if key in trainer.loss_funcs]
-    if "teacher" in trainer.models:
-        raise ValueError(
-            'models has the key "teacher", where PML would train and save it. Pass '
-            "teacher=FrozenTeacher(trunk, embedder) instead."
-        )
-    if not trainer.loss_funcs:
-        raise ValueError('loss_funcs is empty; give "metric_loss", "distillation_loss" or both.')
-    if trainer.teacher_miner("tuple_miner") is not None and trainer.teacher is None:
-        raise ValueError('mining_funcs["tuple_miner"] asks the teacher, but teacher is None.')
-    if "distillation_miner" in trainer.mining_funcs:
-        if trainer.teacher_miner("distillation_miner") is None:
-            kind = type(trainer.mining_funcs["distillation_miner"]).__name__
-            raise ValueError(
-                'mining_funcs["distillation_miner"] must be a miner of pml_distill.miners, such as '
-                f"TeacherMiner(miner), but is a {kind}."
-            )
-        if "distillation_loss" not in trainer.loss_funcs:
-            raise ValueError(
-                'mining_funcs["distillation_miner"] serves loss_funcs["distillation_loss"], which is not there.'
-            )
-        loss = without_wrapper(trainer.loss_funcs["distillation_loss"])
-        if not getattr(loss, "takes_pairs", True):
-            raise ValueError(
-                f'mining_funcs["distillation_miner"] finds pairs, but {type(loss).__name__}, '
-                'loss_funcs["distillation_loss"], takes none.'
-            )
-    if wanting and trainer.teacher is None:
-        raise ValueError(f"loss_funcs has {wanting}, but teacher is None; pass FrozenTeacher(trunk, embedder).")
-    if trainer.teacher is not None and not wanting and trainer.teacher_miner("tuple_miner") is None:
-        raise ValueError(
-            f"teacher is given, but loss_funcs has only {sorted(trainer.loss_funcs)}; a teacher serves "
-            f"{list(trainer.loss_keys_with_teacher)}."
-        )
-    if isinstance(trainer.teacher, torch.nn.Module):
-        check_frozen(trainer.teacher, trainer.models)
+    check_parts(trainer)
+    check_losses_and_miners(trainer)
     if trainer.teacher is not None:
-        check_call(trainer.teacher)
-    for cache in caches(trainer.teacher):
-        cache.check_dataset(trainer.dataset)
-    for key in wanting:
-        loss, on_maps = without_wrapper(trainer.loss_funcs[key]), key == "feature_distillation_loss"
-        if isinstance(loss, (MultipleLosses, CrossBatchMemory, SelfSupervisedLoss)):
-            raise ValueError(
-                f'loss_funcs["{key}"] is a {type(loss).__name__}, which passes no ref_emb on; give a single loss.'
-            )
-        if isinstance(loss, BaseMetricLossFunction if on_maps else BaseFeatureLoss):
-            raise ValueError(
-                f'loss_funcs["{key}"] is a {type(loss).__name__}, but must be a loss on '
-                f"{'feature maps, such as AttentionTransferLoss' if on_maps else 'embeddings'}."
-            )
-        check_gathering(f'loss_funcs["{key}"]', unwrapped(trainer.loss_funcs[key]))
-    for key in ("tuple_miner", "distillation_miner"):
-        if trainer.teacher_miner(key) is not None:
-            check_gathering(f'mining_funcs["{key}"]', trainer.mining_funcs[key])
+        check_teacher(trainer.teacher, trainer.models)
+        for cache in caches(trainer.teacher):
+            cache.check_dataset(trainer.dataset)
     check_features(trainer)
     check_trained(trainer)
     check_processes(trainer)
@@ -87,6 +43,80 @@ def check_setup(trainer: Any) -> None:
         raise ValueError(f"accumulation_steps must be at least 1, but is {trainer.accumulation_steps}.")
 
 
+def check_parts(trainer: Any) -> None:
+    """Check that each dictionary holds what it is for."""
+    for name, (attribute, kind) in PARTS.items():
+        held = getattr(trainer, name)
+        if held is None and name in ("lr_schedulers", "gradient_clippers"):
+            continue
+        if not hasattr(held, "items"):
+            raise ValueError(f"{name} must be a dictionary, but is {type(held).__name__}.")
+        for key, part in held.items():
+            if not hasattr(part, attribute):
+                raise ValueError(f'{name}["{key}"] must be {kind}, but is a {type(part).__name__}; leave out the key.')
+    if "teacher" in trainer.models:
+        raise ValueError(
+            'models has the key "teacher", where PML would train and save it. Pass '
+            "teacher=FrozenTeacher(trunk, embedder) instead."
+        )
+    unknown = [key for key in trainer.loss_weight_ramps if key not in trainer.loss_funcs]
+    if unknown:
+        raise ValueError(f"loss_weight_ramps has {unknown}, but loss_funcs has only {sorted(trainer.loss_funcs)}.")
+
+
+def check_keys(trainer: Any) -> None:
+    """Check that PML knows all keys."""
+    for name, checker in trainer.schema.children.items():
+        allowed = checker.keys(checker, trainer.schema.children) if callable(checker.keys) else checker.keys
+        unknown = [key for key in getattr(trainer, name) or () if key not in allowed]
+        if unknown:
+            raise ValueError(f"{name} has the unknown keys {unknown}; known are {sorted(allowed)}.")
+
+
+def check_losses_and_miners(trainer: Any) -> None:
+    """Check the losses with a teacher, and the miners that ask it."""
+    losses, miners, teacher = trainer.loss_funcs, trainer.mining_funcs, trainer.teacher
+    wanting = [f'loss_funcs["{key}"]' for key in trainer.loss_keys_with_teacher if key in losses]
+    wanting += ['mining_funcs["tuple_miner"]'] if trainer.teacher_miner("tuple_miner") is not None else []
+    if not losses:
+        raise ValueError('loss_funcs is empty; give "metric_loss", "distillation_loss" or both.')
+    if wanting and teacher is None:
+        raise ValueError(f"{wanting[0]} asks the teacher, but teacher is None; pass FrozenTeacher(trunk, embedder).")
+    if "distillation_miner" in miners:
+        own = 'mining_funcs["distillation_miner"]'
+        if trainer.teacher_miner("distillation_miner") is None:
+            kind = type(miners["distillation_miner"]).__name__
+            raise ValueError(
+                f"{own} must be a miner of pml_distill.miners, such as TeacherMiner(miner), but is a {kind}."
+            )
+        if "distillation_loss" not in losses:
+            raise ValueError(f'{own} serves loss_funcs["distillation_loss"], which is not there.')
+        loss = without_wrapper(losses["distillation_loss"])
+        if not getattr(loss, "takes_pairs", True):
+            raise ValueError(
+                f'{own} finds pairs, but {type(loss).__name__}, loss_funcs["distillation_loss"], takes none.'
+            )
+    if teacher is not None and not wanting:
+        raise ValueError(
+            f"teacher is given, but loss_funcs has only {sorted(losses)}; a teacher serves "
+            f"{list(trainer.loss_keys_with_teacher)}."
+        )
+    for key in trainer.loss_keys_with_teacher:
+        loss, on_maps = without_wrapper(losses.get(key)), key == "feature_distillation_loss"
+        if isinstance(loss, (MultipleLosses, CrossBatchMemory, SelfSupervisedLoss)):
+            several = "give MultipleDistillationLosses" if isinstance(loss, MultipleLosses) else "give a single loss"
+            raise ValueError(f'loss_funcs["{key}"] is a {type(loss).__name__}, which passes no ref_emb on; {several}.')
+        if isinstance(loss, BaseMetricLossFunction if on_maps else BaseFeatureLoss):
+            raise ValueError(
+                f'loss_funcs["{key}"] is a {type(loss).__name__}, but must be a loss on '
+                f"{'feature maps, such as AttentionTransferLoss' if on_maps else 'embeddings'}."
+            )
+        check_gathering(f'loss_funcs["{key}"]', unwrapped(losses.get(key)))
+    for key in ("tuple_miner", "distillation_miner"):
+        if trainer.teacher_miner(key) is not None:
+            check_gathering(f'mining_funcs["{key}"]', miners[key])
+
+
 def check_gathering(name: str, wrapper: Any) -> None:
     """Check that one of PML's distributed wrappers gathers student and teacher."""
     if getattr(wrapper, "efficient", False):
@@ -94,6 +124,31 @@ def check_gathering(name: str, wrapper: Any) -> None:
             f"{name} is a {type(wrapper).__name__} with efficient=True, which gathers only one side of each row; use "
             "efficient=False."
         )
+
+
+def check_teacher(teacher: Any, models: dict[str, torch.nn.Module]) -> None:
+    """Raise ``ValueError`` if the teacher cannot be called, would learn, or its batch norms would drift."""
+    if not callable(teacher):
+        raise ValueError(
+            f"teacher is called as teacher(data), but a {type(teacher).__name__} cannot be; pass "
+            "FrozenTeacher(trunk, embedder)."
+        )
+    if not isinstance(teacher, torch.nn.Module):
+        return
+    if any(p.requires_grad for p in teacher.parameters()):
+        raise ValueError(
+            f"teacher, a {type(teacher).__name__}, has parameters that require gradients; "
+            "pass FrozenTeacher(trunk, embedder)."
+        )
+    if any(module.training for module in teacher.modules()):
+        raise ValueError(
+            f"teacher, a {type(teacher).__name__}, is in train mode; pass FrozenTeacher(trunk, embedder), which stays "
+            "in eval mode."
+        )
+    taught = {id(p) for p in teacher.parameters()}
+    for key, model in models.items():
+        if any(id(p) in taught for p in model.parameters()):
+            raise ValueError(f'teacher and models["{key}"] share parameters; give the teacher a copy of its own.')
 
 
 def check_features(trainer: Any) -> None:
@@ -175,38 +230,29 @@ def check_multi_hot_level(labels: torch.Tensor, level: Any, loss: Any) -> None:
         )
 
 
+def check_labels_seen(trainer: Any) -> None:
+    """Say after the first epoch that no label has been seen; of several processes one may have none."""
+    wanting = [key for key in ("metric_loss", "classifier_loss") if trainer.wants(key)]
+    if trainer.labels_seen or not wanting:
+        return
+    text = (
+        f'loss_funcs["{wanting[0]}"] has learned nothing: all labels of the first epoch are -1, which means that a '
+        "sample has none. Let the dataset yield (data, label)."
+    )
+    if num_processes() == 1:
+        raise ValueError(text)
+    c_f.LOGGER.warning(text)
+
+
 def trained_by(optimizers: dict[str, torch.optim.Optimizer]) -> set[int]:
     """Return the ids of the parameters that they train."""
     return {id(p) for o in optimizers.values() for group in o.param_groups for p in group["params"]}
 
 
-def check_call(teacher: Any) -> None:
-    """Raise ``ValueError`` if the teacher cannot be called as a trainer calls it."""
-    try:
-        inspect.signature(teacher.forward if isinstance(teacher, torch.nn.Module) else teacher).bind("data", "index")
-    except TypeError as error:
-        raise ValueError(
-            f"teacher is called as teacher(data, index), but a {type(teacher).__name__} cannot be: {error}; pass "
-            "FrozenTeacher(trunk, embedder)."
-        ) from error
-
-
-def check_frozen(teacher: torch.nn.Module, models: dict[str, torch.nn.Module]) -> None:
-    """Raise ``ValueError`` if the teacher would learn, or its batch norms would drift."""
-    if any(p.requires_grad for p in teacher.parameters()):
-        raise ValueError(
-            f"teacher, a {type(teacher).__name__}, has parameters that require gradients; "
-            "pass FrozenTeacher(trunk, embedder)."
-        )
-    if any(module.training for module in teacher.modules()):
-        raise ValueError(
-            f"teacher, a {type(teacher).__name__}, is in train mode; pass FrozenTeacher(trunk, embedder), which stays "
-            "in eval mode."
-        )
-    taught = {id(p) for p in teacher.parameters()}
-    for key, model in models.items():
-        if any(id(p) in taught for p in model.parameters()):
-            raise ValueError(f'teacher and models["{key}"] share parameters; give the teacher a copy of its own.')
+def needs_labels(loss: Any) -> bool:
+    """Whether a loss that is given a teacher is one of PML's own, or holds one."""
+    loss = without_wrapper(loss)
+    return isinstance(loss, BaseMetricLossFunction) and getattr(loss, "needs_labels", True)
 
 
 def without_wrapper(loss: Any) -> Any:

@@ -6,8 +6,9 @@ from pytorch_metric_learning.utils import common_functions as c_f
 
 from ..teachers import CachedTeacher, FrozenTeacher
 from ..utils.tensors import in_float32
-from .base_distillation_trainer import BaseDistillationTrainer, all_or_none, at, labeled_rows
-from .checks import check_frozen
+from .base_distillation_trainer import BaseDistillationTrainer
+from .batch import Batch
+from .checks import check_teacher
 
 
 class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
@@ -47,7 +48,7 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
                 f"teacher_classifier is None and teacher a {type(self.teacher).__name__} without logits."
             )
         if self.teacher_classifier is not None:
-            check_frozen(self.teacher_classifier, self.models)
+            check_teacher(self.teacher_classifier, self.models)
             if "logit_distillation_loss" not in self.loss_funcs:
                 raise ValueError(
                     'teacher_classifier serves loss_funcs["logit_distillation_loss"], but loss_funcs has only '
@@ -60,29 +61,28 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
                     f"{sorted(self.models)}."
                 )
 
-    def calculate_loss(self, curr_batch: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def calculate_loss(self, curr_batch: Batch) -> Batch:
         """Add the losses of the classifier to those of the embeddings."""
-        embeddings, teacher_embeddings = super().calculate_loss(curr_batch)
+        batch = super().calculate_loss(curr_batch)
         if not (self.wants("classifier_loss") or self.wants("logit_distillation_loss")):
-            return embeddings, teacher_embeddings
-        labels = curr_batch[1]
-        if labels is None and self.wants("classifier_loss"):
+            return batch
+        if batch.labels is None and self.wants("classifier_loss"):
             raise ValueError('loss_funcs["classifier_loss"] needs labels, but the dataset yields none.')
         with self.autocast():
-            weight = next(self.models["classifier"].parameters(), embeddings)
-            logits = in_float32(self.models["classifier"](embeddings.to(weight.dtype)))
+            weight = next(self.models["classifier"].parameters(), batch.data.student)
+            logits = in_float32(self.models["classifier"](batch.data.student.to(weight.dtype)))
         self.outputs.append(logits)
         if self.wants("classifier_loss"):
-            known, known_labels = at(labeled_rows(labels), logits, labels)
-            if len(known):
-                known_labels = c_f.to_device(known_labels, logits)
-                self.losses["classifier_loss"] = self.loss_funcs["classifier_loss"](known, known_labels)
+            known = batch._replace(data=logits).labeled()
+            if len(known.data):
+                labels = c_f.to_device(known.labels, logits)
+                self.losses["classifier_loss"] = self.loss_funcs["classifier_loss"](known.data, labels)
         if self.wants("logit_distillation_loss"):
             if self.teacher_classifier is None:
-                teacher_logits = self.teacher.logits(curr_batch[2])
+                teacher_logits = self.teacher.logits(batch.index)
             else:
-                teacher_logits = self.teacher_classifier(teacher_embeddings)
+                teacher_logits = self.teacher_classifier(batch.data.teacher)
             self.losses["logit_distillation_loss"] = self.loss_funcs["logit_distillation_loss"](
-                logits, all_or_none(labels), ref_emb=teacher_logits
+                logits, batch.all_or_none(), ref_emb=teacher_logits
             )
-        return embeddings, teacher_embeddings
+        return batch

@@ -4,10 +4,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from ..utils.distributed import joint_seed
-from .random_state import get_random_state, set_random_state
+from ..utils.distributed import joint_seed, num_processes
+from .checkpoint import get_random_state, set_random_state
+
+
+def train_loader(trainer: Any) -> "ResumableDataLoader":
+    """Return the loader of a trainer; without a sampler, each of several processes draws its own part of the data."""
+    sampler = trainer.sampler
+    if sampler is None and num_processes() > 1:
+        sampler = DistributedSampler(trainer.dataset)
+    order: dict[str, Any] = {"batch_sampler": sampler}
+    if not isinstance(sampler, BatchSampler):
+        size = int(trainer.batch_size)
+        order = {"batch_size": size, "sampler": sampler, "shuffle": sampler is None, "drop_last": True}
+    settings = {"num_workers": trainer.dataloader_num_workers, "collate_fn": trainer.collate_fn}
+    loader = DataLoader(trainer.dataset, **order, **settings, **trainer.loader_settings)
+    if len(loader) == 0:
+        name, drawn = ("dataset", trainer.dataset) if trainer.sampler is None else ("sampler", trainer.sampler)
+        raise ValueError(f"{name} has {len(drawn)} samples, fewer than batch_size, {trainer.batch_size}.")
+    return ResumableDataLoader(loader, trainer.data_position)
 
 
 class ResumableDataLoader:

@@ -1,0 +1,54 @@
+from typing import Any
+
+from pytorch_metric_learning.utils.loss_tracker import LossTracker
+
+from .checks import without_wrapper
+
+
+class LossWeightRamp:
+    """The share of a loss weight during the training: 0 until ``start``, then linearly to 1 at ``end``.
+
+    At the start all distances are near zero. A loss on distances then drives the samples apart along whatever differs,
+    before the metric loss has shaped the space; some losses lower the accuracy without a ramp.
+
+    Args:
+        start: share of the training, 0 to 1, before which the loss has no weight.
+        end: share of the training from which on it has all of its weight.
+
+    Raises:
+        ValueError: not 0 <= start < end.
+
+    Example:
+        >>> ramp = LossWeightRamp(start=0.2, end=0.6)
+        >>> [ramp(step / 10) for step in (1, 4, 8)]
+        [0, 0.5, 1]
+    """
+
+    def __init__(self, start: float = 0.2, end: float = 0.5):
+        if not 0 <= start < end:
+            raise ValueError(f"start must be at least 0 and below end, but they are {start} and {end}.")
+        self.start, self.end = start, end
+
+    def __call__(self, progress: float) -> float:
+        """Return the factor for the weight after this share of the training, ``step / total_steps``."""
+        return min(1, max(0, (progress - self.start) / (self.end - self.start)))
+
+
+class WeightedLossTracker(LossTracker):
+    """PML's loss tracker without its in-place product, which spoils what a backward has saved."""
+
+    def weight_the_losses(self, exclude_loss: tuple[str, ...] = ("total_loss",)) -> None:
+        """Multiply each loss by its weight."""
+        for name in self.losses:
+            if name not in exclude_loss:
+                self.losses[name] = self.losses[name] * self.loss_weights[name]
+
+
+def sub_losses(trainer: Any) -> dict[str, Any]:
+    """Return the parts of losses that hold several, by the names of both."""
+    return {
+        f"{key}_{name}": value
+        for key, loss in trainer.loss_funcs.items()
+        if trainer.wants(key)
+        for name, value in getattr(without_wrapper(loss), "sub_losses", {}).items()
+    }
