@@ -19,8 +19,8 @@ class LossWeightRamp:
         ValueError: not 0 <= start < end.
 
     Example:
-        >>> ramp = LossWeightRamp(start=0.2, end=0.6)
-        >>> [ramp(step / 10) for step in (1, 4, 8)]
+        >>> ramp = LossWeightRamp(start=0.25, end=0.75)
+        >>> [ramp(step / 10) for step in (1, 5, 8)]
         [0, 0.5, 1]
     """
 
