@@ -113,13 +113,7 @@ class HammingKNN:
             raise ValueError(f"k = {k} neighbours{beside} are wanted of a database of {len(database)} codes.")
         search: Callable = search_on_gpu if query.is_cuda else search_on_cpu
         distances, indices = search(self.packed(query, "query"), database, bits, wanted)
-        if not ref_includes_query:
-            return distances, indices
-        rows = torch.arange(len(query), device=indices.device)[:, None]
-        is_self = indices == rows
-        # Where duplicates have pushed the query out of its own list, the last of them makes room.
-        is_self[:, -1] |= ~is_self.any(dim=1)
-        return distances[~is_self].view(-1, k), indices[~is_self].view(-1, k)
+        return without_own(distances, indices) if ref_includes_query else (distances, indices)
 
     def packed(self, codes: torch.Tensor, name: str) -> torch.Tensor:
         """Return the codes packed, if they are codes."""
@@ -130,6 +124,14 @@ class HammingKNN:
         if self.only_codes and not all((part.abs() == 1).all() for part in codes.split(PART)):
             raise ValueError(f"{name} {tuple(codes.shape)} must hold only -1 and 1, but has other values.")
         return pack_codes(codes)
+
+
+def without_own(distances: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave out of (Q, k + 1) neighbours the query itself, which is row i of the database."""
+    is_self = indices == torch.arange(len(indices), device=indices.device)[:, None]
+    # Where duplicates have pushed the query out of its own list, the last of them makes room.
+    is_self[:, -1] |= ~is_self.any(dim=1)
+    return distances[~is_self].view(len(indices), -1), indices[~is_self].view(len(indices), -1)
 
 
 def check_bits(codes: torch.Tensor, bits: int, name: str) -> None:
