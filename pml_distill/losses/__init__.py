@@ -15,12 +15,16 @@ from .cosine_teacher_loss import CosineTeacherLoss
 from .dark_rank_loss import DarkRankLoss
 from .decoupled_differential_loss import DecoupledDifferentialLoss
 from .deep_cauchy_hashing_loss import DeepCauchyHashingLoss
+from .dpsh_loss import DPSHLoss
+from .greedy_hash_loss import GreedyHashLoss
 from .hash_centers import center_distances, hash_centers
+from .hash_net_loss import HashNetLoss
 from .hint_loss import HintLoss
 from .logit_distillation_loss import LogitDistillationLoss
 from .matryoshka_loss import MatryoshkaLoss
 from .multiple_distillation_losses import MultipleDistillationLosses
 from .mutual_distance_loss import MutualDistanceLoss
+from .ortho_hash_loss import OrthoHashLoss
 from .pooled_feature_loss import PooledFeatureLoss
 from .probabilistic_transfer_loss import ProbabilisticTransferLoss
 from .rank_preservation_loss import RankPreservationLoss
@@ -49,14 +53,18 @@ __all__ = [
     "CollaborativeRankLoss",
     "CorrelationCongruenceLoss",
     "CosineTeacherLoss",
+    "DPSHLoss",
     "DarkRankLoss",
     "DecoupledDifferentialLoss",
     "DeepCauchyHashingLoss",
+    "GreedyHashLoss",
+    "HashNetLoss",
     "HintLoss",
     "LogitDistillationLoss",
     "MatryoshkaLoss",
     "MultipleDistillationLosses",
     "MutualDistanceLoss",
+    "OrthoHashLoss",
     "PooledFeatureLoss",
     "ProbabilisticTransferLoss",
     "RKDAngleLoss",

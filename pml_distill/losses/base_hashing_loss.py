@@ -1,7 +1,9 @@
+from typing import Any
+
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
 
-from ..utils.labels import check_multi_hot
+from ..utils.labels import check_multi_hot, share_a_label
 from ..utils.tensors import in_float32
 from .base_distillation_loss import IndicesTuple
 
@@ -9,8 +11,9 @@ from .base_distillation_loss import IndicesTuple
 class BaseHashingLoss(BaseMetricLossFunction):
     """Base of the hashing losses: ``loss(outputs, labels)`` with class labels or multi-hot labels.
 
-    Two sub-losses, ``similarity_loss`` and ``quantization_loss``, which separate reducers can take
-    (``MultipleReducers``); they are added. The maths runs in float32 with autocast off (float64 stays float64).
+    Two sub-losses, ``similarity_loss`` and (but for ``HashNetLoss`` and ``OrthoHashLoss``) ``quantization_loss``, which
+    separate reducers can take (``MultipleReducers``); they are added. The maths runs in float32 with autocast off
+    (float64 stays float64).
 
     Args:
         distance, reducer, embedding_regularizer: as in every PML loss.
@@ -20,9 +23,14 @@ class BaseHashingLoss(BaseMetricLossFunction):
         PML's trainers pass multi-hot labels on with ``label_hierarchy_level="all"``.
 
     Raises:
-        ValueError: labels are missing, of another length or shape; multi-hot labels are not 0 or 1 (on the CPU);
-            ``indices_tuple`` or ``ref_emb`` is given.
+        ValueError: labels are missing, of another length or shape; multi-hot labels are not 0 or 1, or classes out of
+            range (on the CPU; on CUDA the device's own index assertion); ``indices_tuple`` or ``ref_emb`` is given.
     """
+
+    #: Of losses with something for each class and each bit.
+    num_classes: Any = None
+    embedding_size: Any = None
+    sub_losses: tuple[str, ...] = ("similarity_loss", "quantization_loss")
 
     def forward(
         self,
@@ -31,6 +39,7 @@ class BaseHashingLoss(BaseMetricLossFunction):
         indices_tuple: IndicesTuple | None = None,
         ref_emb: torch.Tensor | None = None,
         ref_labels: torch.Tensor | None = None,
+        **settings: Any,
     ) -> torch.Tensor:
         """Return the reduced loss, a float32 (or float64) scalar under the default reducer."""
         # PML's own forward refuses labels of two dimensions; otherwise the steps are its own.
@@ -41,26 +50,67 @@ class BaseHashingLoss(BaseMetricLossFunction):
                     f"{type(self).__name__} takes the whole batch by its labels, and no {argument}; "
                     "a trainer must have no tuple_miner, and a DistributedLossWrapper efficient=False."
                 )
-        labels = self.checked_labels(embeddings, labels).to(embeddings.device)
+        if labels is not None or settings.get("similarity") is None:
+            labels = self.checked_labels(embeddings, labels).to(embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = in_float32(embeddings)
-            rows = len(embeddings)
-            loss_dict = self.compute_loss(embeddings, labels, None, embeddings, labels) if rows else self.zero_losses()
+            loss_dict = self.zero_losses()
+            if len(embeddings):
+                loss_dict = self.compute_loss(embeddings, labels, None, embeddings, labels, **settings)
             self.add_embedding_regularization_to_loss_dict(loss_dict, embeddings)
             return self.reducer(loss_dict, embeddings, labels)
 
     def checked_labels(self, embeddings: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return the labels if their shape is right."""
-        name = type(self).__name__
+        """Return the labels if they fit the embeddings and the loss."""
+        name, classes, bits = type(self).__name__, self.num_classes, self.embedding_size
         if labels is None:
             raise ValueError(f"{name} needs labels of shape (B,) or multi-hot labels of shape (B, C), but got None.")
         shapes = f"embeddings has shape {tuple(embeddings.shape)} and labels has shape {tuple(labels.shape)}"
         if embeddings.ndim != 2 or labels.ndim not in (1, 2) or len(labels) != len(embeddings):
             raise ValueError(f"{name} expects embeddings (B, bits) and labels (B,) or (B, C), but {shapes}.")
+        if bits is not None and embeddings.shape[1] != bits:
+            raise ValueError(f"embeddings must be (B, {bits}), as embedding_size says, but {shapes}.")
+        if classes is not None and labels.ndim == 2 and labels.shape[1] != classes:
+            raise ValueError(f"multi-hot labels must be (B, {classes}), as num_classes says, but {shapes}.")
         # Reading labels would stall a GPU, and break a compiled graph.
-        if not (labels.is_cuda or torch.compiler.is_compiling()):
-            check_multi_hot(labels, "labels")
+        if labels.is_cuda or torch.compiler.is_compiling():
+            return labels
+        check_multi_hot(labels, "labels")
+        if classes is not None and labels.ndim == 1 and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(
+                f"labels must be from 0 to num_classes - 1 = {classes - 1}, but go from {int(labels.min())} to "
+                f"{int(labels.max())}."
+            )
         return labels
 
+    def similar(self, labels: torch.Tensor, similarity: torch.Tensor | None, size: int) -> torch.Tensor:
+        """Return the (B, B) boolean matrix of similar pairs: of one class, with a common label, or as given."""
+        if similarity is None:
+            return share_a_label(labels, labels)
+        if similarity.shape != (size, size):
+            raise ValueError(f"similarity must be ({size}, {size}), but has shape {tuple(similarity.shape)}.")
+        if not (similarity.is_cuda or torch.compiler.is_compiling()):
+            check_multi_hot(similarity, "similarity")
+        return similarity.bool()
+
+    @staticmethod
+    def balance(similar: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight of each pair: half to either kind, or 1 where there is only one kind."""
+        share = similar.to(dtype).mean()
+        weights = torch.where(similar, 1 / share, 1 / (1 - share))
+        return torch.where((share > 0) & (share < 1), weights, 1.0)
+
+    @staticmethod
+    def parts(similarity: torch.Tensor, quantization: torch.Tensor | None = None) -> dict[str, dict[str, Any]]:
+        """Return PML's loss dictionary, for a matrix of pairs (B, B) or a value for each sample (B,), and (B,)."""
+        size = len(similarity)
+        rows: Any = torch.arange(size, device=similarity.device)
+        pairs = (rows.repeat_interleave(size), rows.repeat(size)) if similarity.ndim == 2 else rows
+        kind = "pos_pair" if similarity.ndim == 2 else "element"
+        found = {"similarity_loss": {"losses": similarity.flatten(), "indices": pairs, "reduction_type": kind}}
+        if quantization is not None:
+            found["quantization_loss"] = {"losses": quantization, "indices": rows, "reduction_type": "element"}
+        return found
+
     def _sub_loss_names(self):
-        return ["similarity_loss", "quantization_loss"]
+        return list(self.sub_losses)

@@ -79,16 +79,7 @@ class CentralSimilarityLoss(BaseHashingLoss):
         values = embeddings.tanh()
         targets = (1 + self.targets(labels).to(values)) / 2
         similarity = F.binary_cross_entropy((1 + values) / 2, targets, reduction="none").mean(dim=1)
-        quantization = (values.abs() - 1).square().mean(dim=1)
-        rows = torch.arange(len(values), device=values.device)
-        return {
-            "similarity_loss": {"losses": similarity, "indices": rows, "reduction_type": "element"},
-            "quantization_loss": {
-                "losses": self.quantization_weight * quantization,
-                "indices": rows,
-                "reduction_type": "element",
-            },
-        }
+        return self.parts(similarity, self.quantization_weight * (values.abs() - 1).square().mean(dim=1))
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the center of each sample, (B, embedding_size), for labels (B,) or multi-hot (B, num_classes)."""
@@ -97,26 +88,3 @@ class CentralSimilarityLoss(BaseHashingLoss):
             return centers[labels.long()]
         votes = labels.to(centers.dtype) @ centers
         return torch.where(votes == 0, self.random_center.to(votes), votes.sign())
-
-    def checked_labels(self, embeddings: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return the labels if they fit the centers."""
-        labels = super().checked_labels(embeddings, labels)
-        if embeddings.shape[1] != self.embedding_size:
-            raise ValueError(
-                f"embeddings must be (B, {self.embedding_size}), as embedding_size says, but has shape "
-                f"{tuple(embeddings.shape)}."
-            )
-        if labels.ndim == 2 and labels.shape[1] != self.num_classes:
-            raise ValueError(
-                f"multi-hot labels must be (B, {self.num_classes}), as num_classes says, but have shape "
-                f"{tuple(labels.shape)}."
-            )
-        # Reading a label would stall a GPU, which has an assertion of its own.
-        if labels.ndim == 1 and not labels.is_cuda and len(labels):
-            lowest, highest = int(labels.min()), int(labels.max())
-            if lowest < 0 or highest >= self.num_classes:
-                raise ValueError(
-                    f"labels must be from 0 to num_classes - 1 = {self.num_classes - 1}, but go from {lowest} to "
-                    f"{highest}."
-                )
-        return labels

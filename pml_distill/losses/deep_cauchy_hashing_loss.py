@@ -1,7 +1,6 @@
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 
-from ..utils.labels import share_a_label
 from .base_distillation_loss import check_not_negative, check_positive, cut_zero_rows
 from .base_hashing_loss import BaseHashingLoss
 
@@ -34,7 +33,8 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss. The distance is ``CosineSimilarity()``.
 
     Shapes:
-        embeddings: (B, bits), any number of bits. labels: (B,) or multi-hot (B, C). Reducer input:
+        embeddings: (B, bits), any number of bits. labels: (B,) or multi-hot (B, C); in a loop of your own
+        ``loss(outputs, similarity=matrix)`` takes a (B, B) matrix of 0 and 1 instead. Reducer input:
         ``similarity_loss``, one value per ordered pair, the diagonal included (``pos_pair``), and
         ``quantization_loss``, one value per sample (``element``).
 
@@ -59,42 +59,27 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         self.gamma, self.quantization_weight = gamma, quantization_weight
         self.add_to_recordable_attributes(list_of_names=["gamma", "quantization_weight"], is_stat=False)
 
-    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        size = len(embeddings)
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, similarity=None):
         # Normalisation would multiply the gradient of a zero row by 1e12.
         embeddings = cut_zero_rows(embeddings)
-        similar = share_a_label(labels, labels)
+        similar = self.similar(labels, similarity, len(embeddings))
         lengths = torch.linalg.vector_norm(embeddings, dim=1)
         bits = embeddings.shape[1]
         distances = self.hamming(self.distance(embeddings), lengths[:, None] * lengths, bits)
         likelihood = similar * (distances / self.gamma).log() + (self.gamma / distances).log1p()
-        losses = self.balance(similar, likelihood.dtype) * likelihood
 
         # The cosine of |u| and (1, ..., 1).
         cosines = self.distance.normalize(embeddings.abs()).sum(dim=1) / bits**0.5
         off = self.hamming(cosines, lengths * bits**0.5, bits)
-        rows = torch.arange(size, device=embeddings.device)
-        pairs = (rows.repeat_interleave(size), rows.repeat(size))
-        return {
-            "similarity_loss": {"losses": losses.flatten(), "indices": pairs, "reduction_type": "pos_pair"},
-            "quantization_loss": {
-                "losses": self.quantization_weight * (off / self.gamma).log1p(),
-                "indices": rows,
-                "reduction_type": "element",
-            },
-        }
+        return self.parts(
+            self.balance(similar, likelihood.dtype) * likelihood,
+            self.quantization_weight * (off / self.gamma).log1p(),
+        )
 
     def hamming(self, cosines: torch.Tensor, products: torch.Tensor, bits: int) -> torch.Tensor:
         """Return the relaxed Hamming distance, at least 0.005 K, for cosines and the products of the two lengths."""
         cosines = cosines * (products / LEAST_PRODUCT).clamp(max=1)
         return (1 - cosines.clamp(max=0.99)) * bits / 2
-
-    @staticmethod
-    def balance(similar: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight of each pair: half to either kind, or 1 where there is only one kind."""
-        share = similar.to(dtype).mean()
-        weights = torch.where(similar, 1 / share, 1 / (1 - share))
-        return torch.where((share > 0) & (share < 1), weights, 1.0)
 
     def get_default_distance(self):
         return CosineSimilarity()

@@ -1,0 +1,90 @@
+import torch
+from torch.nn import functional as F
+
+from ..utils.labels import share_a_label
+from .base_distillation_loss import check_not_negative
+from .base_hashing_loss import BaseHashingLoss
+
+UNSEEN = torch.iinfo(torch.long).min
+
+
+class DPSHLoss(BaseHashingLoss):
+    r"""Likelihood of similar pairs given half the inner products of outputs, and their distance to codes (DPSH).
+
+    .. math::
+        \theta_{ij} = \tfrac{1}{2} \langle u_i, u_j \rangle, \qquad
+        L = \frac{1}{B N} \sum_{ij} \left( \log(1 + e^{\theta_{ij}}) - s_{ij} \theta_{ij} \right)
+            + \lambda \frac{1}{B} \sum_i \operatorname{mean}_k (u_{ik} - \operatorname{sign}(u_{ik}))^2
+
+    s_ij is 1 for pairs of one class, or with a label in common. The N others are the batch itself, both sides of a
+    pair with gradient; or, as in the authors' code, all training samples: with ``num_samples`` the loss remembers the
+    last outputs of each, without gradient, and asks for the rows of the batch, ``loss(outputs, labels, index=rows)``.
+    Samples never seen have outputs of zero there and add log 2 each. The default mean is the authors' own scale.
+
+    Source: Li et al., "Feature Learning based Deep Supervised Hashing with Pairwise Labels", IJCAI 2016.
+
+    Args:
+        quantization_weight: lambda.
+        num_samples: of the training set, for the memory; needs ``embedding_size``.
+        embedding_size: number of bits.
+        num_classes: of multi-hot labels in the memory; None: class labels.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, bits). labels: (B,) or multi-hot (B, C). index: (B,). Reducer input: ``similarity_loss`` and
+        ``quantization_loss``, one value per sample (``element``).
+
+    Raises:
+        ValueError: ``quantization_weight`` is negative; there is a memory and no ``index`` or ``embedding_size``, or an
+            ``index`` and no memory.
+
+    Example:
+        >>> import torch
+        >>> loss, labels = DPSHLoss(), torch.tensor([0, 0, 1])
+        >>> right = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [-1, -1, -1, -1]])
+        >>> bool(loss(right, labels) < loss(right.roll(1, 0), labels))
+        True
+    """
+
+    outputs: torch.Tensor
+    labels: torch.Tensor
+
+    def __init__(
+        self,
+        quantization_weight: float = 0.1,
+        num_samples: int | None = None,
+        embedding_size: int | None = None,
+        num_classes: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_not_negative(quantization_weight=quantization_weight)
+        self.quantization_weight, self.num_samples = quantization_weight, num_samples
+        self.embedding_size, self.num_classes = embedding_size, num_classes
+        if num_samples is not None:
+            if embedding_size is None:
+                raise ValueError("num_samples asks for a memory, which needs embedding_size, the number of bits.")
+            self.register_buffer("outputs", torch.zeros(num_samples, embedding_size))
+            of_memory = (
+                torch.full((num_samples,), UNSEEN) if num_classes is None else torch.zeros(num_samples, num_classes)
+            )
+            self.register_buffer("labels", of_memory)
+        self.add_to_recordable_attributes(list_of_names=["quantization_weight"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, index=None):
+        others, similar = embeddings, share_a_label(labels, labels)
+        if (index is None) != (self.num_samples is None):
+            raise ValueError(
+                f"index is {'None' if index is None else 'given'}, but num_samples is {self.num_samples}: a memory of "
+                "num_samples samples and index, the rows of the batch, go together."
+            )
+        if index is not None:
+            # Not in place: an earlier loss may still need the memory for its gradient.
+            self.outputs = self.outputs.index_copy(0, index, embeddings.detach().to(self.outputs))
+            self.labels = self.labels.index_copy(0, index, labels.to(self.labels))
+            others, similar = self.outputs.to(embeddings), share_a_label(labels.to(self.labels), self.labels)
+        products = embeddings @ others.T / 2
+        # The gradient where a product is just 0 is 1/2 - s; published code, in two branches, has -s there.
+        likelihood = (-F.logsigmoid(-products) - similar * products).mean(dim=1)
+        off = (embeddings - embeddings.detach().sign()).square().mean(dim=1)
+        return self.parts(likelihood, self.quantization_weight * off)

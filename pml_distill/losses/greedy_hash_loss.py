@@ -1,0 +1,57 @@
+import torch
+from torch.nn import functional as F
+
+from .base_distillation_loss import check_not_negative
+from .base_hashing_loss import BaseHashingLoss
+
+
+class GreedyHashLoss(BaseHashingLoss):
+    r"""Classifies the codes themselves, with a gradient that passes straight through the signs (GreedyHash).
+
+    .. math::
+        b_i = \operatorname{sign}(u_i), \qquad \frac{\partial L}{\partial u_i} := \frac{\partial L}{\partial b_i},
+        \qquad L = \frac{1}{B} \sum_i \mathrm{CE}(W b_i, y_i)
+        + \lambda \operatorname{mean}_k \left| |u_{ik}| - 1 \right|^3
+
+    0 counts as -1, as in all codes here. The default mean is the authors' own scale.
+
+    Source: Su et al., "Greedy Hash: Towards Fast Optimization for Accurate Hash Coding in CNN", NeurIPS 2018.
+
+    Args:
+        num_classes: number of classes.
+        embedding_size: number of bits.
+        quantization_weight: lambda.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, embedding_size). labels: (B,) from 0 to num_classes - 1. Reducer input: ``similarity_loss`` and
+        ``quantization_loss``, one value per sample (``element``).
+
+    Attributes:
+        W: (num_classes, embedding_size), which learns: give the loss an optimizer, as PML's ``metric_loss_optimizer``.
+
+    Raises:
+        ValueError: labels are multi-hot or out of range; ``quantization_weight`` is negative; widths do not fit.
+
+    Example:
+        >>> import torch
+        >>> loss = GreedyHashLoss(num_classes=3, embedding_size=16)
+        >>> loss(torch.randn(4, 16), torch.tensor([0, 1, 2, 0])).item() > 0
+        True
+    """
+
+    def __init__(self, num_classes: int, embedding_size: int, quantization_weight: float = 0.1, **kwargs):
+        super().__init__(**kwargs)
+        check_not_negative(quantization_weight=quantization_weight)
+        self.num_classes, self.embedding_size = num_classes, embedding_size
+        self.quantization_weight = quantization_weight
+        self.W = torch.nn.Linear(embedding_size, num_classes, bias=False).weight
+        self.add_to_recordable_attributes(list_of_names=["num_classes", "quantization_weight"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        if labels.ndim == 2:
+            raise ValueError(f"GreedyHashLoss needs classes (B,), but labels has shape {tuple(labels.shape)}.")
+        codes = torch.where(embeddings > 0, 1.0, -1.0).to(embeddings) + (embeddings - embeddings.detach())
+        similarity = F.cross_entropy(codes @ self.W.to(codes).T, labels.long(), reduction="none")
+        off = (embeddings.abs() - 1).pow(3).abs().mean(dim=1)
+        return self.parts(similarity, self.quantization_weight * off)

@@ -1,0 +1,54 @@
+import torch
+from torch.nn import functional as F
+
+from .base_distillation_loss import check_positive
+from .base_hashing_loss import BaseHashingLoss
+
+
+class HashNetLoss(BaseHashingLoss):
+    r"""Likelihood of similar pairs given the inner products of outputs that grow into codes (HashNet).
+
+    .. math::
+        g_i = \tanh(\beta u_i), \qquad
+        L = \frac{1}{B^2} \sum_{ij} w_{ij} \left( \log(1 + e^{\alpha \langle g_i, g_j \rangle})
+            - s_{ij} \alpha \langle g_i, g_j \rangle \right)
+
+    s_ij is 1 for pairs of one class, or with a label in common; w_ij gives half of the weight to either kind. The
+    batch's diagonal is among the similar pairs, as in the authors' code. The default mean is the authors' own scale.
+
+    Raise beta while you train ("continuation"), so that the outputs near -1 and 1: ``loss.scale = (1 + epoch // 20) **
+    0.5`` at the start of each epoch.
+
+    Source: Cao et al., "HashNet: Deep Learning to Hash by Continuation", ICCV 2017.
+
+    Args:
+        alpha: factor of the inner products; smaller for longer codes.
+        scale: beta.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, bits), before tanh. labels: (B,) or multi-hot (B, C); in a loop of your own
+        ``loss(outputs, similarity=matrix)`` takes a (B, B) matrix of 0 and 1 instead. Reducer input:
+        ``similarity_loss``, one value per ordered pair, the diagonal included (``pos_pair``).
+
+    Example:
+        >>> import torch
+        >>> loss, labels = HashNetLoss(), torch.tensor([0, 0, 1])
+        >>> right = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [-1, -1, -1, -1]])
+        >>> bool(loss(right, labels) < loss(right.roll(1, 0), labels))
+        True
+    """
+
+    sub_losses = ("similarity_loss",)
+
+    def __init__(self, alpha: float = 0.1, scale: float = 1, **kwargs):
+        super().__init__(**kwargs)
+        check_positive(alpha=alpha, scale=scale)
+        self.alpha, self.scale = alpha, scale
+        self.add_to_recordable_attributes(list_of_names=["alpha", "scale"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, similarity=None):
+        similar = self.similar(labels, similarity, len(embeddings))
+        values = torch.tanh(self.scale * embeddings)
+        products = self.alpha * values @ values.T
+        return self.parts(self.balance(similar, products.dtype) * (-F.logsigmoid(-products) - similar * products))

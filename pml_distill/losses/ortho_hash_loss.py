@@ -1,0 +1,62 @@
+from torch.nn import functional as F
+
+from .base_distillation_loss import check_not_negative, check_positive, unit_rows
+from .base_hashing_loss import BaseHashingLoss
+from .hash_centers import hash_centers
+
+
+class OrthoHashLoss(BaseHashingLoss):
+    r"""One loss: the outputs classify by their cosine to a fixed code of each class, with a margin (OrthoHash).
+
+    .. math::
+        L = -\frac{1}{B} \sum_i \sum_c \frac{y_{ic}}{\sum_{c'} y_{ic'}}
+        \log \operatorname{softmax}_c \left( s \left( \cos(u_i, o_c) - m y_{ic} \right) \right)
+
+    An output at a small angle to a code has its signs, so that no term of quantization is needed. The codes are those
+    of ``hash_centers``; up to 2 x bits classes, they are orthogonal or opposite where a Hadamard matrix is known. The
+    authors put ``torch.nn.BatchNorm1d(bits)`` behind the hash head, which balances the bits. A sample without any label
+    costs nothing.
+
+    Source: Hoe et al., "One Loss for All: Deep Hashing with a Single Cosine Similarity based Learning Objective",
+    NeurIPS 2021; the defaults are those of its code. The default mean is the authors' own scale.
+
+    Args:
+        num_classes: number of labels.
+        embedding_size: number of bits.
+        margin: m.
+        scale: s.
+        seed: of random centers, see ``hash_centers``.
+        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+
+    Shapes:
+        embeddings: (B, embedding_size). labels: (B,) from 0 to num_classes - 1, or multi-hot (B, num_classes).
+        Reducer input: ``similarity_loss``, one value per sample (``element``).
+
+    Attributes:
+        hash_centers: (num_classes, embedding_size) buffer of -1 and 1, saved with the loss.
+
+    Example:
+        >>> import torch
+        >>> loss = OrthoHashLoss(num_classes=3, embedding_size=16)
+        >>> bool(loss(loss.hash_centers, torch.arange(3)) < loss(loss.hash_centers.roll(1, 0), torch.arange(3)))
+        True
+    """
+
+    sub_losses = ("similarity_loss",)
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, margin: float = 0.2, scale: float = 8, seed: int = 0, **kwargs
+    ):
+        super().__init__(**kwargs)
+        check_not_negative(margin=margin)
+        check_positive(scale=scale)
+        self.num_classes, self.embedding_size, self.margin, self.scale = num_classes, embedding_size, margin, scale
+        self.register_buffer("hash_centers", hash_centers(num_classes, embedding_size, seed))
+        self.add_to_recordable_attributes(list_of_names=["num_classes", "margin", "scale"], is_stat=False)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        own = F.one_hot(labels.long(), self.num_classes) if labels.ndim == 1 else labels
+        own = own.to(embeddings)
+        cosines = unit_rows(embeddings) @ self.hash_centers.to(embeddings).T / self.embedding_size**0.5
+        logarithms = (self.scale * (cosines - self.margin * own)).log_softmax(dim=1)
+        return self.parts(-(own * logarithms).sum(dim=1) / own.sum(dim=1).clamp(min=1))
