@@ -134,14 +134,14 @@ def without_numpy(state: Any) -> Any:
     return type(state)(map(without_numpy, state)) if type(state) in (list, tuple) else state
 
 
-def get_random_state() -> dict[str, Any]:
+def get_random_state(cuda: bool = True) -> dict[str, Any]:
     """Return the states of Python's, NumPy's, PML's and torch's random generators, as plain types and tensors."""
     return {
         "python": random.getstate(),
         "numpy": plain_twister(np.random.get_state()),
         "pml": plain_twister(c_f.NUMPY_RANDOM.get_state()),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
     }
 
 
@@ -151,7 +151,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     c_f.NUMPY_RANDOM.set_state(state["pml"])
     torch.set_rng_state(state["torch"].cpu())
-    if len(state["cuda"]) == torch.cuda.device_count():
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 

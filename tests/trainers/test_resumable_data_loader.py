@@ -13,6 +13,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pml_distill.datasets import SeededViews
 from pml_distill.trainers.resumable_data_loader import ResumableDataLoader
 
 LABELS = torch.arange(8).repeat_interleave(6)
@@ -128,3 +129,112 @@ def test_refuses_a_sampler_of_other_items(saved, now, named):
 def test_a_distributed_sampler_draws_each_pass_in_another_order():
     first, second = (torch.cat(list(straight)) for straight in [ResumableDataLoader(loader("distributed"))] * 2)
     assert not torch.equal(first, second) and len(first) == 48
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Items that draw from all global generators, and count how many were read in this process."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, i):
+        self.asked += 1
+        return torch.tensor([i, torch.rand(()), np.random.rand(), random.random()], dtype=torch.float64)
+
+
+class OwnGenerator(Noisy):
+    def __init__(self):
+        super().__init__()
+        self.noise = np.random.default_rng(0)
+
+    def __getitem__(self, i):
+        return super().__getitem__(i) + self.noise.random()
+
+
+class DrawnInThePass(Sampler):
+    def __len__(self):
+        return 48
+
+    def __iter__(self):
+        return (int(torch.randint(48, ())) for _ in range(48))
+
+
+def seeded(dataset, **settings):
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return DataLoader(dataset, 4, **{"shuffle": True, **settings})
+
+
+def rest_of_two_passes(straight, done):
+    """Read ``done`` batches of the second pass; return the place, the random states and the batches that follow."""
+    list(straight)
+    second = iter(straight)
+    for _ in range(done):
+        next(second)
+    place, state = straight.position(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    return place, state, [*second, *straight]
+
+
+def equal(ours, theirs):
+    batches = [[*batch] if isinstance(batch, list) else [batch] for batch in (*ours, *theirs)]
+    pairs = zip(batches[: len(ours)], batches[len(ours) :], strict=True)
+    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+def resumed_rest(loader, place, state):
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    resumed = ResumableDataLoader(loader, place)
+    return [*resumed, *resumed]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
+@pytest.mark.parametrize("done", [1, 6, 7])
+def test_what_was_read_is_not_read_again(settings, done, caplog):
+    place, state, expected = rest_of_two_passes(ResumableDataLoader(seeded(Noisy(), **settings)), done)
+    dataset = Noisy()
+    again = done % settings.get("num_workers", 1)
+    assert equal(resumed_rest(seeded(dataset, **settings), place, state), expected)
+    assert dataset.asked in (0, 4 * (12 - done + 12))
+    assert [f"{again} of {done} batches" in record.message for record in caplog.records] == [True] * bool(again)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "reason"),
+    [
+        (OwnGenerator, {}, "a random generator of its own"),
+        (Noisy, {"shuffle": False, "sampler": DrawnInThePass()}, "during a pass"),
+    ],
+)
+def test_what_has_to_be_read_again_is_told(dataset, settings, reason, caplog):
+    straight = ResumableDataLoader(seeded(dataset(), **settings))
+    first = iter(straight)
+    for _ in range(7):
+        next(first)
+    place, state = straight.position(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    expected = [*first]
+    resumed, (message,) = resumed_rest(seeded(dataset(), **settings), place, state), [r.message for r in caplog.records]
+    assert equal(resumed[:5], expected)
+    assert "7 of 7 batches before the checkpoint are read again" in message and reason in message
+
+
+def test_a_generator_that_is_seeded_for_each_item_is_no_cause_to_read_again(caplog):
+    noise = random.Random()
+
+    class Images(Noisy):
+        def __getitem__(self, i):
+            self.asked += 1
+            return torch.tensor(noise.random())
+
+    images = Images()
+    images.noise = noise
+    views = SeededViews(images, reseed=noise.seed, views=3)
+    place, state, expected = rest_of_two_passes(ResumableDataLoader(seeded(views)), 7)
+    images.asked = 0
+    assert equal(resumed_rest(seeded(views), place, state), expected)
+    assert images.asked == 4 * (5 + 12) and not caplog.records
