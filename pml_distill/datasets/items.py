@@ -142,5 +142,7 @@ def numbered(labels: Any, numbers: dict[str, int] | None = None) -> torch.Tensor
     flat = array.flatten().tolist()
     unknown = sorted({label for label in flat if isinstance(label, str) and label not in known})
     if unknown:
-        raise ValueError(f"labels has the classes {unknown[:5]}, which are not among the {len(numbers)} known ones.")
+        raise ValueError(
+            f"labels has the classes {unknown[:5]}, which are not among the {len(numbers)} of dataset_labels."
+        )
     return torch.tensor([known.get(label, label) for label in flat]).reshape(array.shape)

@@ -6,6 +6,7 @@ import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory, MultipleLosses, SelfSupervisedLoss
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from ..losses import BaseFeatureLoss, BaseHashingLoss
@@ -15,6 +16,7 @@ from ..utils.distributed import num_processes
 from ..utils.feature_tap import FeatureTap
 from ..utils.modules import unwrapped
 
+JOINT = (DistributedDataParallel, FullyShardedDataParallel)
 #: What the values of each dictionary must have, and what they are called.
 PARTS = {
     "models": ("parameters", "a torch.nn.Module"),
@@ -195,28 +197,25 @@ def check_trained(trainer: Any) -> None:
 
 
 def check_processes(trainer: Any) -> None:
-    """Check that what learns beside a network in DistributedDataParallel is in there too."""
+    """Check that what learns beside a network whose processes learn together does so too."""
     if num_processes() == 1:
         return
     trained, alone, joint, gathered = trained_by(trainer.optimizers), [], [], []
     for holder in ("models", "loss_funcs"):
         for key, module in getattr(trainer, holder).items():
             name = f'{holder}["{key}"]'
-            if any(isinstance(part, DistributedDataParallel) for part in module.modules()):
+            # Only what fully_shard has been given has the second.
+            if any(isinstance(m, JOINT) or hasattr(m, "set_requires_gradient_sync") for m in module.modules()):
                 joint.append(name)
             elif key not in trainer.freeze_these and any(id(p) in trained for p in module.parameters()):
                 alone.append(name)
             if isinstance(unwrapped(module), DistributedLossWrapper):
                 gathered.append(name)
-    if gathered and alone and not joint:
+    if alone and (joint or gathered):
+        why = f"while {joint[0]} does not" if joint else f"but {gathered[0]} gathers the embeddings of all"
         raise ValueError(
-            f"{gathered[0]} gathers the embeddings of all processes, but {' and '.join(alone)} would learn in each for "
-            "itself; put the networks into DistributedDataParallel."
-        )
-    if alone and joint:
-        raise ValueError(
-            f"{' and '.join(alone)} would learn in each process for itself, while {joint[0]} is in "
-            "DistributedDataParallel; put it in there too."
+            f"{' and '.join(alone)} would learn in each process for itself, {why}; put the networks into "
+            "DistributedDataParallel, or call fully_shard on them."
         )
 
 
