@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .items import UNLABELED, own_labels
+from .items import UNLABELED, own_labels, read_item
+from .keys import Keys, distinct, keys_of
 
 
 class SeededViews(torch.utils.data.Dataset):
@@ -21,26 +22,33 @@ class SeededViews(torch.utils.data.Dataset):
     transforms, v1 and v2, and any callable that draws from these. It must wrap all that is random in an item, so it is
     the outermost dataset but for those that only change labels.
 
+    For the seed a sample is known by its id (``ids``, or ``dataset.ids``), else by the content of its file (as of
+    ``ImageFolder``), else by its row number, that in the whole dataset for a ``Subset``. Samples with ids or files
+    keep their augmentations when others are added, removed or put into another order, and when files are renamed or
+    moved.
+
     Reading a sample returns one of its views, drawn with torch's generator: training sees all of them by and by, and
     a seeded run the same ones again.
 
     Args:
-        dataset: any dataset with a length, of (data, label), (data, label, index), (data,) or data alone.
+        dataset: any dataset with a length; see ``items`` for what it may yield.
         seed: of the views, any whole number.
         views: how many of each sample, at least 1. One makes the augmentation fixed.
         reseed: a function, or several, called with a seed before each sample is read, for transforms that have a
             generator of their own, such as ``Compose.set_random_seed`` of albumentations.
+        ids: a name for each sample, text or number, if the dataset itself has none.
 
     Items:
-        (data, label, row), with label -1 where ``dataset`` has none. The row is that of the sample's view in a
-        ``TeacherCache``: ``view * len(dataset) + sample``.
+        (data, label, row), with label -1 where ``dataset`` has none. The row is that of the sample's view in the
+        dataset: ``view * len(dataset) + sample``.
 
     Attributes:
-        labels: those of ``dataset``.
+        labels: those of ``dataset``, also of a ``Subset`` or ``ConcatDataset``.
 
     Raises:
-        ValueError: ``views`` is below 1, it or ``seed`` is no whole number, or ``dataset`` has no length or no
-            samples.
+        ValueError: ``views`` is below 1, it or ``seed`` is no whole number, ``dataset`` has no length or no samples,
+            or ``ids`` are not one for each sample, all different.
+        RuntimeError: a sample cannot be read; the message names its row, view and file.
 
     Example:
         >>> dataset = SeededViews([("a", 0), ("b", 1)], views=3)
@@ -54,6 +62,7 @@ class SeededViews(torch.utils.data.Dataset):
         seed: int = 0,
         views: int = 1,
         reseed: Callable[[int], Any] | Sequence[Callable[[int], Any]] = (),
+        ids: Sequence[Any] | None = None,
     ):
         try:
             size = len(dataset)
@@ -66,9 +75,11 @@ class SeededViews(torch.utils.data.Dataset):
                 raise ValueError(f"{name} must be a whole number, but is {value!r}.")
         if views < 1:
             raise ValueError(f"views must be at least 1, but is {views}.")
-        # NumPy's integers have no place in the header of a cache.
+        # NumPy's integers have no place in the manifest of a cache.
         self.dataset, self.seed, self.views = dataset, int(seed), int(views)
         self.reseed = (reseed,) if callable(reseed) else tuple(reseed)
+        self.keys = keys_of(dataset) if ids is None else Keys(distinct([str(i) for i in ids], size), None, size)
+        self.contents: dict[int, bytes] = {}
 
     @property
     def labels(self) -> Any:
@@ -107,18 +118,31 @@ class SeededViews(torch.utils.data.Dataset):
     def read_one(self, row: int) -> tuple:
         """Return the item of a row, and leave the generators where it leaves them."""
         view, sample = divmod(row, len(self))
-        key = hashlib.blake2b(f"{self.seed} {sample} {view}".encode(), digest_size=4).digest()
-        # 32 bits are what NumPy takes.
-        seed = int.from_bytes(key, "little")
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.random.default_generator.manual_seed(seed)
-        for reseed in self.reseed:
-            reseed(seed)
-        item = self.dataset[sample]
-        # Data may itself be a named tuple of two views.
-        data, label = (*item, UNLABELED)[:2] if type(item) in (tuple, list) else (item, UNLABELED)
-        return data, label, row
+        try:
+            key = hashlib.blake2b(f"{self.seed} {self.seed_name(sample)} {view}".encode(), digest_size=4).digest()
+            # 32 bits are what NumPy takes.
+            seed = int.from_bytes(key, "little")
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.random.default_generator.manual_seed(seed)
+            for reseed in self.reseed:
+                reseed(seed)
+            data, label, _ = read_item(self.dataset[sample])
+        except Exception as error:
+            file = f", file {self.keys.paths[sample]}" if self.keys.paths else ""
+            raise RuntimeError(f"Sample {sample}{file} cannot be read (row {row}, view {view}): {error!r}") from error
+        return data, UNLABELED if label is None else label, row
+
+    def seed_name(self, sample: int) -> str | int:
+        """Return what a sample's views are seeded with."""
+        content = self.content(sample)
+        return content.hex() if any(content) else self.keys.names[sample]
+
+    def content(self, sample: int) -> bytes:
+        """Return a hash of a sample's file, zeros where it has none."""
+        if sample not in self.contents:
+            self.contents[sample] = self.keys.content(sample)
+        return self.contents[sample]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..utils.tensors import one_tensor
@@ -20,3 +21,42 @@ def ask(
     """
     output = teacher(data, index) if getattr(teacher, "needs_index", False) else teacher(data)
     return one_tensor(output, name)
+
+
+def checked_rows(index: Any, data: Any, num_rows: int) -> np.ndarray:
+    """Return the index of a batch as rows from 0 to ``num_rows - 1``, one for each sample of the data.
+
+    Raises:
+        ValueError: it is missing, not an integer tensor (B,), or not as long as the data.
+        IndexError: it is out of range.
+    """
+    if index is None:
+        raise ValueError(
+            "CachedTeacher needs the index of each sample: a batch must be (data, labels, index), as SeededViews yields "
+            "it."
+        )
+    if not isinstance(index, torch.Tensor):
+        raise ValueError(f"index must be a tensor of integers, but is a {type(index).__name__}.")
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(
+            f"index must hold integers and have the shape (batch,), but is {index.dtype} of {tuple(index.shape)}."
+        )
+    if isinstance(data, torch.Tensor) and len(data) != len(index):
+        raise ValueError(
+            f"index must have one row for each sample, but has {len(index)} for data of {tuple(data.shape)}."
+        )
+    rows = index.cpu().numpy()
+    if len(rows) and not (0 <= rows.min() and rows.max() < num_rows):
+        raise IndexError(
+            f"index must be from 0 to {num_rows - 1}, the rows of the teacher cache, but goes from {rows.min()} to "
+            f"{rows.max()}."
+        )
+    return rows
+
+
+def device_of(data: Any) -> torch.device | None:
+    """Return where data are: that of a tensor, or of the first in a dictionary or sequence."""
+    if isinstance(data, (tuple, list, Mapping)):
+        parts = data.values() if isinstance(data, Mapping) else data
+        return next((device for part in parts if (device := device_of(part)) is not None), None)
+    return getattr(data, "device", None)

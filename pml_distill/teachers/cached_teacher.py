@@ -1,5 +1,6 @@
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -7,21 +8,28 @@ import numpy as np
 import torch
 
 from ..datasets import SeededViews
-from .block_file import BlockFile
-from .fingerprint import chain, dataset_fingerprint, differences, embedding_signature, module_fingerprint, refuse
+from .agreement import disagreements
+from .array_folder import ArrayFolder
+from .ask import checked_rows, device_of
+from .fingerprint import chain, dataset_fingerprint, differences, module_fingerprint, refuse, shows_the_teacher
 
 
 class CachedTeacher:
     """A teacher whose embeddings ``TeacherCache`` has written: the network is not needed, nor its time.
 
-    It serves wherever ``FrozenTeacher`` does: in trainers, in ``EnsembleTeacher``, in a loop of your own. The rows of a
-    batch are read in the order of the file, from a memory map that all processes of a machine share, so that a cache
-    may be larger than the memory. Each batch of the cache is held against its checksum when it is first read from.
+    It serves wherever ``FrozenTeacher`` does: in trainers, in ``EnsembleTeacher``, in a loop of your own. Rows are read
+    in the order of the file, from a memory map that all processes of a machine share, so that a cache may be larger
+    than the memory. Each is held against its checksum when it is first read. A copied or pickled ``CachedTeacher``
+    holds the folder's name and opens it anew.
 
     Args:
-        folder: where ``TeacherCache`` has written.
-        dataset: the ``SeededViews`` that it was written for; the same data, seed, views and transforms.
+        folder: where ``TeacherCache`` has written, or several folders, in which samples are looked up in turn.
+        dataset: ``SeededViews`` of the data to train on: what was written, a part of it, or several such datasets
+            joined. Seed, views and transforms of the teacher's side must be those of the cache. None: rows are those
+            of the dataset it was written for.
         teacher: the teacher that wrote it, only to be compared; None not to.
+        collate_fn: what ``TeacherCache`` was given.
+        strict: False to serve what belongs to something else, with a warning.
 
     Shapes:
         data: not looked at, but for its device and length. index: (B,) rows, the third entry of the items of
@@ -35,30 +43,99 @@ class CachedTeacher:
 
     needs_index = True
 
-    def __init__(self, folder: str | os.PathLike, dataset: SeededViews, teacher: torch.nn.Module | None = None):
-        if not isinstance(dataset, SeededViews):
+    def __init__(
+        self,
+        folder: str | os.PathLike | Sequence[str | os.PathLike],
+        dataset: SeededViews | None = None,
+        teacher: torch.nn.Module | None = None,
+        collate_fn: Callable[[list], Any] | None = None,
+        strict: bool = True,
+    ):
+        if dataset is not None and not isinstance(dataset, SeededViews):
             raise ValueError(
                 f"dataset must be the SeededViews that the cache was written for, but is a {type(dataset).__name__}."
             )
-        self.file, self.dataset = BlockFile(folder), dataset
-        ours = dataset_fingerprint(dataset)
+        folders = [folder] if isinstance(folder, (str, os.PathLike)) else list(folder)
+        self.files, self.taps = [ArrayFolder(each) for each in folders], []
+        first = self.files[0]
+        for file in self.files:
+            if (file.widths, file.dtype) != (first.widths, first.dtype):
+                raise ValueError(
+                    f"All folders must hold the same outputs, but {first.folder} has {first.widths} in {first.dtype} and "
+                    f"{file.folder} has {file.widths} in {file.dtype}."
+                )
+        if dataset is None:
+            if len(self.files) > 1 or not first.manifest["as_written"]:
+                raise ValueError("dataset must be given for several folders, and where samples were added or renamed.")
+            self.described, self.rows = {**first.manifest, "keys": first.keys().digest}, np.arange(first.num_rows)
+        else:
+            self.described = {**dataset_fingerprint(dataset), "keys": dataset.keys.digest}
+            self.rows = first.find(dataset.keys)
+        self.views: int = self.described["views"]
+        #: The folder that has each sample, whose row in there is in ``rows``.
+        self.folder_of = np.zeros(len(self.rows), dtype=np.int8)
+        for number, file in enumerate(self.files[1:], start=1):
+            left = np.flatnonzero(self.rows < 0)
+            self.rows[left] = file.find(dataset.keys)[left]
+            self.folder_of[left] = number
+        self.described["transform"] = list(dict.fromkeys(t for file in self.files for t in file.manifest["transform"]))
+        self.compare(dataset, teacher, collate_fn, strict)
+
+    def compare(
+        self,
+        dataset: SeededViews | None,
+        teacher: torch.nn.Module | None,
+        collate_fn: Callable[[list], Any] | None,
+        strict: bool,
+    ) -> None:
+        """Raise ``ValueError`` if the folders are not of this dataset and teacher, or rows are missing."""
+        ours = {} if dataset is None else dataset_fingerprint(dataset)
+        if set(ours.get("transform", ())) == set(self.described["transform"]):
+            # Joined datasets may each have a transform of its own.
+            ours.pop("transform", None)
         if teacher is not None:
-            ours |= {"teacher": module_fingerprint(teacher), "embedding": embedding_signature(teacher, dataset)}
-        refuse(self.file.folder, differences(ours, self.file.fingerprint))
-        if self.file.num_written < self.file.num_blocks:
+            ours["teacher"] = module_fingerprint(teacher)
+        total, missing = self.views * len(self.rows), 0
+        for number, file in enumerate(self.files):
+            places = self.places(np.arange(total), number)
+            if not file.manifest["imported"]:
+                refuse(file.folder, disagreements(file, dataset, places, ours, teacher, collate_fn), strict)
+            missing += int(file.missing(places[places >= 0]).sum())
+        missing += self.views * int((self.rows < 0).sum())
+        if missing:
             raise ValueError(
-                f"The teacher cache in {folder} is incomplete: {self.file.num_written} of {self.file.num_blocks} "
-                "batches are written. TeacherCache.write() goes on with the others."
+                f"The teacher cache in {self.files[0].folder} is incomplete: {total - missing} of {total} rows are "
+                "written. TeacherCache.write() goes on with the others."
             )
-        self.taps: list[CachedTap] = []
+
+    def places(self, rows: np.ndarray, number: int) -> np.ndarray:
+        """Return where a folder has these rows of the dataset, -1 for those that it has not."""
+        file, (view, sample) = self.files[number], np.divmod(rows, len(self.rows))
+        # Vectors that were imported know of no views.
+        start = 0 if file.manifest["imported"] and file.views == 1 else view * file.num_rows
+        there = (self.folder_of[sample] == number) & (self.rows[sample] >= 0)
+        return np.where(there, start + self.rows[sample], -1)
+
+    def read(self, name: str, rows: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
+        """Return rows of an output, on a device."""
+        file = self.files[0]
+        values = torch.empty(len(rows), file.widths[name], dtype=file.dtype)
+        for number, each in enumerate(self.files):
+            places = self.places(rows, number)
+            own = np.flatnonzero(places >= 0)
+            if len(own):
+                values[torch.from_numpy(own)] = each.read(name, places[own])
+        if device is not None and device.type == "cuda":
+            return values.pin_memory().to(device, non_blocking=True)
+        return values.to(device)
 
     def __call__(self, data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return the embeddings of the rows in ``index``."""
-        rows = self.checked_rows(index, data)
-        device = getattr(data, "device", None)
+        rows = checked_rows(index, data, self.views * len(self.rows))
+        device = device_of(data)
         for tap in self.taps:
-            tap.features = [self.file.read(f"features.{name}", rows)[:, :, None, None].to(device) for name in tap.names]
-        return self.file.read("embeddings", rows).to(device)
+            tap.features = [self.read(f"features.{name}", rows, device)[:, :, None, None] for name in tap.names]
+        return self.read("embeddings", rows, device)
 
     def logits(self, index: torch.Tensor) -> torch.Tensor:
         """Return the logits of the rows in ``index``, (B, C) on the CPU.
@@ -68,7 +145,36 @@ class CachedTeacher:
         """
         if "logits" not in self.file.widths:
             raise ValueError(f"The teacher cache in {self.file.folder} has no logits; write one with a classifier.")
-        return self.file.read("logits", self.checked_rows(index))
+        return self.read("logits", checked_rows(index, None, self.views * len(self.rows)))
+
+    @property
+    def file(self) -> ArrayFolder:
+        """The first folder."""
+        return self.files[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """What is served: teacher, data and precision of each folder."""
+        names = ("teacher", "classifier", "seed", "views", "transform", "dtype", "rows_crc32")
+        return json.dumps([[file.manifest[name] for name in names] for file in self.files])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In the dataset's order, as most are, the rows need not be carried along.
+        rows = self.rows if (self.rows != np.arange(len(self.rows))).any() else len(self.rows)
+        return self.__dict__ | {
+            "files": [file.folder for file in self.files],
+            "taps": [],
+            "rows": rows,
+            "folder_of": self.folder_of if self.folder_of.any() else len(self.rows),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.files = [ArrayFolder(folder) for folder in state["files"]]
+        if isinstance(self.rows, int):
+            self.rows = np.arange(self.rows)
+        if isinstance(self.folder_of, int):
+            self.folder_of = np.zeros(self.folder_of, dtype=np.int8)
 
     def tap(self, names: Sequence[str]) -> "CachedTap":
         """Return what takes the pooled outputs of the teacher's modules, as ``FeatureTap`` does of a network's.
@@ -82,41 +188,22 @@ class CachedTeacher:
         """Raise ``ValueError`` if what a dataset yields are not the rows of this cache."""
         # The rows are those of the outermost.
         views = next((part for part in chain(dataset) if isinstance(part, SeededViews)), None)
-        if views is self.dataset:
-            return
-        lines = [] if views is None else differences(dataset_fingerprint(views), self.file.fingerprint)
+        lines: list[str] = []
+        if views is not None:
+            ours = {**dataset_fingerprint(views), "keys": views.keys.digest}
+            own = all(file.manifest["imported"] for file in self.files)
+            wanted = {name: ours[name] for name in (("keys", "views") if own else ours)}
+            lines = differences(wanted, self.described, shows_the_teacher(views))
+            for number, file in enumerate(self.files if not lines and not own else ()):
+                rows = np.arange(self.views * len(self.rows))
+                lines += disagreements(file, views, self.places(rows, number), {})
         if views is None or lines:
-            cached = {name: self.file.fingerprint[name] for name in ("length", "seed", "views")}
+            cached = {"length": len(self.rows)} | {name: self.described[name] for name in ("seed", "views")}
             raise ValueError(
                 f"dataset is {' of '.join(type(part).__name__ for part in chain(dataset))}, but the teacher reads a "
                 f"cache of SeededViews with {cached}; its rows mean nothing for another dataset."
                 + "".join(f"\n  {line}" for line in lines)
             )
-
-    def checked_rows(self, index: torch.Tensor | None, data: Any = None) -> np.ndarray:
-        """Return the index as an array of rows that are in the cache, one for each sample of the data."""
-        if index is None:
-            raise ValueError(
-                "CachedTeacher needs the index of each sample: a batch must be (data, labels, index), as SeededViews "
-                "yields it."
-            )
-        if not isinstance(index, torch.Tensor):
-            raise ValueError(f"index must be a tensor of integers, but is a {type(index).__name__}.")
-        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(
-                f"index must hold integers and have the shape (batch,), but is {index.dtype} of {tuple(index.shape)}."
-            )
-        if isinstance(data, torch.Tensor) and len(data) != len(index):
-            raise ValueError(
-                f"index must have one row for each sample, but has {len(index)} for data of {tuple(data.shape)}."
-            )
-        rows = index.cpu().numpy()
-        if len(rows) and not (0 <= rows.min() and rows.max() < self.file.num_rows):
-            raise IndexError(
-                f"index must be from 0 to {self.file.num_rows - 1}, the rows of the teacher cache, but goes from "
-                f"{rows.min()} to {rows.max()}."
-            )
-        return rows
 
 
 class CachedTap:
@@ -128,7 +215,8 @@ class CachedTap:
     """
 
     def __init__(self, teacher: CachedTeacher, names: Sequence[str]):
-        cached = [name.removeprefix("features.") for name in teacher.file.widths if name.startswith("features.")]
+        widths = teacher.file.widths
+        cached = [name.removeprefix("features.") for name in widths if name.startswith("features.")]
         unknown = [name for name in names if name not in cached]
         if unknown:
             raise ValueError(
@@ -149,8 +237,9 @@ class CachedTap:
 
 
 def caches(teacher: Any) -> Iterator[CachedTeacher]:
-    """Yield the caches that a teacher reads, also those in an ensemble."""
+    """Yield the caches that a teacher reads, also those in an ensemble or behind a standardisation."""
     if isinstance(teacher, CachedTeacher):
         yield teacher
-    for part in getattr(teacher, "teachers", ()):
-        yield from caches(part)
+    for part in (*getattr(teacher, "teachers", ()), getattr(teacher, "teacher", None)):
+        if part is not None:
+            yield from caches(part)

@@ -1,55 +1,85 @@
-"""What tells whether a cache belongs to a teacher and a dataset."""
+"""What tells whether stored outputs are those of a teacher for a dataset."""
 
 import hashlib
 import importlib.metadata
-import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
-from ..datasets import SeededViews, Views
-from ..utils.modules import eval_mode
-from ..utils.tensors import one_tensor
-from .block_file import BlockFile
+from ..datasets import SeededViews
 
 #: What decides which pixels a seed gives.
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "albumentations")
-NUM_SAMPLES, NUM_VALUES = 32, 16
-#: What tells which samples a dataset holds, and in which order; ``indices`` are those of a ``Subset``.
-IDENTITIES = ("labels", "targets", "indices")
-#: The same in datasets of files: torchvision's and PML's.
-FILES = ("samples", "paths")
+#: What tells which samples a dataset holds where these have no keys.
+IDENTITIES = ("labels", "targets")
+PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
-    """Return a hash of the architecture, the weights and the buffers of a module, and of what the caches in it hold.
+    """Return a hash of the architecture, the weights and the buffers of a module, and of the stored teachers in it.
 
     Raises:
-        ValueError: an ensemble has a teacher that is neither a module nor a cache.
+        ValueError: it asks a teacher that is neither a module nor stored.
     """
-    digest = hashlib.sha256(without_addresses(repr(module)).encode())
+    digest = hashlib.sha256()
+    for name, part in modules_of(module):
+        own = f"{type(part).__name__}({part.extra_repr()})" if next(part.children(), None) else repr(part)
+        digest.update(without_addresses(f"{name} {own}").encode())
+        for number, teacher in enumerate([*getattr(part, "teachers", ()), getattr(part, "teacher", None)]):
+            if teacher is None or isinstance(teacher, torch.nn.Module):
+                continue
+            if not hasattr(teacher, "fingerprint"):
+                raise ValueError(
+                    f"teachers[{number}] of the {type(part).__name__} is a {type(teacher).__name__}, and what it returns "
+                    "cannot be told from what another does; use modules and CachedTeacher."
+                )
+            digest.update(f"{number} {teacher.fingerprint}".encode())
     # Means and standard deviations of images are often buffers that no state dict holds.
     for name, value in sorted((dict(module.named_buffers()) | module.state_dict()).items()):
-        digest.update(name.encode())
-        for part in content(value):
-            digest.update(part)
-    for part in module.modules():
-        for number, teacher in enumerate(getattr(part, "teachers", ())):
-            if isinstance(teacher, torch.nn.Module):
-                continue
-            file = getattr(teacher, "file", None)
-            if not isinstance(file, BlockFile):
-                raise ValueError(
-                    f"teachers[{number}] of the ensemble is a {type(teacher).__name__}, and what it returns cannot be "
-                    "told from what another does; use modules and CachedTeacher."
-                )
-            digest.update(f"{number} {file.dtype} {json.dumps(file.fingerprint)}".encode())
+        digest.update(uncompiled(name).encode())
+        for bytes_of in content(value):
+            digest.update(bytes_of)
     return digest.hexdigest()
+
+
+def code_of(module: torch.nn.Module) -> dict[str, str]:
+    """Return the code and the plain attributes of a module, by name: what may change its outputs, and need not."""
+    found = {}
+    for name, part in modules_of(module):
+        found[f"{name} forward"] = plain(type(part).forward)
+        found |= {f"{name} {k}": plain(v) for k, v in vars(part).items() if k[0] != "_" and k != "training"}
+    return found
+
+
+def modules_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield the modules in a module and their names, without the wrappers of ``torch.compile``."""
+    for name, part in module.named_modules():
+        if not hasattr(part, "_orig_mod"):
+            yield uncompiled(name), part
+
+
+def uncompiled(name: str) -> str:
+    """Return the name that a module or a weight has without ``torch.compile``."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def plain(value: Any) -> str:
+    """Return a text of numbers, texts, functions and collections of these; of other objects just the type."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{' '.join(map(plain, value))}]"
+    if isinstance(value, dict):
+        return f"[{' '.join(f'{plain(k)}:{plain(v)}' for k, v in value.items())}]"
+    code = getattr(value, "__code__", value)
+    if hasattr(code, "co_code"):
+        return f"{code.co_code.hex()} {code.co_names} {plain(code.co_consts)}"
+    return type(value).__name__
 
 
 def content(value: Any) -> Iterator[Any]:
@@ -65,101 +95,77 @@ def content(value: Any) -> Iterator[Any]:
         yield without_addresses(repr(value)).encode()
 
 
-@torch.no_grad()
-def embedding_signature(teacher: torch.nn.Module, dataset: SeededViews) -> list[float]:
-    """Return a few values of a teacher's embedding of the first sample: no weight tells of what its code does."""
-    data, row = default_collate([(dataset.read([0])[0][0], 0)])
-    with eval_mode(teacher):
-        embedding = one_tensor(teacher(Views.of(data).teacher, row), "teacher")
-    return a_few(flat(embedding.double().cpu()))
-
-
 def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
-    """Return length, views, transforms, labels and files of a dataset, what a few samples look like, and the versions.
+    """Return seed, views and the transforms that the teacher sees; for samples without keys what tells these."""
+    found: dict[str, Any] = {"seed": dataset.seed, "views": dataset.views, "transform": transforms_of(dataset)}
+    if dataset.keys.are_numbers:
+        parts = [part for part in parts_of(dataset) if not hasattr(part, "indices")]
+        found["length"] = dataset.keys.total
+        found["dataset"] = [type(part).__name__ for part in parts]
+        found["labels"] = [
+            f"{name} of {type(part).__name__}: {digest_of(vars(part)[name])}"
+            for part in parts
+            for name in IDENTITIES
+            if name in getattr(part, "__dict__", {})
+        ]
+    return found
 
-    Raises:
-        ValueError: a sample is not the same when read twice.
+
+def transforms_of(dataset: Any) -> list[str]:
+    """Return the attributes of a dataset and of those in it that are named for a transform or for the teacher.
+
+    Those for the student or for labels (``student_transform``, ``target_transform``) are left out.
     """
-    return {
-        "length": len(dataset),
-        "seed": dataset.seed,
-        "views": dataset.views,
-        "dataset": [type(part).__name__ for part in parts_of(dataset)],
-        "transform": [
-            f"{name}: {described(value)}"
-            for _, name, value in attributes_of(dataset)
-            if "transform" in name and value is not None
-        ],
-        "labels": [
-            f"{name} of {type(part).__name__}: {digest_of(value)}"
-            for part, name, value in attributes_of(dataset)
-            if name in IDENTITIES
-        ],
-        "files": [
-            f"{name} of {type(part).__name__}: {digest_of(value, getattr(part, 'root', ''))}"
-            for part, name, value in attributes_of(dataset)
-            if name in FILES and names_files(value)
-        ],
-        **{f"version of {name}": version(name) for name in LIBRARIES},
-        "samples": {str(row): signature(dataset, row) for row in sampled_rows(dataset)},
-    }
+    found = [
+        f"{name}: {described(value)}"
+        for part in parts_of(dataset)
+        for name, value in getattr(part, "__dict__", {}).items()
+        if value is not None
+        and ("transform" in name or "teacher" in name)
+        and not ("student" in name or "target" in name or name == "transforms" and hasattr(part, "transform"))
+    ]
+    return list(dict.fromkeys(found))
 
 
-def differences(ours: dict[str, Any], cached: dict[str, Any]) -> list[str]:
-    """Return a line for each part of our fingerprint that differs from the cache's."""
-    lines = []
-    for name, value in ours.items():
-        if name == "samples":
-            others = [row for row, values in value.items() if not alike(values, cached[name].get(row))]
-            if others:
-                more = " and others" if len(others) > 5 else ""
-                lines.append(f"samples: what the dataset yields for the rows {', '.join(others[:5])}{more}")
-        elif name == "embedding":
-            if not alike(value, cached.get(name)):
-                lines.append("embedding: what the teacher returns for the first sample")
-        elif value != cached.get(name):
-            lines.append(f"{name}: {shown(cached.get(name))} in the cache, {shown(value)} now")
-    return lines
+def shows_the_teacher(dataset: Any) -> bool:
+    """Whether items hold what the teacher sees; a dataset whose attribute ``teacher`` is None says that they do not."""
+    return all(vars(part).get("teacher", part) is not None for part in parts_of(dataset) if hasattr(part, "__dict__"))
 
 
-def sampled_rows(dataset: SeededViews) -> list[int]:
-    """Return a few rows over all samples and views."""
-    return sorted({round(place) for place in np.linspace(0, dataset.num_rows - 1, NUM_SAMPLES)})
+def differences(ours: dict[str, Any], stored: dict[str, Any], shown_to_teacher: bool = True) -> list[str]:
+    """Return a line for each part of our fingerprint that differs from what is stored."""
+    return [
+        f"{name}: {shown(stored.get(name))} in the cache, {shown(value)} now"
+        for name, value in ours.items()
+        if value != stored.get(name)
+        # Of what only the teacher sees there is nothing then.
+        and not (name == "transform" and not shown_to_teacher and set(value) <= set(stored[name]))
+    ]
 
 
-def signature(dataset: SeededViews, row: int) -> list[float]:
-    """Return the mean of the data that the teacher sees of a sample and a few values, after reading it twice."""
-    data, again = (dataset.read([row])[0][0] for _ in range(2))
-    if not np.array_equal(flat(data), flat(again), equal_nan=True):
-        raise ValueError(
-            f"dataset yields other data each time sample {row % len(dataset)} is read, though SeededViews has seeded "
-            "random, np.random and torch: something in it has a random generator of its own. Give SeededViews "
-            "reseed=, a function that seeds it, such as albumentations' Compose.set_random_seed."
-        )
-    values = flat(Views.of(data).teacher)
-    return [float(values.mean()), *a_few(values)]
+def versions() -> dict[str, Any]:
+    """Return the versions of the libraries that can change pixels."""
+    return {f"version of {name}": version(name) for name in LIBRARIES}
 
 
-def a_few(values: np.ndarray) -> list[float]:
-    """Return some of the values, from the first to the last at equal steps."""
-    return values[np.linspace(0, len(values) - 1, NUM_VALUES).round().astype(int)].tolist()
-
-
-def alike(values: list[float], others: list[float] | None) -> bool:
-    """Whether two signatures agree, up to what another processor may round otherwise."""
-    scale = max(map(abs, values), default=0.0)
-    return others is not None and bool(np.allclose(values, others, rtol=0.01, atol=0.01 * scale, equal_nan=True))
+def code_digest(code: dict[str, str], state: Sequence[str]) -> str:
+    """Return a hash of the code of a teacher without the attributes that change while it runs, such as counters."""
+    return digest_of(sorted((name, text) for name, text in code.items() if name not in state))
 
 
 def flat(data: Any) -> np.ndarray:
     """Return all numbers of a sample, be it a tensor, an array, an image, a text, or several of these."""
+    if data is None:
+        return np.zeros(0)
+    if isinstance(data, torch.Tensor) and data.dtype == torch.bfloat16:
+        data = data.float()
     if isinstance(data, str):
         data = np.frombuffer(data.encode(), dtype=np.uint8)
     if isinstance(data, dict):
         data = list(data.values())
     if isinstance(data, (tuple, list)):
-        return np.concatenate([flat(part) for part in data])
-    return np.asarray(data, dtype=np.float64).reshape(-1)
+        return np.concatenate([flat(part) for part in data] or [np.zeros(0)])
+    return np.asarray(data).reshape(-1)
 
 
 def chain(dataset: Any) -> Iterator[Any]:
@@ -178,13 +184,6 @@ def parts_of(dataset: Any) -> Iterator[Any]:
             yield from parts_of(part)
 
 
-def attributes_of(dataset: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Yield each part of a dataset with the name and the value of each of its attributes."""
-    for part in parts_of(dataset):
-        for name, value in getattr(part, "__dict__", {}).items():
-            yield part, name, value
-
-
 def described(transform: Any) -> str:
     """Return the repr of a transform, and the attributes of those in it that have only the repr of every object."""
     text = repr(transform)
@@ -197,17 +196,9 @@ def described(transform: Any) -> str:
     return without_addresses(text)
 
 
-def names_files(values: Any) -> bool:
-    """Whether these are paths, or tuples that begin with one: others may call their images ``samples``."""
-    first = next(iter(values), None) if isinstance(values, (list, tuple, np.ndarray)) else None
-    first = first[0] if isinstance(first, tuple) and first else first
-    return isinstance(first, (str, Path))
-
-
-def digest_of(values: Any, root: Any = "") -> str:
-    """Return a hash of a list, an array, a tensor or None; of paths what stands behind the root, which may move."""
+def digest_of(values: Any) -> str:
+    """Return a hash of a list, an array, a tensor or None."""
     text = repr(values.tolist() if hasattr(values, "tolist") else values)
-    text = text.replace(str(root), "") if root else text
     return hashlib.sha256(without_addresses(text).encode()).hexdigest()[:16]
 
 
@@ -230,11 +221,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def refuse(folder: Path, lines: Sequence[str]) -> None:
-    """Raise ``ValueError`` if there are differences to name."""
-    if lines:
+def refuse(folder: Path, lines: Sequence[str], strict: bool = True) -> None:
+    """Raise ``ValueError`` if there are differences to name; warn of them if it is not to be strict."""
+    if not lines:
+        return
+    text = f"The teacher cache in {folder} belongs to something else:\n  " + "\n  ".join(lines)
+    if strict:
         raise ValueError(
-            f"The teacher cache in {folder} belongs to something else:\n  "
-            + "\n  ".join(lines)
-            + "\nChoose another folder, or delete this one."
+            f"{text}\nChoose another folder, or delete this one; with strict=False it is used as it is."
         )
+    warnings.warn(text, stacklevel=3)

@@ -1,24 +1,34 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..datasets import SeededViews, Views
+from ..datasets import SeededViews
 from ..utils.distributed import in_first_process, num_processes, process_rank
 from ..utils.modules import eval_mode
-from .block_file import CHECKSUMS, HEADER, LOCK, BlockFile, file_sizes, locked
+from .agreement import TeacherBatch, TeacherItems, check_repeats, check_workers, disagreements
+from .array_folder import CONTENT, FINISHED, LOCK, MANIFEST, NEXT, PIXELS, ROWS, STORED
+from .array_folder import ArrayFolder, lines_of, locked, new_manifest, settle
+from .ask import ask
 from .cached_teacher import caches
-from .fingerprint import dataset_fingerprint, differences, embedding_signature, module_fingerprint, refuse
+from .fingerprint import (
+    code_digest,
+    code_of,
+    dataset_fingerprint,
+    differences,
+    module_fingerprint,
+    refuse,
+    versions,
+)
 from .frozen_teacher import FrozenTeacher
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TeacherCache:
@@ -27,22 +37,23 @@ class TeacherCache:
     The teacher's forward pass is the larger part of a distillation step, and what it returns for a fixed image never
     changes. Written once, it costs a read of a memory map in each run that follows.
 
-    Embeddings are written batch by batch. A run that was killed goes on with the first batch that is missing, and ends
-    with the same bits. Under ``torchrun`` each process writes its share of the batches; the number of processes may
-    change from run to run. The folder holds a fingerprint of the teacher's architecture and weights and of what it
-    returns for a sample, of the dataset, its seed, views, transforms and labels, 32 of its rows, and the versions of
-    the libraries: another teacher or dataset is refused, never mixed in. Writing needs a POSIX system.
+    The folder holds plain ``.npy`` files, see ``ArrayFolder``. Only missing rows are computed: after a kill, and for
+    samples that are new. Rows belong to samples by id or file (see ``SeededViews``), so that a dataset may grow,
+    shrink, be reordered or moved. Samples without either are known by their row number; then labels and length of the
+    dataset must stay. Under ``torchrun`` the processes share the work. Another teacher, seed, number of views or
+    transform of the teacher's side is an error. Writing needs a POSIX system.
 
     Args:
         folder: where the cache is or will be.
-        teacher: ``FrozenTeacher``, or another frozen module that is called with (data, index); in eval mode while it
-            writes.
+        teacher: ``FrozenTeacher``, or another frozen module; in eval mode while it writes.
         dataset: ``SeededViews`` around the dataset to train on.
         dtype: to store, ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
         batch_size: of the teacher; a cache that has been begun keeps its own.
         classifier: turns embeddings into logits, to be stored too, as ``"logits"``.
         features: names of modules of ``teacher.trunk``, whose outputs, (B, C) or averaged over the places of
             (B, C, H, W) and the like, are stored too, for ``feature_distillation_loss``; see ``FeatureTap``.
+        collate_fn: makes a batch of items (data, label, row), as in a ``DataLoader``; None: data are stacked.
+        strict: False to use a folder that belongs to something else, with a warning.
 
     Raises:
         ValueError: a teacher that is not frozen, without a trunk where ``features`` are asked for, or an ensemble with
@@ -71,14 +82,16 @@ class TeacherCache:
         batch_size: int = 64,
         classifier: torch.nn.Module | None = None,
         features: Sequence[str] = (),
+        collate_fn: Callable[[list], Any] | None = None,
+        strict: bool = True,
     ):
         if not isinstance(teacher, torch.nn.Module) or any(p.requires_grad for p in teacher.parameters()):
             raise ValueError(
                 f"teacher, a {type(teacher).__name__}, must be a module without parameters that require gradients; "
                 "pass FrozenTeacher(trunk, embedder)."
             )
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, but is {dtype}.")
+        if dtype not in STORED:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, STORED))}, but is {dtype}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
         if features and not isinstance(teacher, FrozenTeacher):
@@ -101,116 +114,166 @@ class TeacherCache:
         self.names = ["embeddings", *(f"features.{name}" for name in features)]
         if classifier is not None:
             self.names.insert(1, "logits")
+        self.collate, self.strict = TeacherBatch(collate_fn), strict
+        check_repeats(dataset)
         self.fingerprint = {
             "teacher": module_fingerprint(teacher),
             **dataset_fingerprint(dataset),
-            "embedding": embedding_signature(teacher, dataset),
+            "classifier": None if self.classifier is None else module_fingerprint(self.classifier),
         }
-        if self.classifier is not None:
-            self.fingerprint["classifier"] = module_fingerprint(self.classifier)
 
-    def write(self, num_workers: int = 0) -> None:
-        """Write the batches that are missing, and those that are damaged anew; nothing if there are none.
+    def write(self, num_workers: int = 0, **loader: Any) -> None:
+        """Write the rows that are missing, and those that are damaged anew; nothing if there are none.
 
         Before a new cache is begun, its size and about the time it will take are printed. Under ``torch.distributed``
         all processes must call this, and it returns when all are done.
 
         Args:
             num_workers: processes that read the dataset, for each process that writes.
+            **loader: other settings of the ``DataLoader``, such as ``prefetch_factor``, ``pin_memory`` and
+                ``multiprocessing_context``.
 
         Raises:
             ValueError: the folder belongs to another teacher or dataset, with what differs, or holds something else;
-                an embedding is not finite in ``dtype``; the teacher or a module returns another shape than expected.
-            RuntimeError: another writer is at work in the folder.
+                the dataset yields other data in a worker; an embedding is not finite in ``dtype``; the teacher or a
+                module returns another shape than expected.
+            RuntimeError: another writer is at work in the folder; a sample cannot be read.
             OSError: the disk is too small or full; what is written stays.
         """
         rank, processes = process_rank(), num_processes()
+        settings = {"num_workers": num_workers, **loader}
         with ExitStack() as stack, eval_mode(self.teacher):
 
             def begin() -> None:
+                if self.is_done_and_read_only():
+                    return
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
-                self.open_or_create(processes)
+                self.open_or_create(processes, settings)
 
             in_first_process(begin)
-            file = BlockFile(self.folder)
+            file = ArrayFolder(self.folder)
             if rank > 0:
                 # Processes that were seeded differently have different teachers.
                 self.check(file)
-            self.write_blocks(file, range(rank, file.num_blocks, processes), num_workers, show_progress=rank == 0)
+            self.write_rows(file, rank, processes, settings)
             if processes > 1:
                 torch.distributed.barrier()
 
-    def open_or_create(self, processes: int) -> None:
-        """Check the cache in the folder, or make a new one if there is none, for so many processes to write."""
-        if (self.folder / HEADER).exists():
-            self.check(BlockFile(self.folder))
+    def is_done_and_read_only(self) -> bool:
+        """Whether nothing is to be written where nothing can be."""
+        if not (self.folder / MANIFEST).exists() or os.access(self.folder, os.W_OK):
+            return False
+        file = ArrayFolder(self.folder)
+        self.check(file)
+        places = self.places(file)
+        return places.min() >= 0 and not file.missing(places).any()
+
+    def open_or_create(self, processes: int, settings: dict[str, Any]) -> None:
+        """Check the cache in the folder and make room for new samples, or begin one, for so many processes to write."""
+        settle(self.folder)
+        keys, lines = self.dataset.keys, lines_of(self.dataset.keys)
+        if (self.folder / MANIFEST).exists():
+            file = ArrayFolder(self.folder)
+            self.check(file)
+            found = file.find(keys, rename=True)
+            new = list(dict.fromkeys(line for line, row in zip(lines, found) if row < 0))
+            if new:
+                check_workers(self.dataset, settings)
+                ArrayFolder.create(
+                    self.folder / NEXT, file.lines() + new, file.manifest | {"as_written": False}, old=file
+                )
+                settle(self.folder)
             return
-        # A kill leaves an unfinished header under another name.
-        others = {path.name for path in self.folder.iterdir() if not path.name.startswith(HEADER)}
-        others -= {LOCK, CHECKSUMS, *(f"{name}.bin" for name in self.names)}
+        # A kill leaves unfinished files under other names.
+        others = {path.name for path in self.folder.iterdir() if not path.name.endswith(".tmp")}
+        others -= {LOCK, ROWS, *(f"{name}.npy" for name in (*self.names, PIXELS, CONTENT, FINISHED))}
         if others:
             raise ValueError(f"folder {self.folder} is not empty and holds no teacher cache, but {sorted(others)[:5]}.")
-        num_rows, start = self.dataset.num_rows, time.perf_counter()
-        first = range(min(self.batch_size, num_rows))
-        batch = default_collate(AllRows(self.dataset).__getitems__(first))
+        check_workers(self.dataset, settings)
+        first_of = {line: sample for sample, line in reversed(list(enumerate(lines)))}
+        unique, views, size = list(dict.fromkeys(lines)), self.dataset.views, len(lines)
+        num_rows, start, before = views * len(unique), time.perf_counter(), code_of(self.teacher)
+        places = np.arange(min(self.batch_size, num_rows))
+        rows = [size * (place // len(unique)) + first_of[unique[place % len(unique)]] for place in places.tolist()]
+        batch = self.collate(TeacherItems(self.dataset).__getitems__(rows))
         read = time.perf_counter()
         # On the CPU they are there; on a GPU they may only be under way.
-        arrays = {name: values.cpu() for name, values in self.compute(batch).items()}
-        seconds = [s * num_rows / len(first) / processes for s in (read - start, time.perf_counter() - read)]
-        for name, values in arrays.items():
-            if values.ndim != 2 or len(values) != len(first):
+        outputs = {name: values.cpu() for name, values in self.compute(batch).items()}
+        seconds = [s * num_rows / len(rows) / processes for s in (read - start, time.perf_counter() - read)]
+        for name, values in outputs.items():
+            if values.ndim != 2 or len(values) != len(rows):
                 raise ValueError(
-                    f"The teacher's {name} of {len(first)} samples must have the shape ({len(first)}, width), but have "
+                    f"The teacher's {name} of {len(rows)} samples must have the shape ({len(rows)}, width), but have "
                     f"{tuple(values.shape)}."
                 )
-        widths = {name: values.shape[1] for name, values in arrays.items()}
-        size = sum(file_sizes(num_rows, self.batch_size, widths, self.dtype).values())
+        widths, code = {name: values.shape[1] for name, values in outputs.items()}, code_of(self.teacher)
+        # What running the teacher changes, such as a counter, does not tell it from another.
+        state = sorted(name for name in code if code[name] != before.get(name))
         tqdm.write(
-            f"Teacher cache {self.folder}: {num_rows:,} rows, {size / 2**20:,.1f} MiB; about {seconds[0]:,.0f} s of "
+            f"Teacher cache {self.folder}: {num_rows:,} rows, "
+            f"{num_rows * sum(widths.values()) * self.dtype.itemsize / 2**20:,.1f} MiB; about {seconds[0]:,.0f} s of "
             f"reading, shared by the workers, and {seconds[1]:,.0f} s of the teacher.",
             file=sys.stderr,
         )
-        BlockFile.create(self.folder, num_rows, self.batch_size, widths, self.dtype, self.fingerprint)
+        manifest = new_manifest(views, widths, self.dtype, self.batch_size) | self.fingerprint
+        manifest |= {"versions": versions(), "code": [state, code_digest(code, state)]}
+        ArrayFolder.create(self.folder, unique, manifest)
+        ArrayFolder(self.folder).write(places, outputs, *batch[2:])
 
-    def check(self, file: BlockFile) -> None:
-        """Raise ``ValueError`` if a cache is not of this teacher, dataset and precision, and of these arrays."""
-        lines = differences(self.fingerprint, file.fingerprint)
+    def places(self, file: ArrayFolder) -> np.ndarray:
+        """Return the place of each row of the dataset in the folder, below 0 for those that are not there."""
+        found = file.find(self.dataset.keys)
+        starts = file.num_rows * np.arange(self.dataset.views)[:, None]
+        return np.where(found < 0, -1, starts + found).reshape(-1)
+
+    def check(self, file: ArrayFolder) -> None:
+        """Raise ``ValueError`` if a cache is not of this teacher, dataset and precision, and of these outputs."""
+        lines = []
         for name, cached, ours in (("arrays", list(file.widths), self.names), ("dtype", file.dtype, self.dtype)):
             if cached != ours:
                 lines.append(f"{name}: {cached} in the cache, {ours} now")
-        refuse(self.folder, lines)
+        if lines:
+            refuse(self.folder, [*differences(self.fingerprint, file.manifest), *lines])
+        refuse(self.folder, differences(self.fingerprint, file.manifest), self.strict)
+        places = self.places(file)
+        args = (self.teacher, self.collate.collate_fn)
+        refuse(self.folder, disagreements(file, self.dataset, places, {}, *args), self.strict)
 
-    def write_blocks(self, file: BlockFile, blocks: range, num_workers: int, show_progress: bool) -> None:
-        """Write those of the blocks that are missing or damaged."""
-        todo = [block for block in blocks if not file.is_whole(block)]
-        batches = [file.rows_of(block) for block in todo]
+    def write_rows(self, file: ArrayFolder, rank: int, processes: int, settings: dict[str, Any]) -> None:
+        """Write this process' share of the rows that are missing or damaged, in batches."""
+        places, rows = np.unique(self.places(file), return_index=True)
+        batches = places // file.batch_size
+        own = batches % processes == rank
+        places, rows, batches = places[own], rows[own], batches[own]
+        # The batch of a damaged row is computed as a whole, so that it has the same bits.
+        todo = file.missing(places) | np.isin(batches, batches[file.damaged(places)])
+        parts = np.split(np.flatnonzero(todo), np.flatnonzero(np.diff(batches[todo])) + 1) if todo.any() else []
         loader: DataLoader = DataLoader(
-            AllRows(self.dataset),
-            batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=num_workers,
+            TeacherItems(self.dataset),
+            batch_sampler=[rows[part].tolist() for part in parts],  # type: ignore[arg-type]
+            collate_fn=self.collate,
             # The global one is left as it is.
             generator=torch.Generator(),
+            **settings,
         )
-        total, left = (sum(len(file.rows_of(block)) for block in some) for some in (blocks, todo))
         with tqdm(
-            total=total, initial=total - left, unit="row", desc="teacher cache", disable=not show_progress
+            total=len(rows), initial=len(rows) - int(todo.sum()), unit="row", desc="teacher cache", disable=rank > 0
         ) as bar:
-            for block, batch in zip(todo, loader):
-                file.write(block, self.compute(batch))
-                bar.update(len(file.rows_of(block)))
+            for part, batch in zip(parts, loader):
+                file.write(places[part], self.compute(batch), *batch[2:])
+                bar.update(len(part))
 
     @torch.no_grad()
-    def compute(self, batch: Any) -> dict[str, torch.Tensor]:
-        """Return what is stored of a batch of (data, row)."""
-        data, rows = batch
+    def compute(self, batch: tuple) -> dict[str, torch.Tensor]:
+        """Return what is stored of a batch of ``TeacherBatch``."""
         with self.tap or nullcontext():
-            arrays = [self.teacher(Views.of(data).teacher, rows)]
+            outputs = [ask(self.teacher, batch[0], batch[1])]
         if self.classifier is not None:
-            arrays.append(self.classifier(arrays[0]))
+            outputs.append(self.classifier(outputs[0]))
         if self.tap is not None:
-            arrays += [pooled(name, output) for name, output in zip(self.features, self.tap.features)]
-        return dict(zip(self.names, arrays))
+            outputs += [pooled(name, output) for name, output in zip(self.features, self.tap.features)]
+        return dict(zip(self.names, outputs))
 
 
 def pooled(name: str, output: torch.Tensor) -> torch.Tensor:
@@ -225,17 +288,3 @@ def pooled(name: str, output: torch.Tensor) -> torch.Tensor:
             "or the channels followed by two or three dimensions of places; tokens are not pooled."
         )
     return output.flatten(2).mean(2) if output.ndim > 2 else output
-
-
-class AllRows(Dataset):
-    """The data of all views of ``SeededViews`` and their rows, by row."""
-
-    def __init__(self, dataset: SeededViews):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return self.dataset.num_rows
-
-    def __getitems__(self, rows: Sequence[int]) -> list[tuple]:
-        """Return the (data, row) of a batch of rows."""
-        return [(data, row) for data, _, row in self.dataset.read(rows)]
