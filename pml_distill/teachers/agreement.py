@@ -148,22 +148,25 @@ def disagreements(
     """
     manifest, shown = file.manifest, shows_the_teacher(dataset)
     lines = differences(fingerprint, manifest, shown)
-    there = np.flatnonzero(places >= 0)
+    there = np.flatnonzero((places >= 0) & (places < len(file.arrays[PIXELS])))
     there = there[~file.missing(places[there])]
+    # Vectors that were imported have been computed from something else.
     there = there[~np.isnan(file.arrays[PIXELS][places[there], 0])]
-    if lines or not shown or not len(there):
+    if not shown or not len(there):
         return lines
     rows = spread(there, NUM_SAMPLES)
     same = alike(signatures(dataset, rows), file.arrays[PIXELS][places[rows]])
     if not same.all():
         others = [str(row) for row, agrees in zip(rows, same) if not agrees]
         more = " and others" if len(others) > 5 else ""
-        return [f"samples: what the dataset yields for the rows {', '.join(others[:5])}{more}"]
+        lines.append(f"samples: what the dataset yields for the rows {', '.join(others[:5])}{more}")
+    if lines:
+        return lines
     changed = differences(versions(), manifest["versions"])
     state, digest = manifest["code"]
     if not changed and (teacher is None or digest == code_digest(code_of(teacher), state)):
         return []
-    few = spread(there, FEW)
+    few = [row for row in spread(there, FEW) if not file.damaged(places[[row]])[0]]
     if changed and not alike(signatures_in_a_worker(dataset, few, {}), file.arrays[PIXELS][places[few]]).all():
         return [*changed, "samples: what the dataset yields in a worker of a DataLoader"]
     if teacher is not None:

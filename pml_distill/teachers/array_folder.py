@@ -76,7 +76,9 @@ class ArrayFolder:
         needed, free = views * rows * sum(bytes_of.values()), shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(
-                errno.ENOSPC, f"The teacher cache needs {needed / 2**30:.2f} GiB, free are {free / 2**30:.2f}", str(folder)
+                errno.ENOSPC,
+                f"The teacher cache needs {needed / 2**30:.2f} GiB, free are {free / 2**30:.2f}",
+                str(folder),
             )
         for name, (width, kind) in files.items():
             header = npy_header((views, rows, width), kind)

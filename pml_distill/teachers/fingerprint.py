@@ -28,14 +28,14 @@ def module_fingerprint(module: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, part in modules_of(module):
-        own = f"{type(part).__name__}({part.extra_repr()})" if next(part.children(), None) else repr(part)
+        own = f"{type(part).__name__}({part.extra_repr()})" if list(part.children()) else repr(part)
         digest.update(without_addresses(f"{name} {own}").encode())
         for number, teacher in enumerate([*getattr(part, "teachers", ()), getattr(part, "teacher", None)]):
             if teacher is None or isinstance(teacher, torch.nn.Module):
                 continue
             if not hasattr(teacher, "fingerprint"):
                 raise ValueError(
-                    f"teachers[{number}] of the {type(part).__name__} is a {type(teacher).__name__}, and what it returns "
+                    f"teachers[{number}] of the ensemble is a {type(teacher).__name__}, and what it returns "
                     "cannot be told from what another does; use modules and CachedTeacher."
                 )
             digest.update(f"{number} {teacher.fingerprint}".encode())
@@ -52,7 +52,8 @@ def code_of(module: torch.nn.Module) -> dict[str, str]:
     found = {}
     for name, part in modules_of(module):
         found[f"{name} forward"] = plain(type(part).forward)
-        found |= {f"{name} {k}": plain(v) for k, v in vars(part).items() if k[0] != "_" and k != "training"}
+        own = {f"{name} {k}": plain(v) for k, v in vars(part).items() if k[0] != "_" and k != "training"}
+        found |= {k: text for k, text in own.items() if text}
     return found
 
 
@@ -69,7 +70,7 @@ def uncompiled(name: str) -> str:
 
 
 def plain(value: Any) -> str:
-    """Return a text of numbers, texts, functions and collections of these; of other objects just the type."""
+    """Return a text of numbers, texts, functions and collections of these; none of other objects."""
     if isinstance(value, PLAIN):
         return repr(value)
     if isinstance(value, (list, tuple)):
@@ -79,7 +80,7 @@ def plain(value: Any) -> str:
     code = getattr(value, "__code__", value)
     if hasattr(code, "co_code"):
         return f"{code.co_code.hex()} {code.co_names} {plain(code.co_consts)}"
-    return type(value).__name__
+    return ""
 
 
 def content(value: Any) -> Iterator[Any]:
@@ -226,8 +227,7 @@ def refuse(folder: Path, lines: Sequence[str], strict: bool = True) -> None:
     if not lines:
         return
     text = f"The teacher cache in {folder} belongs to something else:\n  " + "\n  ".join(lines)
-    if strict:
-        raise ValueError(
-            f"{text}\nChoose another folder, or delete this one; with strict=False it is used as it is."
-        )
+    # Rows of another number of views are nowhere.
+    if strict or any(line.startswith("views: ") for line in lines):
+        raise ValueError(f"{text}\nChoose another folder, or delete this one; with strict=False it is used as it is.")
     warnings.warn(text, stacklevel=3)

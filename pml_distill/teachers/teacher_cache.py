@@ -15,8 +15,21 @@ from ..datasets import SeededViews
 from ..utils.distributed import in_first_process, num_processes, process_rank
 from ..utils.modules import eval_mode
 from .agreement import TeacherBatch, TeacherItems, check_repeats, check_workers, disagreements
-from .array_folder import CONTENT, FINISHED, LOCK, MANIFEST, NEXT, PIXELS, ROWS, STORED
-from .array_folder import ArrayFolder, lines_of, locked, new_manifest, settle
+from .array_folder import (
+    CONTENT,
+    FINISHED,
+    LOCK,
+    MANIFEST,
+    NEXT,
+    PIXELS,
+    ROWS,
+    STORED,
+    ArrayFolder,
+    lines_of,
+    locked,
+    new_manifest,
+    settle,
+)
 from .ask import ask
 from .cached_teacher import caches
 from .fingerprint import (
@@ -235,10 +248,8 @@ class TeacherCache:
                 lines.append(f"{name}: {cached} in the cache, {ours} now")
         if lines:
             refuse(self.folder, [*differences(self.fingerprint, file.manifest), *lines])
-        refuse(self.folder, differences(self.fingerprint, file.manifest), self.strict)
-        places = self.places(file)
-        args = (self.teacher, self.collate.collate_fn)
-        refuse(self.folder, disagreements(file, self.dataset, places, {}, *args), self.strict)
+        args = self.places(file), self.fingerprint, self.teacher, self.collate.collate_fn
+        refuse(self.folder, disagreements(file, self.dataset, *args), self.strict)
 
     def write_rows(self, file: ArrayFolder, rank: int, processes: int, settings: dict[str, Any]) -> None:
         """Write this process' share of the rows that are missing or damaged, in batches."""

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import nn
 
 from pml_distill.datasets import CrossQuality, LabeledAndUnlabeled, SeededViews
-from pml_distill.teachers import CachedTeacher, EnsembleTeacher, FrozenTeacher, TeacherCache, block_file, teacher_cache
-from pml_distill.teachers.block_file import BlockFile
+from pml_distill.teachers import CachedTeacher, EnsembleTeacher, FrozenTeacher, TeacherCache, array_folder, teacher_cache
+from pml_distill.teachers.array_folder import ArrayFolder
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -42,6 +42,7 @@ class Noisy(torch.utils.data.Dataset):
 class LoggingTeacher(FrozenTeacher):
     """Notes each of its batches in a file, from whatever process."""
 
+    needs_index = True
     log: Path | None = None
 
     def forward(self, data, index=None):
@@ -67,7 +68,7 @@ def expected(teacher, dataset):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -120,6 +121,8 @@ def test_a_teacher_in_train_mode_writes_what_it_returns_in_eval_mode(tmp_path):
 
 class BareTeacher(nn.Module):
     """A frozen module that nobody has put into eval mode; ``change`` makes other outputs of its own."""
+
+    needs_index = True
 
     def __init__(self, inner, change=lambda outputs, index: outputs):
         super().__init__()
@@ -186,7 +189,7 @@ def test_the_callers_random_numbers_go_on_as_if_nothing_was_written(tmp_path, nu
 def test_the_time_of_the_first_batch_tells_that_of_all(tmp_path, monkeypatch, capsys, batch_size, processes, times):
     clock = iter([0, 10, 40])
     monkeypatch.setattr(teacher_cache, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    TeacherCache(tmp_path, make_teacher(), make_dataset(), batch_size=batch_size).open_or_create(processes)
+    TeacherCache(tmp_path, make_teacher(), make_dataset(), batch_size=batch_size).open_or_create(processes, {})
     told = capsys.readouterr().err
     assert f"about {10 * times} s of reading, shared by the workers, and {30 * times} s of the teacher" in told
 
@@ -221,8 +224,11 @@ def write_slowly(folder, num_workers, log):
 
 
 def num_written(folder):
-    path = folder / "checksums.bin"
-    return np.count_nonzero(np.fromfile(path, "<u8")) if path.exists() else 0
+    path = folder / "finished.npy"
+    try:
+        return np.count_nonzero(np.load(path, mmap_mode="r")) // 5
+    except (OSError, ValueError):
+        return 0
 
 
 def test_twenty_kills_cost_a_batch_each_and_leave_no_trace(tmp_path):
@@ -255,7 +261,7 @@ def write_as_rank(rank, folder, processes):
     cache = TeacherCache(folder / "cache", teacher, make_dataset(), batch_size=8)
     teacher.log = folder / f"log{rank}"
     cache.write()
-    assert BlockFile(folder / "cache").num_written == 13
+    assert np.load(folder / "cache" / "finished.npy").all()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -266,8 +272,7 @@ def test_several_processes_share_the_work(tmp_path):
     TeacherCache(tmp_path / "single", make_teacher(), make_dataset(), batch_size=8).write()
     assert contents(tmp_path / "several" / "cache") == contents(tmp_path / "single")
     batches = [(tmp_path / "several" / f"log{rank}").read_text().split() for rank in range(2)]
-    # Rank 0 has also tried a batch.
-    assert [len(b) for b in batches] == [7 + 1, 6] and not set(batches[0]) & set(batches[1])
+    assert [len(b) for b in batches] == [7, 6] and not set(batches[0]) & set(batches[1])
 
 
 def write_with_own_teacher(rank, folder):
@@ -285,7 +290,7 @@ def write_with_own_teacher(rank, folder):
 
 def test_a_process_with_another_teacher_is_refused(tmp_path):
     torch.multiprocessing.spawn(write_with_own_teacher, args=(tmp_path,), nprocs=2)
-    with pytest.raises(ValueError, match="incomplete: 7 of 13 batches"):
+    with pytest.raises(ValueError, match="incomplete: 52 of 100 rows"):
         CachedTeacher(tmp_path / "cache", make_dataset())
     TeacherCache(tmp_path / "cache", make_teacher(), make_dataset(), batch_size=8).write()
     embeddings = CachedTeacher(tmp_path / "cache", make_dataset())(torch.zeros(100, 1), torch.arange(100))
@@ -309,7 +314,7 @@ def test_what_the_first_process_refuses_is_refused_in_all(tmp_path):
 
 
 def hold(folder, ready, done):
-    with block_file.locked(folder):
+    with array_folder.locked(folder):
         ready.set()
         done.wait()
 
@@ -337,7 +342,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
 
 def test_a_second_writer_in_one_process_is_refused(tmp_path):
-    with block_file.locked(tmp_path):
+    with array_folder.locked(tmp_path):
         with pytest.raises(RuntimeError, match="This process is already writing the teacher cache in"):
             TeacherCache(tmp_path / ".." / tmp_path.name, make_teacher(), make_dataset()).write()
     TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
@@ -377,15 +382,29 @@ def test_another_teacher_or_dataset_is_refused_with_what_differs(tmp_path, name)
     assert contents(tmp_path) == before
 
 
-def test_other_versions_and_transforms_are_refused(tmp_path, monkeypatch):
+def test_other_transforms_are_refused(tmp_path):
     TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
     dataset = make_dataset()
     dataset.dataset.transform = nn.Identity()
     with pytest.raises(ValueError, match=r"transform: \[\] in the cache, \['transform: Identity\(\)'\] now"):
         CachedTeacher(tmp_path, dataset)
+
+
+def test_other_versions_are_noted_where_what_is_computed_again_agrees(tmp_path, monkeypatch):
+    TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
     monkeypatch.setattr("pml_distill.teachers.fingerprint.version", lambda name: "0.1")
-    with pytest.raises(ValueError, match="version of torch: .* in the cache, 0.1 now"):
+    teacher = make_teacher()
+    teacher.log = tmp_path / "log"
+    with pytest.warns(UserWarning, match="other libraries, but what was computed again agrees: version of torch: .* 0.1"):
         CachedTeacher(tmp_path, make_dataset())
+    with pytest.warns(UserWarning, match="other libraries"):
+        TeacherCache(tmp_path, teacher, make_dataset()).write()
+    assert len(teacher.log.read_text().split()) == 1
+    monkeypatch.setattr("torch.randn", lambda *shape: torch.rand(*shape))
+    with pytest.raises(ValueError, match="samples: what the dataset yields for the rows"):
+        CachedTeacher(tmp_path, make_dataset())
+    with pytest.warns(UserWarning, match="belongs to something else"):
+        CachedTeacher(tmp_path, make_dataset(), strict=False)
 
 
 def test_a_set_in_a_transform_is_the_same_in_every_process():
@@ -435,16 +454,18 @@ VALUES, SWAPPED = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)
 SWAPPED[7], SWAPPED[8] = 8, 7
 
 
+def test_a_changed_order_is_right(tmp_path):
+    teacher, data = FrozenTeacher(nn.Linear(2, 2)), Rows(VALUES, [0] * 400)
+    TeacherCache(tmp_path, teacher, SeededViews(torch.utils.data.Subset(data, range(400)))).write()
+    cached = CachedTeacher(tmp_path, SeededViews(torch.utils.data.Subset(data, SWAPPED)), teacher)
+    assert torch.allclose(cached(VALUES, torch.arange(400)), teacher(VALUES[SWAPPED]), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("ours", "other", "message"),
     [
         (Rows(VALUES, [0] * 400), Rows(VALUES, [0] * 399 + [1]), "labels: .'labels of Rows: "),
         (Rows(VALUES, torch.arange(400)), Rows(VALUES, torch.arange(400) + 1), "labels: .'labels of Rows: "),
-        (
-            torch.utils.data.Subset(Rows(VALUES, [0] * 400), range(400)),
-            torch.utils.data.Subset(Rows(VALUES, [0] * 400), SWAPPED),
-            "labels: .'indices of Subset: ",
-        ),
         (Rows(VALUES, [0] * 400, Flip(0)), Rows(VALUES, [0] * 400, Flip(1e-9)), r"transform: .*{'share': 0}.*1e-09}"),
         (Rows(VALUES, [0] * 400, compose(0)), Rows(VALUES, [0] * 400, compose(1e-9)), "transform: "),
         (
@@ -458,7 +479,7 @@ SWAPPED[7], SWAPPED[8] = 8, 7
             r"transform: .*{'share': 0}.*1e-09}",
         ),
     ],
-    ids=["labels", "tensor of labels", "indices", "transform", "composed transform", "joined", "labeled and not"],
+    ids=["labels", "tensor of labels", "transform", "composed transform", "joined", "labeled and not"],
 )
 def test_small_differences_are_refused(tmp_path, ours, other, message):
     teacher = FrozenTeacher(nn.Linear(2, 2))
@@ -468,7 +489,7 @@ def test_small_differences_are_refused(tmp_path, ours, other, message):
         CachedTeacher(tmp_path, SeededViews(other))
 
 
-def test_a_file_that_takes_the_place_of_another_is_noticed_and_a_folder_may_move(tmp_path):
+def test_a_file_with_another_content_is_noticed_and_files_may_move(tmp_path):
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -487,9 +508,13 @@ def test_a_file_that_takes_the_place_of_another_is_noticed_and_a_folder_may_move
     moved = (tmp_path / "images").rename(tmp_path / "elsewhere")
     CachedTeacher(tmp_path / "cache", SeededViews(ImageFolder(str(moved), transform)), teacher)
     moved = moved.rename(tmp_path / "images")
-    unsampled = moved / "class" / "001.png"
-    unsampled.rename(moved / "class" / "001b.png")
-    with pytest.raises(ValueError, match="files: .*samples of ImageFolder"):
+    (moved / "class" / "001.png").rename(moved / "class" / "001b.png")
+    cached = CachedTeacher(tmp_path / "cache", views(), teacher)
+    dataset = views()
+    data = torch.stack([data for data, _, _ in dataset.read(range(100))])
+    assert torch.allclose(cached(data, torch.arange(100)), teacher(data), atol=1e-5)
+    (moved / "class" / "002.png").write_bytes((moved / "class" / "003.png").read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="incomplete: 99 of 100 rows are written"):
         CachedTeacher(tmp_path / "cache", views(), teacher)
 
 
@@ -508,7 +533,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [(Scaled(mean=0.5), "teacher: "), (Scaled(scale=2.0), "embedding: what the teacher returns for the first sample")],
+    [(Scaled(mean=0.5), "teacher: "), (Scaled(scale=2.0), "embedding: what the teacher returns for samples that are stored")],
 )
 def test_a_teacher_with_the_same_weights_that_returns_something_else_is_refused(tmp_path, other, message):
     dataset = SeededViews(Rows(VALUES, [0] * 400))
@@ -577,9 +602,13 @@ def test_data_that_ignore_the_seed_are_found_out(tmp_path):
     assert CachedTeacher(tmp_path, dataset)(torch.zeros(1), torch.tensor([1])).shape == (1, 2)
 
 
+#: The length of what an .npy file begins with.
+HEADER = 128
+
+
 def flip_a_bit(path):
     with open(path, "r+b") as file:
-        file.seek(8 * 24 * 3 + 5)
+        file.seek(HEADER + 8 * 24 * 3 + 5)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 4]))
@@ -590,11 +619,11 @@ def test_a_flipped_bit_is_found_and_mended(tmp_path):
     cache = TeacherCache(tmp_path / "cache", teacher, dataset, batch_size=8)
     cache.write()
     before = contents(tmp_path / "cache")
-    flip_a_bit(tmp_path / "cache" / "embeddings.bin")
+    flip_a_bit(tmp_path / "cache" / "embeddings.npy")
     cached = CachedTeacher(tmp_path / "cache", dataset)
     assert torch.isfinite(cached(torch.zeros(8), torch.arange(8))).all()
-    with pytest.raises(ValueError, match=r"Block 3 .*rows 24 to 31.*does not have its checksum.*write\(\)"):
-        cached(torch.zeros(2), torch.tensor([8, 30]))
+    with pytest.raises(ValueError, match=r"Row 24 of .*embeddings.npy \(view 0, line 25.*not have their checksum.*write\(\)"):
+        cached(torch.zeros(2), torch.tensor([8, 24]))
     teacher.log = tmp_path / "log"
     cache.write()
     assert contents(tmp_path / "cache") == before and teacher.log.read_text() == "24\n"
@@ -604,7 +633,7 @@ def test_a_cache_that_has_been_begun_keeps_its_own_batch_size(tmp_path):
     teacher, dataset = make_teacher(), make_dataset()
     TeacherCache(tmp_path, teacher, dataset, batch_size=8).write()
     before = contents(tmp_path)
-    flip_a_bit(tmp_path / "embeddings.bin")
+    flip_a_bit(tmp_path / "embeddings.npy")
     TeacherCache(tmp_path, teacher, dataset, batch_size=32).write()
     assert contents(tmp_path) == before
 
@@ -620,7 +649,7 @@ def content_of(text):
 def test_any_flipped_bit_of_the_header_is_found(tmp_path):
     dataset = make_dataset()
     TeacherCache(tmp_path, make_teacher(), dataset).write()
-    path, draw = tmp_path / "cache.json", random.Random(0)
+    path, draw = tmp_path / "manifest.json", random.Random(0)
     good = path.read_bytes()
     for place in range(0, len(good), 11):
         damaged = bytearray(good)
@@ -628,7 +657,7 @@ def test_any_flipped_bit_of_the_header_is_found(tmp_path):
         path.write_bytes(damaged)
         if content_of(damaged) != content_of(good):
             with pytest.raises(ValueError, match="is damaged|has the format"):
-                BlockFile(tmp_path)
+                ArrayFolder(tmp_path)
     path.write_bytes(good)
     CachedTeacher(tmp_path, dataset)
 
@@ -636,16 +665,16 @@ def test_any_flipped_bit_of_the_header_is_found(tmp_path):
 def test_truncated_foreign_and_unfinished_files_are_refused(tmp_path):
     dataset = make_dataset()
     cache = TeacherCache(tmp_path / "cache", make_teacher(), dataset, batch_size=8)
-    with pytest.raises(ValueError, match="holds no teacher cache: cache.json is missing"):
+    with pytest.raises(ValueError, match="holds no teacher cache: manifest.json is missing"):
         CachedTeacher(tmp_path / "cache", dataset)
     cache.write()
-    os.truncate(tmp_path / "cache" / "embeddings.bin", 2000)
-    with pytest.raises(ValueError, match=r"embeddings.bin has 2,000 bytes, but the cache needs 2,400"):
+    os.truncate(tmp_path / "cache" / "embeddings.npy", 2000)
+    with pytest.raises(ValueError, match=r"embeddings.npy has 2,000 bytes, but the cache needs 2,528"):
         CachedTeacher(tmp_path / "cache", dataset)
-    (tmp_path / "cache" / "cache.json").write_text('{"format": ')
-    with pytest.raises(ValueError, match="cache.json is damaged"):
+    (tmp_path / "cache" / "manifest.json").write_text('{"format": ')
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
         CachedTeacher(tmp_path / "cache", dataset)
-    (tmp_path / "cache" / "cache.json").write_text('{"format": "another"}')
+    (tmp_path / "cache" / "manifest.json").write_text('{"format": "another"}')
     with pytest.raises(ValueError, match="has the format 'another', but this version reads"):
         cache.write()
     (tmp_path / "other").mkdir()
@@ -655,7 +684,7 @@ def test_truncated_foreign_and_unfinished_files_are_refused(tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_noticed_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(block_file.shutil, "disk_usage", lambda _: FakeUsage())
+    monkeypatch.setattr(array_folder.shutil, "disk_usage", lambda _: FakeUsage())
     with pytest.raises(OSError, match="needs 0.00 GiB, free are 0.00") as caught:
         TeacherCache(tmp_path, make_teacher(), make_dataset()).write()
     assert caught.value.errno == errno.ENOSPC
@@ -679,16 +708,16 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, monkeypatch):
         return write(descriptor, content, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="The disk is full: 4 of 13 batches are written and kept"):
+    with pytest.raises(OSError, match="The disk is full: 10 of 100 rows are written and kept"):
         cache.write()
-    with pytest.raises(ValueError, match="incomplete: 4 of 13 batches"):
+    with pytest.raises(ValueError, match="incomplete: 10 of 100 rows"):
         CachedTeacher(tmp_path / "cache", dataset)
     monkeypatch.setattr(os, "pwrite", write)
     teacher.log = tmp_path / "log"
     cache.write()
     TeacherCache(tmp_path / "whole", make_teacher(), dataset, batch_size=8).write()
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
-    assert len(teacher.log.read_text().split()) == 9
+    assert len(teacher.log.read_text().split()) == 12
 
 
 def test_what_the_precision_cannot_hold_is_refused(tmp_path):
@@ -728,32 +757,35 @@ def test_wrong_arguments_are_refused(tmp_path, changes, message):
 
 def test_a_teacher_of_several_outputs_is_named(tmp_path):
     class Two(nn.Module):
-        def forward(self, data, index):
+        def forward(self, data):
             return data, data
 
     with pytest.raises(ValueError, match=r"^teacher must return one tensor of embeddings, but returned a tuple\.$"):
-        TeacherCache(tmp_path, Two(), make_dataset())
+        TeacherCache(tmp_path, Two(), make_dataset()).write()
 
 
 def test_ten_million_rows_need_no_memory(tmp_path, monkeypatch):
     """10,000,000 x 512 in float16, 9.5 GiB, nearly all of it holes: reading takes a few pages."""
-    monkeypatch.setattr(block_file, "check_room", lambda folder, needed: None)
-    file = BlockFile.create(tmp_path, 10_000_000, 64, {"embeddings": 512}, torch.float16, {})
-    zeros = block_file.checksum([np.zeros(64 * 1024, dtype=np.uint8)])
-    np.full(file.num_blocks, zeros, dtype="<u8").tofile(tmp_path / "checksums.bin")
-    written = torch.randn(64, 512).half()
-    for block in (0, 77_777, file.num_blocks - 1):
-        file.write(block, {"embeddings": written})
-    file, draw = BlockFile(tmp_path), np.random.default_rng(0)
+    monkeypatch.setattr(array_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))
+    manifest = array_folder.new_manifest(1, {"embeddings": 512}, torch.float16, 64)
+    array_folder.ArrayFolder.create(tmp_path, range(10_000_000), manifest)
+    file, written = ArrayFolder(tmp_path), torch.randn(64, 512).half()
+    places = np.concatenate([np.arange(10), 5_000_000 + np.arange(44), 9_999_990 + np.arange(10)])
+    file.write(places, {"embeddings": written}, np.zeros((64, 4)), np.zeros((64, 2), dtype=np.uint64))
+    zeros = array_folder.checksums(np.zeros((1, 512), dtype=np.float16))
+    finished = np.load(tmp_path / "finished.npy", mmap_mode="r+")
+    finished[finished == 0] = zeros
+    finished.flush()
+    file, draw = ArrayFolder(tmp_path), np.random.default_rng(0)
     before = private_memory()
     for _ in range(20):
         rows = draw.integers(0, 10_000_000, 128)
-        rows[:3] = 9_999_999, 5, 64 * 77_777 + 1
+        rows[:3] = 9_999_999, 5, 5_000_001
         values = file.read("embeddings", rows)
-        assert torch.equal(values[:3], written[[63, 5, 1]]) and values[3:].abs().max() <= written.abs().max()
+        assert torch.equal(values[:3], written[[63, 5, 11]]) and values[3:].abs().max() <= written.abs().max()
     assert private_memory() - before < 64 * 2**20
-    assert (tmp_path / "embeddings.bin").stat().st_size == 10_240_000_000
-    assert (tmp_path / "embeddings.bin").stat().st_blocks * 512 < 2**20
+    assert np.load(tmp_path / "embeddings.npy", mmap_mode="r").shape == (1, 10_000_000, 512)
+    assert (tmp_path / "embeddings.npy").stat().st_blocks * 512 < 2**20
 
 
 def private_memory():
