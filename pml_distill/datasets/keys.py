@@ -47,8 +47,8 @@ class Keys(NamedTuple):
 def keys_of(dataset: Any) -> Keys:
     """Return the keys of the samples: ``dataset.ids``, else its files, else row numbers.
 
-    They are looked up through ``Subset`` (whatever has ``dataset`` and ``indices``), ``ConcatDataset``, ``LabeledAndUnlabeled`` and what wraps a dataset of the
-    same length as ``dataset``.
+    They are looked up through ``Subset`` (whatever has ``dataset`` and ``indices``), ``ConcatDataset``,
+    ``LabeledAndUnlabeled`` and what wraps a dataset of the same length as ``dataset``.
 
     Raises:
         ValueError: two samples have the same id, or there are not as many ids as samples.
@@ -65,7 +65,7 @@ def keys_of(dataset: Any) -> Keys:
     parts = getattr(dataset, "datasets", None) or [getattr(dataset, name, None) for name in ("labeled", "unlabeled")]
     if isinstance(parts, list) and None not in parts and sum(map(len, parts)) == size:
         return joined_keys([keys_of(part) for part in parts])
-    if hasattr(inner, "__len__") and len(inner) == size:
+    if inner is not None and hasattr(inner, "__len__") and len(inner) == size:
         return keys_of(inner)
     for name in FILES:
         root = os.path.join(str(getattr(dataset, "root", None) or ""), "")

@@ -78,6 +78,7 @@ class SeededViews(torch.utils.data.Dataset):
         # NumPy's integers have no place in the manifest of a cache.
         self.dataset, self.seed, self.views = dataset, int(seed), int(views)
         self.reseed = (reseed,) if callable(reseed) else tuple(reseed)
+        self.ids = ids
         self.keys = keys_of(dataset) if ids is None else Keys(distinct([str(i) for i in ids], size), None, size)
         self.contents: dict[int, bytes] = {}
 

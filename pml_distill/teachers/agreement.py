@@ -48,9 +48,13 @@ class TeacherBatch:
         self.collate_fn = collate_fn
 
     def __call__(self, parts: list[tuple]) -> tuple:
+        """Return what the teacher sees, the rows, the signatures and the hashes."""
         items, signatures, contents = zip(*parts)
         if self.collate_fn is None:
-            data = default_collate([Views.of(data).teacher for data, _, _ in items])
+            try:
+                data = default_collate([Views.of(data).teacher for data, _, _ in items])
+            except RuntimeError as error:
+                raise ValueError(f"Samples cannot be stacked to a batch ({error}). Give a collate_fn.") from error
         else:
             data = Views.of(read_item(self.collate_fn(list(items)))[0]).teacher
         return data, torch.tensor([row for _, _, row in items]), np.stack(signatures), np.stack(contents)
@@ -73,7 +77,7 @@ def signatures_in_a_worker(dataset: SeededViews, rows: Sequence[int], settings: 
     """Return what ``signatures`` does, but from a worker, if the dataset can be sent to one."""
     loader: DataLoader = DataLoader(
         TeacherItems(dataset),
-        batch_sampler=[list(rows)],  # type: ignore[arg-type]
+        batch_sampler=[list(rows)],
         num_workers=1,
         collate_fn=only_signatures,
         # The global one is left as it is.

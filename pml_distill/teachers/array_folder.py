@@ -28,11 +28,11 @@ CHUNK = 1 << 24
 class ArrayFolder:
     """The outputs of a teacher: a ``.npy`` file for each, (views, rows, width), and what tells rows and teacher.
 
-    ``manifest.json`` says what they are of. Line i of ``rows.jsonl`` has the key of row i, and size and time of its
-    file. ``finished.npy`` has a checksum for each row of each output, written after the row, 0 where it is missing: what
-    was cut short by a kill counts as missing. All is written with ``pwrite`` and not into a memory map, where a full
-    disk would end the process. Files that grow are made in the folder ``next`` and take the old one's places when they
-    are whole; ``settle`` goes on with that after a kill.
+    ``manifest.json`` says what they are of. Line i of ``rows.jsonl`` has the key of row i, with size and time of its
+    file. ``finished.npy`` has a checksum for each row of each output, written after the row, and 0 where it is missing:
+    what was cut short by a kill counts as missing. All is written with ``pwrite`` and not into a memory map, where a
+    full disk would end the process. Larger files are made in the folder ``next`` and take the places of the old ones
+    when they are whole; ``settle`` goes on with that after a kill.
 
     Args:
         folder: what ``create`` has made.
@@ -85,7 +85,8 @@ class ArrayFolder:
             with open(folder / f"{name}.npy", "wb") as file:
                 file.write(header)
                 file.truncate(len(header) + views * rows * bytes_of[name])
-            for view in range(views if old else 0):
+            for view in range(0 if old is None else views):
+                assert old is not None
                 content = old.arrays[name][view * old.num_rows : (view + 1) * old.num_rows].reshape(-1).view(np.uint8)
                 start = len(header) + view * rows * bytes_of[name]
                 for place in range(0, len(content), CHUNK):
@@ -222,8 +223,8 @@ class ArrayFolder:
             if len(wrong):
                 raise ValueError(
                     f"Row {wrong[0]} of {self.folder / name}.npy (view {wrong[0] // self.num_rows}, line "
-                    f"{wrong[0] % self.num_rows + 1} of {ROWS}) and {len(wrong) - 1} others do not have their checksum: "
-                    "the file is damaged. TeacherCache.write() computes damaged rows again."
+                    f"{wrong[0] % self.num_rows + 1} of {ROWS}) and {len(wrong) - 1} others do not have their "
+                    "checksum: the file is damaged. TeacherCache.write() computes damaged rows again."
                 )
             self.verified[places, output] = True
         tensor = torch.from_numpy(values.view(np.int16) if self.dtype == torch.bfloat16 else values)
@@ -320,7 +321,7 @@ def write_at(path: Path, offset: int, content: np.ndarray) -> None:
     """Write into a file that is long enough already."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        rest = memoryview(content).cast("B")
+        rest = memoryview(content.data).cast("B")
         while rest:
             written = os.pwrite(descriptor, rest, offset)
             rest, offset = rest[written:], offset + written

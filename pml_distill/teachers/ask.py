@@ -32,8 +32,8 @@ def checked_rows(index: Any, data: Any, num_rows: int) -> np.ndarray:
     """
     if index is None:
         raise ValueError(
-            "CachedTeacher needs the index of each sample: a batch must be (data, labels, index), as SeededViews yields "
-            "it."
+            "CachedTeacher needs the index of each sample: a batch must be (data, labels, index), as SeededViews "
+            "yields it."
         )
     if not isinstance(index, torch.Tensor):
         raise ValueError(f"index must be a tensor of integers, but is a {type(index).__name__}.")

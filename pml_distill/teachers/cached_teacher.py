@@ -56,13 +56,14 @@ class CachedTeacher:
                 f"dataset must be the SeededViews that the cache was written for, but is a {type(dataset).__name__}."
             )
         folders = [folder] if isinstance(folder, (str, os.PathLike)) else list(folder)
-        self.files, self.taps = [ArrayFolder(each) for each in folders], []
+        self.files = [ArrayFolder(each) for each in folders]
+        self.taps: list[CachedTap] = []
         first = self.files[0]
         for file in self.files:
             if (file.widths, file.dtype) != (first.widths, first.dtype):
                 raise ValueError(
-                    f"All folders must hold the same outputs, but {first.folder} has {first.widths} in {first.dtype} and "
-                    f"{file.folder} has {file.widths} in {file.dtype}."
+                    f"All folders must hold the same outputs, but {first.folder} has {first.widths} in {first.dtype} "
+                    f"and {file.folder} has {file.widths} in {file.dtype}."
                 )
         if dataset is None:
             if len(self.files) > 1 or not first.manifest["as_written"]:
@@ -74,7 +75,8 @@ class CachedTeacher:
         self.views: int = self.described["views"]
         #: The folder that has each sample, whose row in there is in ``rows``.
         self.folder_of = np.zeros(len(self.rows), dtype=np.int8)
-        for number, file in enumerate(self.files[1:], start=1):
+        for number, file in enumerate(self.files[1:] if dataset else (), start=1):
+            assert dataset is not None
             left = np.flatnonzero(self.rows < 0)
             self.rows[left] = file.find(dataset.keys)[left]
             self.folder_of[left] = number
@@ -99,7 +101,13 @@ class CachedTeacher:
         for number, file in enumerate(self.files):
             places = self.places(np.arange(total), number)
             if not file.manifest["imported"]:
-                refuse(file.folder, disagreements(file, dataset, places, ours, teacher, collate_fn), strict)
+                refuse(
+                    file.folder,
+                    differences(ours, file.manifest)
+                    if dataset is None
+                    else disagreements(file, dataset, places, ours, teacher, collate_fn),
+                    strict,
+                )
             missing += int(file.missing(places[places >= 0]).sum())
         missing += self.views * int((self.rows < 0).sum())
         if missing:

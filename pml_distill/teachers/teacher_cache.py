@@ -262,7 +262,7 @@ class TeacherCache:
         parts = np.split(np.flatnonzero(todo), np.flatnonzero(np.diff(batches[todo])) + 1) if todo.any() else []
         loader: DataLoader = DataLoader(
             TeacherItems(self.dataset),
-            batch_sampler=[rows[part].tolist() for part in parts],  # type: ignore[arg-type]
+            batch_sampler=[rows[part].tolist() for part in parts],
             collate_fn=self.collate,
             # The global one is left as it is.
             generator=torch.Generator(),

@@ -19,7 +19,14 @@ from PIL import Image
 from torch import nn
 
 from pml_distill.datasets import CrossQuality, LabeledAndUnlabeled, SeededViews
-from pml_distill.teachers import CachedTeacher, EnsembleTeacher, FrozenTeacher, TeacherCache, array_folder, teacher_cache
+from pml_distill.teachers import (
+    CachedTeacher,
+    EnsembleTeacher,
+    FrozenTeacher,
+    TeacherCache,
+    array_folder,
+    teacher_cache,
+)
 from pml_distill.teachers.array_folder import ArrayFolder
 
 
@@ -395,7 +402,9 @@ def test_other_versions_are_noted_where_what_is_computed_again_agrees(tmp_path, 
     monkeypatch.setattr("pml_distill.teachers.fingerprint.version", lambda name: "0.1")
     teacher = make_teacher()
     teacher.log = tmp_path / "log"
-    with pytest.warns(UserWarning, match="other libraries, but what was computed again agrees: version of torch: .* 0.1"):
+    with pytest.warns(
+        UserWarning, match="other libraries, but what was computed again agrees: version of torch: .* 0.1"
+    ):
         CachedTeacher(tmp_path, make_dataset())
     with pytest.warns(UserWarning, match="other libraries"):
         TeacherCache(tmp_path, teacher, make_dataset()).write()
@@ -533,7 +542,10 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [(Scaled(mean=0.5), "teacher: "), (Scaled(scale=2.0), "embedding: what the teacher returns for samples that are stored")],
+    [
+        (Scaled(mean=0.5), "teacher: "),
+        (Scaled(scale=2.0), "embedding: what the teacher returns for samples that are stored"),
+    ],
 )
 def test_a_teacher_with_the_same_weights_that_returns_something_else_is_refused(tmp_path, other, message):
     dataset = SeededViews(Rows(VALUES, [0] * 400))
@@ -622,7 +634,9 @@ def test_a_flipped_bit_is_found_and_mended(tmp_path):
     flip_a_bit(tmp_path / "cache" / "embeddings.npy")
     cached = CachedTeacher(tmp_path / "cache", dataset)
     assert torch.isfinite(cached(torch.zeros(8), torch.arange(8))).all()
-    with pytest.raises(ValueError, match=r"Row 24 of .*embeddings.npy \(view 0, line 25.*not have their checksum.*write\(\)"):
+    with pytest.raises(
+        ValueError, match=r"Row 24 of .*embeddings.npy \(view 0, line 25.*not have their checksum.*write\(\)"
+    ):
         cached(torch.zeros(2), torch.tensor([8, 24]))
     teacher.log = tmp_path / "log"
     cache.write()
