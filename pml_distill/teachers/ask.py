@@ -32,7 +32,7 @@ def checked_rows(index: Any, data: Any, num_rows: int) -> np.ndarray:
     """
     if index is None:
         raise ValueError(
-            "CachedTeacher needs the index of each sample: a batch must be (data, labels, index), as SeededViews "
+            "The teacher needs the index of each sample: a batch must be (data, labels, index), as SeededViews "
             "yields it."
         )
     if not isinstance(index, torch.Tensor):

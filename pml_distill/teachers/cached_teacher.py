@@ -109,11 +109,13 @@ class CachedTeacher:
                     strict,
                 )
             missing += int(file.missing(places[places >= 0]).sum())
-        missing += self.views * int((self.rows < 0).sum())
+        absent = np.flatnonzero(self.rows < 0)
+        missing += self.views * len(absent)
         if missing:
+            such = f", not such as {dataset.keys.names[absent[0]]}" if dataset and len(absent) else ""
             raise ValueError(
                 f"The teacher cache in {self.files[0].folder} is incomplete: {total - missing} of {total} rows are "
-                "written. TeacherCache.write() goes on with the others."
+                f"written{such}. TeacherCache.write() goes on with the others."
             )
 
     def places(self, rows: np.ndarray, number: int) -> np.ndarray:

@@ -17,10 +17,12 @@ class FrozenTeacher(torch.nn.Module):
     its teacher is to be copied before: a later copy is frozen like the original.
 
     Args:
-        trunk: the network, images in, features or embeddings out.
+        trunk: the network, images in, features or embeddings out; or its name, such as ``"timm/NAME"``, for
+            ``network_by_name``. What its images must look like is then in ``preprocessing``.
         embedder: what turns the trunk's output into embeddings; None for nothing.
         dtype: the precision to run in, such as ``torch.bfloat16``: a converted copy is made then, and the given
             modules keep theirs. None for the modules' own. Autocast of the caller does not apply.
+        **named: for ``network_by_name``: ``weights`` of a file, or ``pretrained=False``.
 
     Shapes:
         data: what the trunk takes; a tensor is moved to its device and precision. Returns (B, Dt).
@@ -36,11 +38,17 @@ class FrozenTeacher(torch.nn.Module):
 
     def __init__(
         self,
-        trunk: torch.nn.Module,
+        trunk: torch.nn.Module | str,
         embedder: torch.nn.Module | None = None,
         dtype: torch.dtype | None = None,
+        **named: Any,
     ):
         super().__init__()
+        if isinstance(trunk, str):
+            from ..models.by_name import network_by_name
+
+            network = network_by_name(trunk, **named)
+            trunk, self.preprocessing = network.network, network.preprocessing
         embedder = torch.nn.Identity() if embedder is None else embedder
         for name, module in (("trunk", trunk), ("embedder", embedder)):
             if not isinstance(module, torch.nn.Module):
@@ -54,7 +62,7 @@ class FrozenTeacher(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the embeddings of ``data``; the samples' ``index`` in the dataset is not needed here."""
+        """Return the embeddings of ``data``; the samples' ``index`` is not needed here."""
         weight = next((parameter for parameter in self.parameters() if parameter.is_floating_point()), None)
         if weight is not None and isinstance(data, torch.Tensor):
             data = data.to(device=weight.device, dtype=weight.dtype if data.is_floating_point() else None)

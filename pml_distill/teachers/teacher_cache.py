@@ -143,8 +143,8 @@ class TeacherCache:
 
         Args:
             num_workers: processes that read the dataset, for each process that writes.
-            **loader: other settings of the ``DataLoader``, such as ``prefetch_factor``, ``pin_memory`` and
-                ``multiprocessing_context``.
+            **loader: other settings of the ``DataLoader``, such as ``collate_fn``, ``prefetch_factor``, ``pin_memory``
+                and ``multiprocessing_context``.
 
         Raises:
             ValueError: the folder belongs to another teacher or dataset, with what differs, or holds something else;
@@ -154,6 +154,8 @@ class TeacherCache:
             OSError: the disk is too small or full; what is written stays.
         """
         rank, processes = process_rank(), num_processes()
+        if "collate_fn" in loader:
+            self.collate = TeacherBatch(loader.pop("collate_fn"))
         settings = {"num_workers": num_workers, **loader}
         with ExitStack() as stack, eval_mode(self.teacher):
 
