@@ -131,7 +131,7 @@ def read_table(path: str) -> Any:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(the_one(path, name, list(file.keys())))
     if path.endswith(".parquet"):
-        from pyarrow import parquet, types
+        from pyarrow import parquet, types  # type: ignore[import-untyped]
 
         names = [field.name for field in parquet.read_schema(path) if types.is_nested(field.type)]
         column = parquet.read_table(path, columns=[the_one(path, name, names)]).column(0).combine_chunks()
