@@ -46,9 +46,10 @@ class WeightedLossTracker(LossTracker):
 
 def sub_losses(trainer: Any) -> dict[str, Any]:
     """Return the parts of losses that hold several, by the names of both."""
+    found = {key: getattr(without_wrapper(loss), "sub_losses", None) for key, loss in trainer.loss_funcs.items()}
     return {
         f"{key}_{name}": value
-        for key, loss in trainer.loss_funcs.items()
-        if trainer.wants(key)
-        for name, value in getattr(without_wrapper(loss), "sub_losses", {}).items()
+        for key, parts in found.items()
+        if isinstance(parts, dict) and trainer.wants(key)  # of hashing losses it is something else
+        for name, value in parts.items()
     }
