@@ -46,7 +46,9 @@ class SelfDistance(torch.autograd.Function):
         """Compute from the Gram product."""
         squares = embeddings.square().sum(dim=1)
         mat = torch.addmm(squares[:, None] + squares, embeddings, embeddings.t(), alpha=-2)
-        return mat.clamp_(min=0).sqrt_().fill_diagonal_(0)
+        mat = mat.clamp_(min=0).sqrt_()
+        mat.diagonal().zero_()  # fill_diagonal_ would make a graph of its own for each batch size
+        return mat
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -15,6 +15,7 @@ from .cosine_teacher_loss import CosineTeacherLoss
 from .dark_rank_loss import DarkRankLoss
 from .decoupled_differential_loss import DecoupledDifferentialLoss
 from .deep_cauchy_hashing_loss import DeepCauchyHashingLoss
+from .distillation_memory import DistillationMemory
 from .dpsh_loss import DPSHLoss
 from .greedy_hash_loss import GreedyHashLoss
 from .hash_centers import center_distances, hash_centers
@@ -38,6 +39,8 @@ from .similarity_distribution_loss import SimilarityDistributionLoss
 from .similarity_preserving_loss import SimilarityPreservingLoss
 from .similarity_regression_loss import SimilarityRegressionLoss
 from .teacher_queue import TeacherQueue
+from .token_loss import TokenLoss
+from .unambiguous_granularity_loss import UnambiguousGranularityLoss
 from .variational_information_loss import VariationalInformationLoss
 
 __all__ = [
@@ -57,6 +60,7 @@ __all__ = [
     "DarkRankLoss",
     "DecoupledDifferentialLoss",
     "DeepCauchyHashingLoss",
+    "DistillationMemory",
     "GreedyHashLoss",
     "HashNetLoss",
     "HintLoss",
@@ -78,6 +82,8 @@ __all__ = [
     "SimilarityPreservingLoss",
     "SimilarityRegressionLoss",
     "TeacherQueue",
+    "TokenLoss",
+    "UnambiguousGranularityLoss",
     "VariationalInformationLoss",
     "catalogue",
     "center_distances",

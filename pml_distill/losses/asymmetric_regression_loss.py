@@ -5,31 +5,26 @@ EPSILON = 1e-6
 
 
 class AsymmetricRegressionLoss(BaseDistillationLoss):
-    r"""Regression of the teacher's embedding and of its similarities, for a gallery indexed by the teacher (RAML).
+    r"""Regression of the embedding and of its similarities, for a gallery indexed by the teacher (RAML).
 
     .. math:: L^{abs}_i &= (1 - s_i^\top t_i)^2 \\
         L^{ts}_{ij} &= \lambda_1 (s_i^\top t_j - t_i^\top t_j)^2, \quad i \neq j \\
         L^{ss}_{ij} &= \lambda_2 (s_i^\top s_j - t_i^\top t_j)^2, \quad i \neq j
 
-    s and t are L2-normalised; the distance is not used. Three sub-losses, each reduced on its own and then added:
-    ``absolute``, ``teacher_student`` and ``student_student``. Student and teacher spaces end up aligned. With
-    ``indices_tuple`` only its pairs count in the last two.
+    s and t are L2-normalised; the distance is not used. The sub-losses ``absolute``, ``teacher_student`` and
+    ``student_student`` are reduced one by one and added.
 
-    Source: Suma and Tolias, "Large-to-small Image Resolution Asymmetry in Deep Metric Learning", WACV 2023. The
-    default is their scale; like their code, 1e-6 is added to each difference. Their lambda_1 / lambda_2:
-    0.7718 / 0.6684 (CUB), 0.6371 / 0.7731 (Cars), 0.7482 / 0.6778 (SOP), the defaults being the last.
+    Source: Suma and Tolias, "Large-to-small Image Resolution Asymmetry in Deep Metric Learning", WACV 2023, whose
+    scale this is. Their lambda_1 / lambda_2: 0.7718 / 0.6684 (CUB), 0.6371 / 0.7731 (Cars), 0.7482 / 0.6778 (SOP).
 
     Args:
-        teacher_weight: lambda_1, of the student-teacher similarities, not negative.
-        student_weight: lambda_2, of the student-student similarities, not negative.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        teacher_weight: lambda_1, not negative.
+        student_weight: lambda_2, not negative.
+        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes:
-        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``absolute``, one value per sample
-        (``element``); ``teacher_student`` and ``student_student``, one value per ordered pair (``pos_pair``).
-
-    Raises:
-        ValueError: a weight is negative; ``ref_emb`` is missing or differs in shape.
+        embeddings and ref_emb: (B, D). ``absolute``: one value per sample (``element``); the others: one per ordered
+        pair (``pos_pair``).
 
     Example:
         >>> import torch

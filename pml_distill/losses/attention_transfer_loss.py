@@ -5,27 +5,22 @@ from .base_feature_loss import BaseFeatureLoss, Maps
 
 
 class AttentionTransferLoss(BaseFeatureLoss):
-    r"""The squared difference between where the student's and where the teacher's feature maps are strong.
+    r"""The squared difference between where student and teacher maps are strong (attention transfer, AT).
 
     .. math::
         Q^l = \mathrm{vec} \sum_c (F^l_c)^2, \qquad
         L_i = \sum_l \frac{1}{H_l W_l} \left\| \frac{Q_s^l}{\|Q_s^l\|} - \frac{Q_t^l}{\|Q_t^l\|} \right\|^2
 
-    Channels may differ and nothing is learned. A map of zeros has no attention and gets no gradient.
+    Channels may differ and nothing is learned. A map of zeros gets no gradient.
 
-    Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2. The equation has the
-    norm of the difference; we follow the authors' code, which squares it and takes the mean over places and batch, so
-    that its scale is ours. A weight of 1000 is common.
-
-    Args:
-        **kwargs: ``reducer`` as in every PML loss.
+    Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2, squared and averaged as
+    in their code. A weight of 1000 is common.
 
     Shapes:
-        student_maps and teacher_maps: lists of (B, C, H, W). Reducer input: ``loss``, one value per sample
-        (``element``).
+        student_maps and teacher_maps: lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
 
     Raises:
-        ValueError: the maps do not go in pairs; a map has only one place, where attention is always 1.
+        ValueError: a map has only one place, where attention is always 1.
 
     Example:
         >>> import torch

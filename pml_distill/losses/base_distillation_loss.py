@@ -2,6 +2,7 @@ from typing import Any
 
 import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction
+from pytorch_metric_learning.reducers import ClassWeightedReducer, MeanReducer, MultipleReducers
 from torch.nn import functional as F
 
 from ..distances import EuclideanDistance
@@ -18,22 +19,16 @@ ABSENT = -1e30
 class BaseDistillationLoss(BaseMetricLossFunction):
     """Base of all distillation losses: ``loss(embeddings, labels, indices_tuple, ref_emb=teacher_embeddings)``.
 
-    ``ref_emb`` holds the teacher's embeddings of the same samples in the same order, row for row. Here, once:
+    ``ref_emb`` holds the teacher's embeddings of the same samples, row for row. It is detached and brought to the
+    student's device; the loss runs in float32 with autocast off (float64 stays float64). A zero row has no direction
+    and gets no gradient from a distance that normalises. An empty batch is a zero loss.
 
-    - ``ref_emb`` must be given and have as many rows as ``embeddings``;
-    - the teacher is detached and brought to the student's device;
-    - the maths runs in float32 with autocast off, whatever comes in (float64 stays float64);
-    - a zero row has no direction, so that a distance that normalises sends it a zero gradient (the bare
-      normalisation of PyTorch would multiply the gradient by 1e12).
-
-    Labels are optional: the losses do not read them, but ``ClassWeightedReducer`` does, and a trainer's batch with
-    unlabelled rows has none; multi-hot ones are left out. Subclasses implement ``compute_loss`` and return one value
-    per sample or per pair, so that every PML reducer but ``DivisorReducer`` applies; the default is the mean.
+    Labels are optional: only ``ClassWeightedReducer`` reads them, and multi-hot ones are left out. Subclasses implement
+    ``compute_loss`` and return one value per sample or pair, so that every PML reducer applies.
 
     Args:
-        distance: any PML distance; default ``EuclideanDistance()``, of L2-normalised embeddings.
-        reducer: any PML reducer; default ``MeanReducer()``.
-        embedding_regularizer: as in every PML loss, applied to the student's embeddings.
+        **kwargs: ``distance`` (default ``EuclideanDistance()``, of L2-normalised embeddings), ``reducer`` (default
+            ``MeanReducer()``) and ``embedding_regularizer`` (of the student's embeddings) as in every PML loss.
 
     Shapes:
         embeddings: (B, Ds), float16, bfloat16, float32 or float64. ref_emb: (B, Dt). labels: (B,) or None.
@@ -42,7 +37,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
 
     Raises:
         ValueError: ``ref_emb`` is missing, is not 2-D, or has another number of rows (or of columns, for losses
-            that compare the two spaces point by point).
+            that compare the two spaces point by point); a ``ClassWeightedReducer`` has no labels.
     """
 
     #: Whether student and teacher embeddings must have the same width.
@@ -56,7 +51,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     #: Whether ``indices_tuple`` makes a difference; a loss on single samples ignores it.
     takes_pairs = True
 
-    #: Whether a batch needs labels; only a loss that holds one of PML's does.
+    #: Whether a batch needs labels, for a ``ClassWeightedReducer`` or a loss of PML's inside.
     needs_labels = False
 
     #: Whether the formula holds for distances only and refuses similarities (``distance.is_inverted``).
@@ -69,6 +64,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
                 f"{type(self).__name__} needs a distance that grows with dissimilarity, such as LpDistance, but "
                 f"distance is the similarity {type(self.distance).__name__}."
             )
+        self.needs_labels = reads_labels(self.reducer)
 
     def forward(
         self,
@@ -83,7 +79,11 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         # PML refuses labels of two dimensions, and none of its reducers could use them.
         if labels is not None and labels.ndim > 1:
             labels = ref_labels = None
+        if self.needs_labels:
+            check_labels(f"the ClassWeightedReducer of {type(self).__name__}", labels)
         embeddings = in_float32(embeddings)
+        if len(embeddings) == 0:
+            return self.reducer(self.zero_losses(), embeddings, labels)
         # A copy, because no backward may keep what comes out of torch.inference_mode().
         teacher = teacher.detach().to(embeddings, copy=True)
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -128,8 +128,10 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         """Return the (B, B) matrix of ``self.distance``; its diagonal may be off zero by rounding."""
         return self.distance(self.directed(embeddings))
 
-    def pair_mask(self, indices_tuple: IndicesTuple, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the (B, B) boolean matrix of the (anchor, other) pairs in a pair or triplet tuple."""
+    def pair_mask(self, indices_tuple: IndicesTuple | torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the (B, B) boolean matrix of the (anchor, other) pairs in a tuple; such a matrix is returned as is."""
+        if isinstance(indices_tuple, torch.Tensor):
+            return indices_tuple
         size, device = len(embeddings), embeddings.device
         if len(indices_tuple) == 3:
             anchors, positives, negatives = indices_tuple
@@ -137,45 +139,66 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         mask = torch.zeros(size, size, dtype=torch.bool, device=device)
         for anchors, others in (indices_tuple[:2], indices_tuple[2:]):
             mask[anchors.to(device).long(), others.to(device).long()] = True
-        return mask.fill_diagonal_(False)
+        mask.diagonal().zero_()
+        return mask
 
     def pair_losses(
-        self,
-        losses: torch.Tensor,
-        indices_tuple: IndicesTuple | None,
-        embeddings: torch.Tensor,
-        name: str = "loss",
+        self, losses: torch.Tensor, indices_tuple: Any, embeddings: torch.Tensor, name: str = "loss"
     ) -> dict[str, dict[str, Any]]:
         """Return PML's loss dictionary for a (B, B) matrix of losses: all pairs i != j, or those of the tuple."""
-        if len(embeddings) < 2:
-            return {name: self.zero_loss()}
         size = len(embeddings)
-        if indices_tuple is None:
-            rows = torch.arange(size, device=embeddings.device)
-            anchors, others = off_diagonal(rows[:, None].expand(size, size)), off_diagonal(rows.expand(size, size))
-            losses = off_diagonal(losses)
-        else:
-            anchors, others = self.pair_mask(indices_tuple, embeddings).nonzero(as_tuple=True)
-            if len(anchors) == 0:
-                return {name: self.zero_loss()}
-            losses = losses[anchors, others]
-        return {name: {"losses": losses, "indices": (anchors, others), "reduction_type": "pos_pair"}}
+        if size < 2:
+            return {name: self.zero_loss()}
+        if indices_tuple is not None:
+            return {name: chosen_losses(self.reducer, name, losses, self.pair_mask(indices_tuple, embeddings))}
+        rows = torch.arange(size, device=embeddings.device)
+        pairs = off_diagonal(rows[:, None].expand(size, size)), off_diagonal(rows.expand(size, size))
+        return {name: entry(off_diagonal(losses), pairs, "pos_pair")}
 
     def query_losses(
-        self,
-        losses: torch.Tensor,
-        indices_tuple: IndicesTuple | None,
-        embeddings: torch.Tensor,
-        name: str = "loss",
+        self, losses: torch.Tensor, indices_tuple: Any, embeddings: torch.Tensor, name: str = "loss"
     ) -> dict[str, dict[str, Any]]:
         """Return PML's loss dictionary for one value per query: all rows, or the anchors of the tuple."""
-        queries = torch.arange(len(embeddings), device=embeddings.device)
         if indices_tuple is not None:
-            queries = self.pair_mask(indices_tuple, embeddings).any(dim=1).nonzero().flatten()
-            if len(queries) == 0:
-                return {name: self.zero_loss()}
-            losses = losses[queries]
-        return {name: {"losses": losses, "indices": queries, "reduction_type": "element"}}
+            anchors = self.pair_mask(indices_tuple, embeddings).any(dim=1)
+            return {name: chosen_losses(self.reducer, name, losses, anchors)}
+        return {name: entry(losses, torch.arange(len(losses), device=losses.device), "element")}
+
+
+def entry(losses: torch.Tensor, indices: Any, kind: str) -> dict[str, Any]:
+    """Return PML's loss dictionary of some values; ``DivisorReducer`` divides their sum by their number."""
+    return {"losses": losses, "indices": indices, "reduction_type": kind, "divisor": len(losses)}
+
+
+def chosen_losses(
+    reducer: torch.nn.Module, name: str, losses: torch.Tensor, chosen: torch.Tensor, *indices: torch.Tensor
+) -> dict[str, Any]:
+    """Return PML's loss dictionary of the values at the places of a boolean mask, (B, B) or of one dimension.
+
+    ``indices`` are those of the values, by default their places.
+    """
+    reducers = reducer.reducers if isinstance(reducer, MultipleReducers) else {}
+    if type(reducers[name] if name in reducers else reducer) is MeanReducer:
+        # How many there are is known to the device alone: no waiting for it, and one graph when compiled.
+        mean = losses.where(chosen, 0).sum() / chosen.sum().clamp(min=1)
+        return {"losses": mean, "indices": None, "reduction_type": "already_reduced"}
+    places = chosen.nonzero(as_tuple=True)
+    if len(places[0]) == 0:
+        return {"losses": 0, "indices": None, "reduction_type": "already_reduced"}
+    found = tuple(x[places] for x in indices) or places
+    return entry(losses[places], *((found, "pos_pair") if len(found) == 2 else (found[0], "element")))
+
+
+def reads_labels(reducer: torch.nn.Module) -> bool:
+    """Whether a reducer weights the losses by class."""
+    return any(isinstance(part, ClassWeightedReducer) for part in reducer.modules())
+
+
+def check_labels(name: str, labels: torch.Tensor | None) -> None:
+    """Raise ``ValueError`` if the classes are not there."""
+    if labels is None or labels.ndim != 1:
+        given = "are None or multi-hot" if labels is None else f"have shape {tuple(labels.shape)}"
+        raise ValueError(f"{name} needs a class for each row, but labels {given}. Pass labels of shape (batch,).")
 
 
 def check_not_negative(**numbers: float) -> None:

@@ -1,62 +1,70 @@
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.module_with_records_and_reducer import ModuleWithRecordsAndReducer
 from torch.nn import functional as F
 
-from ..utils.tensors import in_float32
+from ..utils.tensors import in_float32, spatial_map
+from .base_distillation_loss import check_labels, entry, reads_labels
 
 Maps = Sequence[torch.Tensor]
+Grid = tuple[int, int] | None
 
 
 class BaseFeatureLoss(ModuleWithRecordsAndReducer):
-    """Base of the losses on feature maps: ``loss(student_maps, teacher_maps)``, two lists that go pair by pair.
+    """Base of the losses on feature maps or tokens: ``loss(student_maps, teacher_maps)``, two lists, pair by pair.
 
-    ``FeatureTap`` takes the maps out of a network; the trainers do so for ``feature_distillation_loss``. Here, once:
+    ``FeatureTap`` takes them out of a network; the trainers do so for ``feature_distillation_loss``. The teacher's are
+    detached and brought to the student's device. Tokens (B, N, C) of a vision transformer become maps: the last ones
+    are the grid, those before (class token, registers) are left out. The larger map is average-pooled to the size of
+    the smaller one. The loss runs in float32 with autocast off (float64 stays float64).
 
-    - the maps are checked; the teacher's are detached and brought to the student's device;
-    - where heights or widths differ, the larger map is average-pooled to the size of the smaller one;
-    - the maths runs in float32 with autocast off, whatever comes in (float64 stays float64).
-
-    Subclasses implement ``compute_loss(student_maps, teacher_maps)`` and return one value per sample, the sum over
-    the pairs of maps, so that every PML reducer of single elements applies; the default is the mean.
-
-    The loss compares each sample with itself alone. With several processes each takes its own batch, without
-    ``DistributedLossWrapper``; a loss that has parameters goes into ``DistributedDataParallel`` like the student.
+    Subclasses implement ``compute_loss(student_maps, teacher_maps)`` and return one value per sample, the sum over the
+    pairs. With several processes each takes its own batch, without ``DistributedLossWrapper``; a loss that has
+    parameters goes into ``DistributedDataParallel`` like the student.
 
     Args:
+        student_grid: (height, width) of the student's tokens; by default the largest square. Give it for images that
+            are not square.
+        teacher_grid: the same of the teacher's tokens.
         **kwargs: ``reducer`` as in every PML loss; default ``MeanReducer()``.
 
     Shapes:
-        student_maps: tensors (B, C_s, H_s, W_s), float16, bfloat16, float32 or float64; teacher_maps: as many
-        tensors (B, C_t, H_t, W_t). labels: (B,) or None, read by reducers only.
+        student_maps: tensors (B, C_s, H_s, W_s) or (B, N_s, C_s), float16, bfloat16, float32 or float64; teacher_maps:
+        as many tensors, likewise. labels: (B,) or None, read by reducers only.
 
     Raises:
-        ValueError: the lists are empty or of different lengths; a map is not 4-D or has another number of samples.
+        ValueError: the lists are empty or of different lengths; a map is neither 4-D nor 3-D, or has another number of
+            samples; a grid has more places than there are tokens; a ``ClassWeightedReducer`` has no labels.
     """
+
+    def __init__(self, student_grid: Grid = None, teacher_grid: Grid = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.student_grid, self.teacher_grid = student_grid, teacher_grid
 
     def forward(self, student_maps: Maps, teacher_maps: Maps, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the reduced loss, a float32 (or float64) scalar under the default reducer."""
         self.reset_stats()
         check_maps(type(self).__name__, student_maps, teacher_maps)
-        device = student_maps[0].device
-        with torch.autocast(device.type, enabled=False):
+        if reads_labels(self.reducer):
+            check_labels(f"the ClassWeightedReducer of {type(self).__name__}", labels)
+        labels = None if labels is None else c_f.to_device(labels, student_maps[0])
+        if len(student_maps[0]) == 0:
+            return torch.stack([(0 * in_float32(x)).sum() for x in (*student_maps, *self.parameters())]).sum()
+        with torch.autocast(student_maps[0].device.type, enabled=False):
+            students = [spatial_map(in_float32(s), self.student_grid) for s in student_maps]
             # A copy, because no backward may keep what comes out of torch.inference_mode().
-            pairs = [
-                equal_sizes(in_float32(s), in_float32(t.detach().to(s.device, copy=True)))
-                for s, t in zip(student_maps, teacher_maps)
-            ]
-            losses = self.compute_loss(*zip(*pairs))
-            loss_dict = {
-                "loss": {
-                    "losses": losses,
-                    "indices": torch.arange(len(losses), device=device),
-                    "reduction_type": "element",
-                }
-            }
-            labels = None if labels is None else c_f.to_device(labels, losses)
-            return self.reducer(loss_dict, pairs[0][0].flatten(1), labels)
+            copies = (in_float32(t.detach().to(s.device, copy=True)) for s, t in zip(students, teacher_maps))
+            losses = self.losses_of(students, [spatial_map(t, self.teacher_grid) for t in copies], labels)
+            return self.reducer(losses, students[0].flatten(1), labels)
+
+    def losses_of(self, student_maps: Maps, teacher_maps: Maps, labels: torch.Tensor | None) -> dict[str, Any]:
+        """Return PML's loss dictionary."""
+        pairs = [equal_sizes(*pair) for pair in zip(student_maps, teacher_maps)]
+        losses = self.compute_loss(*zip(*pairs))
+        return {"loss": entry(losses, torch.arange(len(losses), device=losses.device), "element")}
 
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
         """Return one value per sample, (B,); the maps of a pair have equal heights and widths."""
@@ -64,7 +72,7 @@ class BaseFeatureLoss(ModuleWithRecordsAndReducer):
 
 
 def check_maps(name: str, student_maps: Maps, teacher_maps: Maps) -> None:
-    """Raise ``ValueError`` unless both are lists of as many (B, C, H, W) tensors for the same samples."""
+    """Raise ``ValueError`` unless both are lists of as many maps or tokens for the same samples."""
     for side, maps in (("student_maps", student_maps), ("teacher_maps", teacher_maps)):
         if isinstance(maps, torch.Tensor) or not maps:
             given = f"a tensor of shape {tuple(maps.shape)}" if isinstance(maps, torch.Tensor) else repr(maps)
@@ -73,8 +81,11 @@ def check_maps(name: str, student_maps: Maps, teacher_maps: Maps) -> None:
     if len(student_maps) != len(teacher_maps):
         raise ValueError(f"{name} compares the maps pair by pair, but {shapes}: their numbers differ.")
     maps = (*student_maps, *teacher_maps)
-    if any(m.ndim != 4 for m in maps):
-        raise ValueError(f"{name} expects feature maps of shape (batch, channels, height, width), but {shapes}.")
+    if any(m.ndim not in (3, 4) for m in maps):
+        raise ValueError(
+            f"{name} expects feature maps of shape (batch, channels, height, width) or tokens of shape (batch, tokens, "
+            f"channels), but {shapes}."
+        )
     if any(len(m) != len(maps[0]) for m in maps):
         raise ValueError(f"{name} compares the same samples on both sides, but {shapes}: the numbers of rows differ.")
 

@@ -12,22 +12,21 @@ class BaseGalleryLoss(BaseDistillationLoss):
     """Base of the losses that compare a student's query with a gallery of teacher embeddings.
 
     The gallery is the teacher's batch, the query's own row included, or, with ``queue_size``, a ``TeacherQueue``:
-    the teacher's embeddings of earlier batches, and with ``include_batch`` of this one too. Student and teacher
-    spaces end up aligned. ``indices_tuple``, which speaks of pairs in the batch, is ignored. While the queue is
-    empty the loss is zero.
+    the teacher's embeddings of earlier batches, and with ``include_batch`` of this one too. While the queue is empty
+    the loss is zero. Student and teacher spaces end up aligned.
 
     Args:
         queue_size: how many embeddings the queue holds; None for the batch as the gallery.
         width: width of the teacher's embeddings; needed for a queue only.
         include_batch: whether the batch enters the queue before the gallery is read.
-        **kwargs: ``distance``, ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseDistillationLoss``; ``distance`` is ``CosineSimilarity()`` by default.
 
     Shapes:
-        embeddings and ref_emb: (B, D), of equal widths.
+        embeddings and ref_emb: (B, D).
 
     Raises:
         ValueError: only one of ``queue_size`` and ``width`` is given, or one is below 1; ``include_batch``
-            without a queue; ``ref_emb`` is missing, differs in shape, or has not the queue's width.
+            without a queue; ``ref_emb`` has not the queue's width.
     """
 
     equal_widths = True
@@ -75,6 +74,7 @@ class BaseGalleryLoss(BaseDistillationLoss):
             Two tensors (B, k), k being at most the gallery's size, and which of the k places are filled, (k,).
         """
         student, teacher, filled = self.closeness(embeddings, ref_emb)
-        _, places = teacher.masked_fill(~filled, -torch.inf).topk(min(topk, len(filled)), dim=1)
-        filled = torch.arange(places.shape[1], device=filled.device) < filled.sum()
+        count = torch.sym_min(topk, len(filled))  # without a graph of its own for galleries smaller than topk
+        _, places = teacher.masked_fill(~filled, -torch.inf).topk(count, dim=1)
+        filled = torch.arange(count, device=filled.device) < filled.sum()
         return student.gather(1, places), teacher.gather(1, places), filled

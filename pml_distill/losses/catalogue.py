@@ -1,5 +1,8 @@
 from dataclasses import dataclass
 
+EQUAL, MAPS, CLASSES = "equal widths", "feature maps", "labels"
+DISTANCE, PAIRS, BOTH = ("distance",), ("pairs",), ("distance", "pairs")
+
 
 @dataclass(frozen=True)
 class CatalogueEntry:
@@ -10,9 +13,9 @@ class CatalogueEntry:
         family: ``"pointwise"`` (a sample against itself), ``"pairwise"`` (distances or similarities of pairs),
             ``"relational"`` (angles, rows of similarities), ``"listwise"`` (rankings), ``"gallery"`` (a query of
             the student against the teacher's batch or queue), ``"logits"`` or ``"feature maps"`` (outputs of inner
-            layers, lists of (B, C, H, W), in place of embeddings).
+            layers, lists of (B, C, H, W) or (B, N, C), in place of embeddings).
         needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``,
-            ``"feature maps"``. No loss needs labels.
+            ``"feature maps"``, ``"labels"``.
         takes: which of PML's optional arguments make a difference: ``"distance"``, and ``"pairs"``, a miner's
             ``indices_tuple``. The others are accepted and ignored.
         aligned: whether a student that reaches zero stands in the teacher's own space, as asymmetric retrieval
@@ -31,64 +34,38 @@ class CatalogueEntry:
 
 
 CATALOGUE = (
-    CatalogueEntry("AbsoluteTeacherLoss", "pointwise", ("equal widths",), ("distance",), True, "B D", "Yu et al. 2019"),
-    CatalogueEntry("CosineTeacherLoss", "pointwise", ("equal widths",), (), True, "B D", "Budnik & Avrithis 2021"),
-    CatalogueEntry("RegressionTeacherLoss", "pointwise", ("equal widths",), (), True, "B D", "Budnik & Avrithis 2021"),
+    CatalogueEntry("AbsoluteTeacherLoss", "pointwise", (EQUAL,), DISTANCE, True, "B D", "Yu et al. 2019"),
+    CatalogueEntry("CosineTeacherLoss", "pointwise", (EQUAL,), (), True, "B D", "Budnik & Avrithis 2021"),
+    CatalogueEntry("RegressionTeacherLoss", "pointwise", (EQUAL,), (), True, "B D", "Budnik & Avrithis 2021"),
     # Equal logits leave the embeddings free.
+    CatalogueEntry("LogitDistillationLoss", "logits", (EQUAL, "logits"), (), False, "B D", "Hinton et al. 2015"),
+    CatalogueEntry("AsymmetricRegressionLoss", "pairwise", (EQUAL,), PAIRS, True, "B² D", "Suma & Tolias 2023"),
+    CatalogueEntry("RelativeTeacherLoss", "pairwise", (), BOTH, False, "B² D", "Yu et al. 2019"),
+    CatalogueEntry("SimilarityRegressionLoss", "pairwise", (), BOTH, False, "B² D", "Chen et al. 2018"),
+    CatalogueEntry("RKDDistanceLoss", "pairwise", (), BOTH, False, "B² D", "Park et al. 2019"),
+    CatalogueEntry("CorrelationCongruenceLoss", "pairwise", (), PAIRS, False, "B² D", "Peng et al. 2019"),
+    CatalogueEntry("RelaxedContrastiveLoss", "pairwise", (), BOTH, False, "B² D", "Kim et al. 2021"),
+    CatalogueEntry("RKDAngleLoss", "relational", (), PAIRS, False, "B³ + B² D", "Park et al. 2019"),
+    CatalogueEntry("RKDLoss", "relational", (), BOTH, False, "B³ + B² D", "Park et al. 2019"),
+    CatalogueEntry("SimilarityPreservingLoss", "relational", (), PAIRS, False, "B² D", "Tung & Mori 2019"),
+    CatalogueEntry("ProbabilisticTransferLoss", "relational", (), PAIRS, False, "B² D", "Passalis & Tefas 2018"),
+    CatalogueEntry("DarkRankLoss", "listwise", (), BOTH, False, "B² D + B 2^list_length", "Chen et al. 2018"),
+    CatalogueEntry("MutualDistanceLoss", "gallery", (EQUAL,), DISTANCE, True, "B G D", "Xie et al. 2023"),
+    CatalogueEntry("RankPreservationLoss", "gallery", (EQUAL,), DISTANCE, True, "B G D + B topk²", "Wu et al. 2023"),
     CatalogueEntry(
-        "LogitDistillationLoss", "logits", ("equal widths", "logits"), (), False, "B D", "Hinton et al. 2015"
+        "DecoupledDifferentialLoss", "gallery", (EQUAL,), DISTANCE, True, "B G D + B topk²", "Xie et al. 2024"
     ),
-    CatalogueEntry(
-        "AsymmetricRegressionLoss", "pairwise", ("equal widths",), ("pairs",), True, "B² D", "Suma & Tolias 2023"
-    ),
-    CatalogueEntry("RelativeTeacherLoss", "pairwise", (), ("distance", "pairs"), False, "B² D", "Yu et al. 2019"),
-    CatalogueEntry(
-        "SimilarityRegressionLoss", "pairwise", (), ("distance", "pairs"), False, "B² D", "Chen et al. 2018"
-    ),
-    CatalogueEntry("RKDDistanceLoss", "pairwise", (), ("distance", "pairs"), False, "B² D", "Park et al. 2019"),
-    CatalogueEntry("CorrelationCongruenceLoss", "pairwise", (), ("pairs",), False, "B² D", "Peng et al. 2019"),
-    CatalogueEntry("RelaxedContrastiveLoss", "pairwise", (), ("distance", "pairs"), False, "B² D", "Kim et al. 2021"),
-    CatalogueEntry("RKDAngleLoss", "relational", (), ("pairs",), False, "B³ + B² D", "Park et al. 2019"),
-    CatalogueEntry("RKDLoss", "relational", (), ("distance", "pairs"), False, "B³ + B² D", "Park et al. 2019"),
-    CatalogueEntry("SimilarityPreservingLoss", "relational", (), ("pairs",), False, "B² D", "Tung & Mori 2019"),
-    CatalogueEntry("ProbabilisticTransferLoss", "relational", (), ("pairs",), False, "B² D", "Passalis & Tefas 2018"),
-    CatalogueEntry(
-        "DarkRankLoss", "listwise", (), ("distance", "pairs"), False, "B² D + B 2^list_length", "Chen et al. 2018"
-    ),
-    CatalogueEntry("MutualDistanceLoss", "gallery", ("equal widths",), ("distance",), True, "B G D", "Xie et al. 2023"),
-    CatalogueEntry(
-        "RankPreservationLoss", "gallery", ("equal widths",), ("distance",), True, "B G D + B topk²", "Wu et al. 2023"
-    ),
-    CatalogueEntry(
-        "DecoupledDifferentialLoss",
-        "gallery",
-        ("equal widths",),
-        ("distance",),
-        True,
-        "B G D + B topk²",
-        "Xie et al. 2024",
-    ),
-    CatalogueEntry(
-        "CollaborativeRankLoss", "gallery", ("equal widths",), ("distance",), True, "B G D + B topk²", "Xie et al. 2023"
-    ),
+    CatalogueEntry("CollaborativeRankLoss", "gallery", (EQUAL,), DISTANCE, True, "B G D + B topk²", "Xie et al. 2023"),
     # With a second queue, for the student, neither equal widths are needed nor are the spaces aligned.
     CatalogueEntry(
-        "SimilarityDistributionLoss",
-        "gallery",
-        ("equal widths", "queue"),
-        (),
-        True,
-        "B G D",
-        "Koohpayegani et al. 2020",
+        "SimilarityDistributionLoss", "gallery", (EQUAL, "queue"), (), True, "B G D", "Koohpayegani et al. 2020"
     ),
-    CatalogueEntry("HintLoss", "feature maps", ("feature maps",), (), False, "B C² H W", "Romero et al. 2015"),
-    CatalogueEntry(
-        "AttentionTransferLoss", "feature maps", ("feature maps",), (), False, "B C H W", "Zagoruyko & Komodakis 2017"
-    ),
-    CatalogueEntry("PooledFeatureLoss", "feature maps", ("feature maps",), (), False, "B C H W", "Xie et al. 2023"),
-    CatalogueEntry(
-        "VariationalInformationLoss", "feature maps", ("feature maps",), (), False, "B C² H W", "Ahn et al. 2019"
-    ),
+    CatalogueEntry("HintLoss", MAPS, (MAPS,), (), False, "B C² H W", "Romero et al. 2015"),
+    CatalogueEntry("AttentionTransferLoss", MAPS, (MAPS,), (), False, "B C H W", "Zagoruyko & Komodakis 2017"),
+    CatalogueEntry("PooledFeatureLoss", MAPS, (MAPS,), (), False, "B C H W", "Xie et al. 2023"),
+    CatalogueEntry("VariationalInformationLoss", MAPS, (MAPS,), (), False, "B C² H W", "Ahn et al. 2019"),
+    CatalogueEntry("TokenLoss", MAPS, (MAPS,), (), False, "B C² H W", "Ranzinger et al. 2024"),
+    CatalogueEntry("UnambiguousGranularityLoss", MAPS, (MAPS, CLASSES), (), False, "B C² H W", "Zhang et al. 2025"),
 )
 
 
@@ -96,8 +73,6 @@ def catalogue() -> list[CatalogueEntry]:
     """Return an entry for every loss of this package that compares embeddings or feature maps, pointwise ones first.
 
     Example:
-        >>> [entry.name for entry in catalogue() if entry.aligned and "equal widths" not in entry.needs]
-        []
         >>> [entry.name for entry in catalogue() if entry.family == "listwise"]
         ['DarkRankLoss']
     """

@@ -11,7 +11,7 @@ class ChannelRegressors(torch.nn.ModuleDict):
         teacher_channels: channels of each of the teacher's maps.
 
     Raises:
-        ValueError: the lists are empty or of different lengths.
+        ValueError: the lists are empty or of different lengths, or the maps have other channels.
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int]):
@@ -27,11 +27,7 @@ class ChannelRegressors(torch.nn.ModuleDict):
         self.channels = list(student_channels), list(teacher_channels)
 
     def forward(self, student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return what the student's maps predict of the teacher's.
-
-        Raises:
-            ValueError: the maps have other channels than the regressors.
-        """
+        """Return what the student's maps predict of the teacher's."""
         given = [m.shape[1] for m in student_maps], [m.shape[1] for m in teacher_maps]
         if given != self.channels:
             raise ValueError(

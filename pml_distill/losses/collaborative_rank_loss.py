@@ -5,36 +5,25 @@ from .base_gallery_loss import BaseGalleryLoss
 
 
 class CollaborativeRankLoss(BaseGalleryLoss):
-    r"""Similarity to the nearest gallery row, and smooth ranks of the next ones, after the teacher's (ACRD).
-
-    With t the teacher's similarities of a query to its k nearest gallery rows, nearest first, and s the student's
-    to the same rows:
+    r"""Similarity to the teacher's nearest gallery row, and smooth ranks of the next ones (ACRD).
 
     .. math:: L = \alpha \, |s_1 - t_1| + \frac{\beta}{k - 1} \|r(t_{2..k}) - r(s_{2..k})\|_2, \quad
         r_j(x) = \sum_i \max(0, x_i - x_j)
 
-    r is 0 for the nearest and grows the more, and the nearer, rows are before it. Under a distance, which grows
-    with dissimilarity, x is its negative. Two sub-losses, each reduced on its own and then added: ``nearest`` and
-    ``ranks``. The authors' gallery holds the teacher's embeddings of all training data: let ``queue_size`` be
-    large; see ``BaseGalleryLoss``.
+    t are the teacher's similarities of a query to its k nearest gallery rows, nearest first, s the student's to the
+    same rows; of a distance the negative. The sub-losses ``nearest`` and ``ranks`` are reduced one by one and added.
 
-    Source: code SCY-X/Capacity_Dynamic_Distillation (``ACRD``), there on pooled feature maps: pass these as the
-    embeddings for its figures. Its released settings leave the loss out, so that k, alpha and beta are not known;
-    the defaults are plain choices.
+    Source: the code of Xie et al., "Capacity Dynamic Distillation", CVPR 2023 (``ACRD``), there on pooled feature maps
+    with all training data as the gallery: make ``queue_size`` large. Its settings are not published.
 
     Args:
         topk: k, how many of the teacher's nearest count, at least 2.
         alpha: weight of the nearest one, not negative.
         beta: weight of the ranks, not negative.
-        **kwargs: ``queue_size``, ``width``, ``include_batch`` of ``BaseGalleryLoss``; ``distance`` (default
-            ``CosineSimilarity()``), ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseGalleryLoss``.
 
     Shapes:
-        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``nearest`` and ``ranks``, one value per
-        query each (``element``).
-
-    Raises:
-        ValueError: ``topk`` is below 2, a weight is negative; what ``BaseGalleryLoss`` refuses.
+        embeddings and ref_emb: (B, D). Two times one value per query (``element``).
 
     Example:
         >>> import torch

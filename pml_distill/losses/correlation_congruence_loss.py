@@ -6,30 +6,23 @@ from .base_distillation_loss import BaseDistillationLoss, check_positive, unit_r
 
 
 class CorrelationCongruenceLoss(BaseDistillationLoss):
-    r"""The correlation of samples under a Gaussian kernel, taught to the student (CCKD).
+    r"""The correlation of samples under a Gaussian kernel (correlation congruence, CC or CCKD).
 
     .. math:: L_{ij} = (K^s_{ij} - K^t_{ij})^2, \quad
         K_{ij} = \sum_{p=0}^{P} e^{-2\gamma} \frac{(2\gamma)^p}{p!} \cos(f_i, f_j)^p, \quad i \neq j
 
-    K is the Taylor series, up to order P, of exp(-gamma \|f_i - f_j\|^2) for L2-normalised embeddings. The distance
-    is not used; the two widths may differ; the spaces do not end up aligned. With ``indices_tuple`` only its pairs
-    count.
+    K is the Taylor series of exp(-gamma \|f_i - f_j\|^2) for L2-normalised embeddings. The distance is not used.
 
-    Source: Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019. Multiply by
-    (B - 1) / B for the mean over all B^2 entries, whose diagonal is zero where no row is. Some repositories ship
-    another figure under this name, the mean over the batch of sum_c \|f_s - f_t\|_ic \|f_s - f_t\|_(i+1)c: it depends
-    on the order of the batch, is not the paper's, and is left out here.
+    Source: Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019. Multiply by (B - 1) / B for
+    their mean over all B^2 entries.
 
     Args:
         gamma: width of the kernel, positive.
         order: P, the order of the series, at least 1.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per ordered pair (``pos_pair``).
-
-    Raises:
-        ValueError: ``gamma`` is not positive or ``order`` is below 1; ``ref_emb`` is missing or differs in rows.
+        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``).
 
     Example:
         >>> import torch

@@ -12,44 +12,29 @@ LONGEST_SOFT_LIST = 14
 
 
 class DarkRankLoss(BaseDistillationLoss):
-    r"""The teacher's ranking of the batch, seen from each sample as the query, taught to the student.
+    r"""The teacher's ranking of the batch, seen from each sample as the query (DarkRank; ListNet and ListMLE).
 
-    Scores S = -alpha * d^beta (for an inverted distance alpha * sign(d) * abs(d)^beta) define a Plackett-Luce
-    model of rankings: from the candidates that remain, the next is c with probability exp S_c / sum exp S. For
-    each query, the list c_1 ... c_L are the ``list_length`` candidates nearest in the teacher's space (ties in no
-    fixed order).
+    Scores S = -alpha * d^beta (for a similarity alpha * sign(d) * abs(d)^beta) define a Plackett-Luce model of
+    rankings: from the candidates that remain, the next is c with probability exp S_c / sum exp S. The list c_1 ... c_L
+    of a query are the ``list_length`` candidates nearest in the teacher's space.
 
     Hard (ListMLE), minus the log-likelihood of the teacher's order under the student:
 
     .. math:: L_q = \sum_{k=1}^{L} \Big( \log \sum_{j \in \{c_k, ..., c_L\} \cup rest} e^{S_j} - S_{c_k} \Big)
 
-    Soft (ListNet), the cross entropy between the teacher's and the student's distribution over all L! orders of
-    the list. A candidate is picked exactly once in every order, so that it needs only the 2^L subsets R of the
-    list, where P_t(R) is the teacher's probability that just R remains at some point:
+    Soft (ListNet), the cross entropy between the teacher's and the student's distribution over all L! orders, from the
+    2^L subsets R of the list and the teacher's probability P_t(R) that just R remains at some point:
 
     .. math:: L_q = \sum_{R \neq \emptyset} P_t(R) \log \sum_{j \in R \cup rest} e^{S_j} - \sum_{k=1}^{L} S_{c_k}
 
-    ``rest`` are the candidates outside the list with ``tail=True`` and nothing with ``tail=False``. With the tail
-    (a top-L Plackett-Luce model) a student that puts a stranger before the list is penalised; without it the
-    loss orders the list and nothing else, and can lower the accuracy it should raise.
+    ``rest`` are the candidates outside of the list with ``tail=True`` and nothing with ``tail=False``. Only with the
+    tail a student that puts a stranger before the list is penalised. A perfect student has a loss above zero (the
+    teacher's entropy), and with the tail or the hard loss a gradient too. A miner's pairs restrict the candidates of a
+    query; then, or for a list as long as the batch, the soft loss has no second derivatives.
 
-    Over the list alone the soft loss is the KL divergence of the paper's Eq. 5 plus the teacher's entropy, a constant:
-    same gradient, but not zero for a perfect student. With the tail, and the hard loss always, a perfect student has a
-    gradient too: more decided similarities than the teacher's, list before rest and order within, are likelier.
-    Labels are not used. With ``indices_tuple`` the candidates of a query are those that it is paired with; queries
-    without any are left out, and the soft loss has no second derivatives.
-
-    Source: Chen et al., "DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer",
-    AAAI 2018, Eqs. 1-5. Settings in use:
-
-    - the paper: alpha = 3, beta = 3, weight 2, a single query per batch of 8 and the whole batch as its list;
-    - the authors' repository: score -(scale * d^2)^power with power 2 and scale 3.5, so alpha = 12.25 and
-      beta = 4; soft with list_length 4 and no tail, hard with the whole list; the mean over the first half of
-      the batch as queries, effective weight 2. Its hand-written backward leaves out the query's own gradient,
-      its forward underflows for far candidates; here every sample is a query, the query's gradient counts and
-      nothing underflows;
-    - the repository of Relational Knowledge Distillation: hard, alpha = 3, beta = 3, list_length 4, no tail, mean
-      over all queries, weight 1.
+    Source: Chen et al., "DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer", AAAI
+    2018, Eqs. 1-5, with alpha = beta = 3 and weight 2. Their code has alpha = 12.25 and beta = 4, soft with
+    ``list_length=4, tail=False``; the repository of RKD ``transfer="hard", list_length=4, tail=False``.
 
     Args:
         transfer: ``"soft"`` or ``"hard"``.
@@ -58,14 +43,13 @@ class DarkRankLoss(BaseDistillationLoss):
         list_length: L, how many of the teacher's nearest neighbours are ranked (cut to B - 1); None for all.
             The soft loss costs 2^L terms per query and takes up to 14.
         tail: whether the rest of the batch competes in every denominator.
-        **kwargs: ``distance``, ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per query (``element``).
+        embeddings: (B, Ds), ref_emb: (B, Dt). One value per query (``element``).
 
     Raises:
-        ValueError: ``transfer`` is neither of the two, ``alpha`` or ``beta`` is not positive, ``list_length`` is
-            below 1 or too long for the soft loss; ``ref_emb`` is missing or differs in rows.
+        ValueError: an argument is none of these, or the list is too long for the soft loss.
 
     Example:
         >>> import torch
@@ -100,37 +84,37 @@ class DarkRankLoss(BaseDistillationLoss):
         size = len(embeddings)
         if size < 2:
             return self.zero_losses()
-        student_scores = self.scores(embeddings)
-        with torch.no_grad():
-            teacher_scores = self.scores(ref_emb)
-            queries = torch.arange(size, device=embeddings.device)
-            outside = torch.eye(size, dtype=torch.bool, device=embeddings.device)
-            if indices_tuple is not None:
-                outside = ~self.pair_mask(indices_tuple, embeddings)
-                queries = (~outside).any(dim=1).nonzero().flatten()
-                if len(queries) == 0:
-                    return self.zero_losses()
-                teacher_scores, outside = teacher_scores[queries], outside[queries]
-            length = min(self.list_length or size, size - 1)
-            ranked = teacher_scores.masked_fill(outside, -torch.inf).topk(length, dim=1).indices
-            missing = None if indices_tuple is None else outside.gather(1, ranked)
-            teacher_list = mask_missing(teacher_scores.gather(1, ranked), missing)
+        outside = torch.eye(size, dtype=torch.bool, device=embeddings.device)
         if indices_tuple is not None:
-            student_scores = student_scores[queries]
-        student_list = mask_missing(student_scores.gather(1, ranked), missing)
+            indices_tuple = self.pair_mask(indices_tuple, embeddings)
+            outside = ~indices_tuple
+        student = less_the_best(self.scores(embeddings), outside)
+        with torch.no_grad():
+            teacher = less_the_best(self.scores(ref_emb), outside)
+            # A list of fixed length, whose last places may be empty, is one graph for all batch sizes.
+            whole = self.list_length is None or self.list_length > size
+            length = size - 1 if self.list_length is None or whole else self.list_length
+            ranked = teacher.masked_fill(outside, -torch.inf).topk(length, dim=1).indices
+            missing = None if whole and indices_tuple is None else outside.gather(1, ranked)
+        student_list = mask_missing(student.gather(1, ranked), missing)
+        teacher_list = mask_missing(teacher.gather(1, ranked), missing)
         rest = None
-        if self.tail and length < size - 1:
-            rest = student_scores.masked_fill(outside.scatter(1, ranked, True), ABSENT).logsumexp(dim=1)
-        losses = (
-            hard_losses(student_list, rest, missing)
-            if self.transfer == "hard"
-            else soft_losses(student_list, teacher_list, rest, missing)
-        )
-        return {"loss": {"losses": losses, "indices": queries, "reduction_type": "element"}}
+        if self.tail and not whole:
+            rest = student.masked_fill(outside.scatter(1, ranked, True), ABSENT).logsumexp(dim=1)
+        if self.transfer == "hard":
+            losses = hard_losses(student_list, rest, missing)
+        else:
+            losses = soft_losses(student_list, teacher_list, rest, missing)
+        return self.query_losses(losses, indices_tuple, embeddings)
 
     def scores(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the (B, B) matrix of similarity scores; query along the rows."""
         return similarity_score(self.distance_matrix(embeddings), self.distance, self.alpha, self.beta)
+
+
+def less_the_best(scores: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+    """Subtract the best of each query's candidates: it drops out of the loss, but would cost the digits."""
+    return scores - scores.detach().masked_fill(outside, ABSENT).amax(dim=1, keepdim=True)
 
 
 def check_soft_list_length(length: int) -> None:
@@ -157,7 +141,8 @@ def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch
         counted = torch.cat([torch.zeros_like(counted[:, :1]), counted], dim=1)
     if missing is not None:
         student = student.masked_fill(missing, 0)
-    return own_gradient(SummedLogCumSumExp, chain, counted) - student.sum(dim=1)
+    value = own_gradient(SummedLogCumSumExp, chain, counted) - student.sum(dim=1, dtype=torch.float64)
+    return value.to(student.dtype)
 
 
 class SummedLogCumSumExp(torch.autograd.Function):
@@ -172,7 +157,7 @@ class SummedLogCumSumExp(torch.autograd.Function):
         """Add up the scan."""
         largest, _, total = running_sums(chain)
         scan = largest + total.log()
-        return (scan if counted is None else scan.masked_fill(~counted, 0)).sum(dim=1)
+        return (scan if counted is None else scan.masked_fill(~counted, 0)).sum(dim=1, dtype=torch.float64)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -186,7 +171,7 @@ class SummedLogCumSumExp(torch.autograd.Function):
         largest, kept, total = running_sums(chain)
         shares = total.reciprocal() if counted is None else counted / total
         later = recurrence(shares.flip(1), kept.flip(1)).flip(1)
-        return grad[:, None] * (chain - largest).exp() * later, None
+        return grad[:, None].to(chain.dtype) * (chain - largest).exp() * later, None
 
 
 def running_sums(chain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -228,7 +213,8 @@ def soft_losses(
     denominators = subset_logsumexp(student, rest)
     if missing is not None:
         student = student.masked_fill(missing.t(), 0)
-    return (remains[1:] * denominators[1:]).sum(dim=0) - student.sum(dim=0)
+    value = (remains[1:] * denominators[1:]).sum(dim=0, dtype=torch.float64) - student.sum(dim=0, dtype=torch.float64)
+    return value.to(student.dtype)
 
 
 def subset_logsumexp(scores: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:

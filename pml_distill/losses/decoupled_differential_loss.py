@@ -5,40 +5,31 @@ from .base_gallery_loss import BaseGalleryLoss
 
 
 class DecoupledDifferentialLoss(BaseGalleryLoss):
-    r"""Differences of similarities within the teacher's neighbourhood, wrong signs apart from right ones (D3still).
-
-    With :math:`t_1 \ge \dots \ge t_k` the teacher's similarities of a query to its k nearest gallery rows and
-    :math:`s_j` the student's to the same rows:
+    r"""Differences of similarities among the teacher's neighbours, wrong signs apart from right ones (D3still).
 
     .. math:: L = \frac{\alpha}{B} \|t_1 - s_1\|_2 + \frac{1}{k - 1} \Big( \beta \, \|E^{hard}\|_F +
         \gamma \, \|E^{simple}\|_F \Big), \quad
         E_{ij} = \frac{(s_j - s_i) - (t_j - t_i)}{0.1 + |t_j - t_i|}, \quad i, j \ge 2
 
-    E hard holds the pairs that the student orders the other way round than the teacher, E simple those of the
-    same order. In the first term the norm runs over the batch: with the batch as gallery the nearest row is the
-    query's own, so that it draws the student onto the teacher. It is the sub-loss ``feature``; ``hard`` and
-    ``simple`` are the others. A pair that the teacher holds for equal counts as t_j - t_i = 1, as in the authors'
-    code.
+    t are the teacher's similarities of a query to its k nearest gallery rows, nearest first, s the student's to the
+    same rows. E hard holds the pairs that the student orders the other way round, E simple the others. The norm of the
+    first term runs over the batch. The sub-losses ``feature``, ``hard`` and ``simple`` are reduced one by one and
+    added.
 
-    Source: Xie et al., "D3still: Decoupled Differential Distillation for Asymmetric Image Retrieval", CVPR 2024;
-    code SCY-X/D3still, whose scale this is. Its settings with the batch as gallery: ``topk=10`` and alpha, beta,
-    gamma of 100, 5, 1 (CUB, ResNet-18 student; the defaults) or 200, 10, 2 (CUB, MobileNetV3).
+    Source: Xie et al., "D3still: Decoupled Differential Distillation for Asymmetric Image Retrieval", CVPR 2024,
+    whose code has this scale, with the batch as the gallery: ``topk=10`` and alpha, beta, gamma of 100, 5, 1 (CUB,
+    ResNet-18) or 200, 10, 2 (CUB, MobileNetV3).
 
     Args:
-        topk: k, how many of the teacher's nearest count, at least 2; where the gallery has fewer, all of them, and the
-            divisor stays.
+        topk: k, how many of the teacher's nearest count, at least 2; all of a smaller gallery.
         alpha: weight of the nearest one, not negative.
         beta: weight of the wrongly ordered pairs, not negative.
         gamma: weight of the rightly ordered pairs, not negative.
-        **kwargs: ``queue_size``, ``width``, ``include_batch`` of ``BaseGalleryLoss``; ``distance`` (default
-            ``CosineSimilarity()``), ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseGalleryLoss``.
 
     Shapes:
-        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``feature``, a scalar
-        (``already_reduced``); ``hard`` and ``simple``, one value per query each (``element``).
-
-    Raises:
-        ValueError: ``topk`` is below 2, a weight is negative; what ``BaseGalleryLoss`` refuses.
+        embeddings and ref_emb: (B, D). ``feature``: a scalar (``already_reduced``); the others: one value per query
+        (``element``).
 
     Example:
         >>> import torch

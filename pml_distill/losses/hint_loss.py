@@ -7,30 +7,26 @@ from .channel_regressors import ChannelRegressors
 
 
 class HintLoss(BaseFeatureLoss):
-    r"""The squared error of the teacher's feature maps, predicted from the student's by a learned 1x1 convolution.
+    r"""The squared error of the teacher's feature maps, predicted by a learned 1x1 convolution (FitNet hints).
 
     .. math:: L_i = \sum_l \frac{1}{C_l H_l W_l} \left\| r_l(F_s^l(x_i)) - F_t^l(x_i) \right\|^2
 
     The regressors r are parameters of the loss: train them with the student (in a trainer, by
-    ``optimizers["feature_distillation_loss_optimizer"]``). They are saved in checkpoints and are no part of the
-    student.
+    ``optimizers["feature_distillation_loss_optimizer"]``). They are saved in checkpoints, apart from the student.
 
-    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, section 2.2. They sum where we take the mean
-    over an image's map (factor C H W / 2 to their scale), and use a convolution large enough to bring the student to
-    the teacher's height and width, where we pool. Their hint is one middle layer, trained before all others; a weight
-    of 100 is common where it is one term of several.
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, section 2.2. Multiply by C H W / 2 for their
+    sum; a weight of 100 is common.
 
     Args:
         student_channels: channels of the student's maps.
         teacher_channels: channels of the teacher's maps.
-        **kwargs: ``reducer`` as in every PML loss.
+        **kwargs: as in ``BaseFeatureLoss``.
 
     Shapes:
-        student_maps and teacher_maps: lists of (B, C, H, W). Reducer input: ``loss``, one value per sample
-        (``element``).
+        student_maps and teacher_maps: lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
 
     Raises:
-        ValueError: the channels do not go in pairs or are not those of the maps; the maps do not go in pairs.
+        ValueError: the channels do not go in pairs or are not those of the maps.
 
     Example:
         >>> import torch

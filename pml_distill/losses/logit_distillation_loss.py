@@ -4,27 +4,20 @@ from .base_distillation_loss import BaseDistillationLoss, check_positive
 
 
 class LogitDistillationLoss(BaseDistillationLoss):
-    r"""Divergence of the student's softened class probabilities from the teacher's.
+    r"""Divergence of the student's softened class probabilities from the teacher's (classical KD).
 
     .. math:: L_i = T^2 \; KL(softmax(z_t / T) \,\|\, softmax(z_s / T))
 
-    ``embeddings`` are the student's logits z_s and ``ref_emb`` the teacher's logits z_t. The distance and
-    ``indices_tuple`` are not used.
+    ``embeddings`` are the student's logits z_s and ``ref_emb`` the teacher's logits z_t. The distance is not used.
 
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015. The default mean over the batch
-    is the usual ``batchmean``; capacity-dynamic distillation (Xie et al. 2023) uses T = 2 with weight 1,
-    DarkRank's comparison T = 4 with the factor T^2 as the weight.
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, with the mean over the batch.
 
     Args:
         temperature: T, a positive number; larger values soften both distributions.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes:
-        embeddings and ref_emb: (B, C) logits of the same classes. Reducer input: ``loss``, one value per sample
-        (``element``).
-
-    Raises:
-        ValueError: ``temperature`` is not positive; ``ref_emb`` is missing or differs in shape.
+        embeddings and ref_emb: (B, C) logits of the same classes. One value per sample (``element``).
 
     Example:
         >>> import torch

@@ -11,28 +11,20 @@ class MutualDistanceLoss(BaseGalleryLoss):
     .. math:: L_i = \alpha \, \big( d(s_i, t_i) - 10^{-6} \big)^2 +
         \frac{\beta}{|G \setminus i|} \sum_{j \in G \setminus i} \big( d(s_i, g_j) - d(t_i, g_j) \big)^2
 
-    The gallery G is the batch, or a queue; see ``BaseGalleryLoss``. Two sub-losses, each reduced on its own and
-    then added: ``own`` and ``others``. With a queue the batch's rows, which ``include_batch`` lets in, are
-    gallery rows like any other.
+    The gallery G is the batch or a queue; in a queue no row counts as the query's own. The sub-losses ``own`` and
+    ``others`` are reduced one by one and added.
 
-    Source: code SCY-X/Capacity_Dynamic_Distillation (``MKD``), there on spatial attention maps, the flattened
-    channel means of squared feature maps: pass these as the embeddings for its figures. It *sums* over the others:
-    multiply ``beta`` by B - 1 for its scale; 1e-6 is the least distance that it knows. The group's DEAP (Pattern
-    Recognition 152, 2024) has alpha 10 and beta 1 in those sums, and cosine mode, which is the default distance
-    here.
+    Source: the code of Xie et al., "Capacity Dynamic Distillation", CVPR 2023 (``MKD``), there on attention maps. It
+    sums over the others: multiply ``beta`` by B - 1 for its scale. Xie et al., DEAP, Pattern Recognition 152, 2024, has
+    alpha 10 and beta 1 in those sums.
 
     Args:
         alpha: weight of the distance to the own teacher, not negative.
         beta: weight of the distances to the others, not negative.
-        **kwargs: ``queue_size``, ``width``, ``include_batch`` of ``BaseGalleryLoss``; ``distance`` (default
-            ``EuclideanDistance()``), ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseGalleryLoss``; ``distance`` is ``EuclideanDistance()`` by default and no similarity.
 
     Shapes:
-        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``own`` and ``others``, one value per query
-        each (``element``).
-
-    Raises:
-        ValueError: a weight is negative, the distance is a similarity; what ``BaseGalleryLoss`` refuses.
+        embeddings and ref_emb: (B, D). Two times one value per query (``element``).
 
     Example:
         >>> import torch

@@ -11,19 +11,14 @@ class PooledFeatureLoss(BaseFeatureLoss):
     Channels must be equal; nothing is learned. Equal maps get gradient zero.
 
     Source: the feature term of Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient
-    Image Retrieval", CVPR 2023, with weight 0.5 there and the scale of their code. They take the normalisation of
-    each block's 3x3 convolution, in the student before its compactor: with compactors inserted, ``"layer1.0.bn2.0"``
-    of the student and ``"layer1.0.bn2"`` of the teacher, and so on.
-
-    Args:
-        **kwargs: ``reducer`` as in every PML loss.
+    Image Retrieval", CVPR 2023, with weight 0.5. They take the normalisation of each block's 3x3 convolution: with
+    compactors inserted, ``"layer1.0.bn2.0"`` of the student and ``"layer1.0.bn2"`` of the teacher, and so on.
 
     Shapes:
-        student_maps and teacher_maps: lists of (B, C, H, W), with equal C in a pair. Reducer input: ``loss``, one
-        value per sample (``element``).
+        student_maps and teacher_maps: lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
 
     Raises:
-        ValueError: the maps do not go in pairs, or the channels of a pair differ.
+        ValueError: the channels of a pair differ.
 
     Example:
         >>> import torch

@@ -10,36 +10,26 @@ TEACHER_TEMPERATURE = 1e-6
 
 
 class RankPreservationLoss(BaseGalleryLoss):
-    r"""The teacher's order of its nearest gallery rows, kept by the student's queries (ROP).
-
-    With :math:`t_1 \ge \dots \ge t_k` the teacher's similarities of a query to its k nearest gallery rows,
-    :math:`s_j` the student's to the same rows and :math:`\sigma` the logistic function:
+    r"""The teacher's order of its nearest gallery rows, kept by the student's queries (rank-order preservation, ROP).
 
     .. math:: L = \frac{1}{k} \sum_{i,j} w_i \Big( \sigma\big((t_j - t_i) / 10^{-6}\big) -
         \sigma\big((s_j - t_i) / \tau\big) \Big)^2, \quad
         w_i = i \cdot \frac{e^{\rho t_i}}{\sum_m e^{\rho t_m}}
 
-    The student's similarity s_j is compared with the *teacher's* t_i, so that a query of the student ranks a
-    gallery of the teacher. The gallery is the batch (as in SCY-X/D3still, whose figures this class gives) or a
-    queue (the paper has all training data); see ``BaseGalleryLoss``.
+    t are the teacher's similarities of a query to its k nearest gallery rows, nearest first, s the student's to the
+    same rows, sigma is the logistic function.
 
     Source: Wu et al., "A General Rank Preserving Framework for Asymmetric Image Retrieval", ICLR 2023, equations
-    8 to 10. SCY-X/D3still takes the whole batch of 256 as ``topk``; time and memory grow with B topk^2.
+    8 to 10, with all training data as the gallery. Time and memory grow with B topk^2.
 
     Args:
         topk: k, how many of the teacher's nearest count.
         temperature: tau of the student's comparisons, positive.
         rank_weight: rho, how much more the near ones weigh.
-        **kwargs: ``queue_size``, ``width``, ``include_batch`` of ``BaseGalleryLoss``; ``distance`` (default
-            ``CosineSimilarity()``), ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseGalleryLoss``.
 
     Shapes:
-        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``loss``, one value per query
-        (``element``).
-
-    Raises:
-        ValueError: ``topk`` is below 1, ``temperature`` is not positive or ``rank_weight`` not finite; what
-            ``BaseGalleryLoss`` refuses.
+        embeddings and ref_emb: (B, D). One value per query (``element``).
 
     Example:
         >>> import torch

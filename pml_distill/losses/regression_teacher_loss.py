@@ -9,29 +9,22 @@ PENALTIES: dict[str, Callable[..., torch.Tensor]] = {"mse": F.mse_loss, "smooth_
 
 
 class RegressionTeacherLoss(BaseDistillationLoss):
-    r"""Plain regression of the teacher's embedding, coordinate by coordinate.
+    r"""Plain regression of the teacher's embedding, coordinate by coordinate (the FitNet loss on embeddings).
 
     .. math:: L_i = \frac{1}{D} \sum_c \ell\big(f_s(x_i)_c - f_t(x_i)_c\big), \quad
         \ell(u) = u^2 \;\text{(mse)} \;\text{or smooth L1}
 
-    Embeddings are compared as they come, not normalised, and the distance is not used; ``indices_tuple`` has no
-    meaning for single samples and is ignored. Student and teacher spaces end up aligned.
+    Embeddings are compared as they come, not normalised, and the distance is not used.
 
-    Source: the regression that Budnik and Avrithis, "Asymmetric metric learning for knowledge transfer", CVPR
-    2021, found hard to beat; stage one of Reddy et al., "Context Unaware Knowledge Distillation for Image
-    Retrieval", 2022, whose scale (the mean over all elements) is the default here. The ``match`` operator of the
-    authors of DarkRank (Chen et al., AAAI 2018) sums over coordinates and rows, and again over the first half of
-    the batch: factor B D (B // 2).
+    Source: Budnik and Avrithis, "Asymmetric metric learning for knowledge transfer", CVPR 2021; stage one of Reddy et
+    al., "Context Unaware Knowledge Distillation for Image Retrieval", 2022, whose scale this is.
 
     Args:
         penalty: ``"mse"``: squared difference; ``"smooth_l1"``: smooth L1 with its turn at 1.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes:
-        embeddings and ref_emb: (B, D), of equal widths. Reducer input: ``loss``, one value per sample (``element``).
-
-    Raises:
-        ValueError: ``penalty`` is neither of the two; ``ref_emb`` is missing or differs in shape.
+        embeddings and ref_emb: (B, D). One value per sample (``element``).
 
     Example:
         >>> import torch

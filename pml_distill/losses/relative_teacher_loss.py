@@ -7,31 +7,24 @@ PAIR_NORMS = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 
 
 class RelativeTeacherLoss(BaseDistillationLoss):
-    r"""The difference between the student's and the teacher's distances, over pairs of samples.
+    r"""The difference between the student's and the teacher's distances, over pairs of samples (relative teacher).
 
     .. math:: L_{ij} = |d_s(x_i, x_j) - d_t(x_i, x_j)|, \quad i \neq j
 
-    The two widths may differ. For an inverted distance (cosine, dot product) similarities are compared instead.
-    Most pairs of a batch are far apart and carry little: with a miner's ``indices_tuple`` only its pairs count.
+    For a similarity (cosine, dot product) similarities are compared.
 
-    Source: the relative teacher of Yu et al., "Learning Metrics from Teachers", CVPR 2019. Their code takes the
-    Frobenius norm of the whole B x B difference, each pair twice, instead of a mean over pairs:
-    ``norm="frobenius"`` gives that figure. For Gaussian embeddings it is about 40 times the ``"l1"`` mean at
-    B = 32 (160 times at B = 128); their weights (0.3 on CUB, 0.1 on Cars, 1.0 on SOP, at B = 32) hold for it, and
-    correspond to about 12, 4 and 40 with ``"l1"``. They clamp squared distances at 1e-12 from below and so does
-    this norm.
+    Source: Yu et al., "Learning Metrics from Teachers", CVPR 2019. Their code takes the Frobenius norm of the whole
+    B x B difference: ``norm="frobenius"``, about 40 times the ``"l1"`` mean at B = 32. Their weights hold for it: 0.3
+    (CUB), 0.1 (Cars), 1.0 (SOP).
 
     Args:
         norm: ``"l1"``: \|d_s - d_t\|; ``"l2"``: (d_s - d_t)^2; ``"huber"``: smooth L1 with its turn at 1;
             ``"frobenius"``: the root of the sum of squares over all pairs, a single value.
-        **kwargs: ``distance``, ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per ordered pair (``pos_pair``);
-        with ``"frobenius"`` one value in all (``already_reduced``).
-
-    Raises:
-        ValueError: ``norm`` is none of the four; ``ref_emb`` is missing or differs in rows.
+        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``); with ``"frobenius"`` one in
+        all (``already_reduced``).
 
     Example:
         >>> import torch

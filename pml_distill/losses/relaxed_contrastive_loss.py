@@ -6,32 +6,25 @@ from .rkd_distance_loss import SMALLEST
 
 
 class RelaxedContrastiveLoss(BaseDistillationLoss):
-    r"""A contrastive loss whose labels are the teacher's similarities, between 0 and 1.
+    r"""A contrastive loss whose labels are the teacher's similarities, between 0 and 1 (relaxed contrastive, RC).
 
     .. math:: L_{ij} = w_{ij} \, \bar d_{ij}^2 + (1 - w_{ij}) \, [\delta - \bar d_{ij}]_+^2, \quad
         w_{ij} = e^{-d_t(x_i, x_j)^2 / \sigma}, \quad
         \bar d_{ij} = \frac{d_s(x_i, x_j)}{\frac{1}{B} \sum_k d_s(x_i, x_k)}, \quad i \neq j
 
-    The teacher's embeddings are L2-normalised, whatever the distance. Gradients flow through the row's mean
-    distance, where the zero to itself counts. The two widths may differ; the spaces do not end up aligned. With
-    ``indices_tuple`` only its pairs count, while the means stay those of the whole row.
+    The teacher's embeddings are L2-normalised, whatever the distance, and distances are at least 1e-6. Gradients flow
+    through the row's mean, which is that of the whole row also with a miner's pairs.
 
-    Source: Kim et al., "Embedding Transfer with Label Relaxation for Improved Metric Learning", CVPR 2021.
-    The authors divide the sum over all pairs by B: multiply by B - 1 for their scale. Their student is not
-    normalised: ``distance=LpDistance(normalize_embeddings=False)``. sigma = delta = 1 is theirs. Like
-    theirs, distances below 1e-6 count as 1e-6.
+    Source: Kim et al., "Embedding Transfer with Label Relaxation for Improved Metric Learning", CVPR 2021. Multiply by
+    B - 1 for their scale; their student is not normalised: ``distance=LpDistance(normalize_embeddings=False)``.
 
     Args:
         sigma: width of the teacher's kernel, positive.
         delta: margin of the relative distances, positive.
-        **kwargs: ``distance``, ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseDistillationLoss``; ``distance`` is no similarity.
 
     Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per ordered pair (``pos_pair``).
-
-    Raises:
-        ValueError: ``sigma`` or ``delta`` is not positive; the distance is inverted (a similarity has no mean to
-            divide by); ``ref_emb`` is missing or differs in rows.
+        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``).
 
     Example:
         >>> import torch

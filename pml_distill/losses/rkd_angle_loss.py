@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -11,34 +12,22 @@ PARTS, SHORTEST = 4, 64
 
 
 class RKDAngleLoss(BaseDistillationLoss):
-    r"""Relational distillation of angles: those that the batch's pairs span at each sample as the vertex.
+    r"""Relational distillation of the angles that the batch's pairs span at each sample as the vertex (RKD-A).
 
     .. math:: L_j = \frac{1}{(B-1)^2} \sum_{i, k \neq j} \ell\big(\cos \angle^s_{ijk}, \cos \angle^t_{ijk}\big), \quad
         \cos \angle_{ijk} = \frac{(f_i - f_j)^\top (f_k - f_j)}{\|f_i - f_j\| \, \|f_k - f_j\|}, \quad
         \ell \text{ smooth L1}
 
-    i = k is among the pairs. Embeddings enter as they come, and the distance is not used: angles know no scale
-    and no shift. The two widths may differ; the spaces do not end up aligned. With ``indices_tuple`` the arms at
-    a vertex end at those that it is paired with; vertices without any are left out.
+    i = k is among the pairs. The distance is not used. A miner's pairs restrict the arms at a vertex. Inner products
+    come from the Gram matrix a few vertices at a time, and again in the backward: time grows with B^3, memory with B^2.
+    An arm too short for its direction to be known, of a duplicate in the first place, has cosine 0 with all and no
+    gradient. The loss can be differentiated once.
 
-    Inner products come from the Gram matrix, (f_i - f_j)(f_k - f_j) = G_ik - G_ij - G_jk + G_jj, a few vertices
-    at a time, and again in the backward: time grows with B^3, memory with B^2. An arm too short for its
-    direction to be known, of a duplicate in the first place (a length below 100 eps of the batch's radius, both
-    squared), has cosine 0 with all and no gradient. The loss can be differentiated once.
-
-    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. The authors average over all
-    B^3 triplets, those with i or k at the vertex included: multiply by ((B - 1) / B)^2 for their scale. They use
-    weight 2 for metric learning (with 1 for the distances) and 50 for classification. Their gradient explodes
-    where the student has duplicate rows and the teacher has not.
-
-    Args:
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by ((B - 1) / B)^2 for their mean over
+    all B^3 triplets.
 
     Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per vertex (``element``).
-
-    Raises:
-        ValueError: ``ref_emb`` is missing or differs in rows.
+        embeddings: (B, Ds), ref_emb: (B, Dt). One value per vertex (``element``).
 
     Example:
         >>> import torch
@@ -48,28 +37,30 @@ class RKDAngleLoss(BaseDistillationLoss):
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        size = len(embeddings)
-        if size < 2:
+        if len(embeddings) < 2:
             return self.zero_losses()
-        ends = torch.full((size,), size - 1, device=embeddings.device)
-        mask = None
+        mask: torch.Tensor | None = None
+        ends: Any = len(embeddings) - 1
         if indices_tuple is not None:
-            mask = self.pair_mask(indices_tuple, embeddings)
+            mask = indices_tuple = self.pair_mask(indices_tuple, embeddings)
             ends = mask.sum(dim=1).clamp(min=1)
         gram, inverse = arms(ref_emb, mask)
-        losses = vertex_losses(embeddings, gram, inverse, mask) / ends.square()
+        losses = vertex_losses(embeddings, gram, inverse, mask) / ends**2
         return self.query_losses(losses, indices_tuple, embeddings)
 
 
 def arms(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the (B, B) inner products around the mean and the inverse distances, 0 for arms left out."""
-    # The difference of nearly equal inner products needs the digits; these are B^2 entries of the B^3.
-    centred = embeddings.double() - embeddings.double().mean(dim=0)
+    """Return the (B, B) inner products around the median and the inverse distances, 0 for arms left out."""
+    # The difference of nearly equal inner products needs the digits; these are B^2 entries of the B^3. Around the mean
+    # a single far sample would leave none for the others.
+    centred = embeddings.double()
+    centred = centred - centred.median(dim=0).values
     gram = centred @ centred.t()
     squares = gram.diagonal()
-    distances = squares[:, None] + squares - 2 * gram
-    shortest = 100 * torch.finfo(embeddings.dtype).eps * squares.max()
-    known = (distances > shortest) & (distances > torch.finfo(embeddings.dtype).tiny)
+    radii = squares[:, None] + squares
+    distances = radii - 2 * gram
+    info = torch.finfo(embeddings.dtype)
+    known = (distances > 50 * info.eps * radii) & (distances > info.tiny)
     known = known & ~torch.eye(len(gram), dtype=torch.bool, device=gram.device)
     if mask is not None:
         known = known & mask
@@ -139,7 +130,7 @@ def vertex_losses_backward(weights, embeddings, teacher_gram, teacher_inverse, m
     return 2 * (gradient + by_arm.sum(dim=1, keepdim=True) * embeddings)
 
 
-vertex_losses.register_fake(lambda embeddings, *others: embeddings.new_empty(len(embeddings)))
+vertex_losses.register_fake(lambda embeddings, *others: embeddings.new_empty(embeddings.shape[0]))
 vertex_losses_backward.register_fake(lambda weights, embeddings, *others: torch.empty_like(embeddings))
 vertex_losses.register_autograd(
     lambda ctx, weights: (vertex_losses_backward(weights, *ctx.saved_tensors), None, None, None),

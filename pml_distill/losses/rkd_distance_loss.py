@@ -8,33 +8,26 @@ SMALLEST = 1e-6
 
 
 class RKDDistanceLoss(BaseDistillationLoss):
-    r"""Relational distillation of distances: each divided by the batch's mean distance, then compared.
+    r"""Relational distillation of distances, each divided by the batch's mean distance (RKD-D).
 
     .. math:: L_{ij} = \ell\Big(\frac{d_s(x_i, x_j)}{\mu_s}, \frac{d_t(x_i, x_j)}{\mu_t}\Big), \quad
         \mu = \frac{1}{B(B-1)} \sum_{i \neq j} d(x_i, x_j), \quad \ell \text{ smooth L1}
 
-    The two widths and scales may differ; the spaces do not end up aligned. Gradients flow through the student's
-    mean. With ``indices_tuple`` only its pairs count, while the means stay those of the whole batch.
+    Distances are at least 1e-6. Gradients flow through the student's mean, which is that of the whole batch also with a
+    miner's pairs. ``RKDLoss`` adds the angles.
 
-    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. The authors average over all
-    B^2 entries, the zero diagonal included: multiply by (B - 1) / B for their scale. They use weight 1 for metric
-    learning (with 2 for the angles) and 25 for classification, on embeddings that are not normalised:
-    ``distance=LpDistance(normalize_embeddings=False)``. Like theirs, distances below 1e-6 count as 1e-6.
-
-    Args:
-        **kwargs: ``distance``, ``reducer``, ``embedding_regularizer`` as in every PML loss.
+    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by (B - 1) / B for their mean over
+    B^2 entries; their embeddings are not normalised: ``distance=LpDistance(normalize_embeddings=False)``.
 
     Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per ordered pair (``pos_pair``).
+        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``).
 
     Raises:
-        ValueError: the distance is inverted (a similarity has no mean to divide by); ``ref_emb`` is missing or
-            differs in rows.
+        ValueError: the distance is a similarity, which has no mean to divide by.
 
     Example:
         >>> import torch
-        >>> student, teacher = torch.eye(4), 3 * torch.eye(4, 7)
-        >>> round(RKDDistanceLoss()(student, ref_emb=teacher).item(), 6)
+        >>> round(RKDDistanceLoss()(torch.eye(4), ref_emb=3 * torch.eye(4, 7)).item(), 6)
         0.0
     """
 

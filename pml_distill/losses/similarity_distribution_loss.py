@@ -6,29 +6,22 @@ from .teacher_queue import TeacherQueue
 
 
 class SimilarityDistributionLoss(BaseDistillationLoss):
-    r"""Each query's softmax distribution over a queue of earlier embeddings, taught to the student.
+    r"""Each query's softmax distribution over a queue of earlier embeddings (CompRess, SEED, RRD, CSD).
 
     .. math:: L_i = KL\big(softmax(Q_t t_i / \tau_t) \,\|\, softmax(Q s_i / \tau_s)\big)
 
-    s and t are L2-normalised and Q_t is the ``TeacherQueue``. Q is the same queue (then widths must be equal, and
-    the spaces end up aligned), or, with ``student_width``, a second queue of the student's own embeddings (then
-    they do not). The queue is read before the batch enters, so that no query finds itself, or after it with
-    ``include_batch``; what it holds gets no gradient. It moves on in training mode only, and while it is empty
-    the loss is zero. With ``topk`` only the teacher's nearest in the queue count. The distance is not used, and
-    ``indices_tuple``, which speaks of the batch, is ignored.
+    s and t are L2-normalised and Q_t is a ``TeacherQueue``. Q is the same queue, or with ``student_width`` a second one
+    of the student's embeddings; then widths may differ and the spaces do not end up aligned. While the queue is empty
+    the loss is zero. The distance is not used.
 
-    Sources, as settings, with the widths of both sides at ``width``:
+    Sources, as settings of ``SimilarityDistributionLoss(queue_size, width, ...)``:
 
-    - CompRess (Koohpayegani et al., NeurIPS 2020): ``SimilarityDistributionLoss(128000, width,
-      student_temperature=0.04, teacher_temperature=0.04)``, and with ``student_width`` its two-queue form;
+    - CompRess (Koohpayegani et al., NeurIPS 2020): the defaults with a queue of 128000, and with ``student_width`` its
+      two-queue form;
     - SEED (Fang et al., ICLR 2021): ``student_temperature=0.2, teacher_temperature=0.01, include_batch=True``;
     - RRD (Giakoumoglou and Stathaki, 2024): ``student_temperature=0.02, teacher_temperature=0.1,
       include_batch=True``, behind linear projections of both sides;
-    - CSD (Wu et al., "Contextual Similarity Distillation for Asymmetric Image Retrieval", CVPR 2022):
-      ``student_temperature=1, teacher_temperature=0.01, topk=...``.
-
-    The mean over queries is the scale of CompRess; SEED and RRD report the cross entropy, which is the same plus
-    the teacher's entropy, a constant. A zero row is NaN in the code of CompRess; here it has similarity 0 to all.
+    - CSD (Wu et al., CVPR 2022): ``student_temperature=1, teacher_temperature=0.01, topk=...``.
 
     Args:
         queue_size: how many embeddings the queue holds.
@@ -38,15 +31,10 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
         include_batch: whether the batch itself is among the candidates.
         topk: how many of the teacher's nearest count; None for all.
         student_width: width of the student's embeddings, for a second queue; None for one queue.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes:
-        embeddings: (B, ``student_width`` or ``width``), ref_emb: (B, ``width``). Reducer input: ``loss``, one
-        value per query (``element``).
-
-    Raises:
-        ValueError: a temperature is not positive, a size, width or ``topk`` is below 1; ``ref_emb`` is missing or
-            differs in rows; a width is not the one announced.
+        embeddings: (B, ``student_width`` or ``width``), ref_emb: (B, ``width``). One value per query (``element``).
 
     Example:
         >>> import torch

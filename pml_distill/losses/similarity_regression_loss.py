@@ -3,29 +3,22 @@ from .similarity_score import similarity_score
 
 
 class SimilarityRegressionLoss(BaseDistillationLoss):
-    r"""The squared difference between the student's and the teacher's similarity scores, over pairs of samples.
+    r"""The squared difference between the student's and the teacher's similarity scores (DarkRank's "direct match").
 
     .. math:: L_{ij} = (S_s(x_i, x_j) - S_t(x_i, x_j))^2, \quad S = -\alpha \, d^\beta, \quad i \neq j
 
-    DarkRank's direct baseline: it asks the student for the teacher's very scores where ``DarkRankLoss`` asks
-    only for their order. For an inverted distance (cosine, dot product) the score is
-    alpha * sign(d) * abs(d)^beta.
+    For a similarity (cosine, dot product) the score is alpha * sign(d) * abs(d)^beta.
 
-    Source: "direct match", Eq. 8 of Chen et al., "DarkRank", AAAI 2018; alpha = 1 and beta = 2, the defaults,
-    are that equation. The paper sums over the candidates of one query: multiply the default mean by B - 1 for
-    that scale. The authors' operator sums over the first half of the batch as queries: factor
-    (B // 2) * (B - 1).
+    Source: Chen et al., "DarkRank", AAAI 2018, Eq. 8, with its alpha and beta. Multiply by B - 1 for the sum over the
+    candidates of one query.
 
     Args:
         alpha: scale of the score, positive.
         beta: power of the distance, positive.
-        **kwargs: ``distance``, ``reducer``, ``embedding_regularizer`` as in every PML loss.
+        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). Reducer input: ``loss``, one value per ordered pair (``pos_pair``).
-
-    Raises:
-        ValueError: ``alpha`` or ``beta`` is not positive; ``ref_emb`` is missing or differs in rows.
+        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``).
 
     Example:
         >>> import torch

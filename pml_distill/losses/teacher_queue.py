@@ -2,15 +2,12 @@ import torch
 
 
 class TeacherQueue(torch.nn.Module):
-    """The last embeddings seen, first in first out: candidates beyond the batch. It follows them to their device.
+    """The last embeddings seen, first in first out: candidates beyond the batch.
 
-    Rows, write position and count are buffers, so that a checkpoint holds them and a resumed run goes on where it
-    stopped. Under ``DistributedLossWrapper`` a loss sees the joined batch, and so does its queue: every process
-    holds the same rows, in an order of its own. Let ``size`` be a multiple of the joined batch then, so that all
-    processes also forget the same rows.
-
-    A row that is not finite enters as zeros, a candidate like any other: what has overflowed in half precision spoils
-    the loss of its own step, not of all until the row has left.
+    It is saved in checkpoints and follows the embeddings to their device. Under ``DistributedLossWrapper`` every
+    process holds the rows of the joined batch in an order of its own: let ``size`` be a multiple of the joined batch,
+    so that all forget the same rows. A row that is not finite enters as zeros, so that it spoils only the loss of its
+    own step.
 
     Args:
         size: how many embeddings it holds.

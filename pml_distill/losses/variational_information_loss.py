@@ -12,7 +12,7 @@ FIRST_VARIANCE = 5.0
 
 
 class VariationalInformationLoss(BaseFeatureLoss):
-    r"""Minus the log-likelihood of the teacher's feature maps under a Gaussian that the student's maps predict (VID).
+    r"""Minus the log-likelihood of the teacher's maps under a Gaussian that the student's maps predict (VID).
 
     .. math::
         L_i = \sum_l \frac{1}{C_l H_l W_l} \sum_{c, h, w} \frac{1}{2} \left(
@@ -20,28 +20,22 @@ class VariationalInformationLoss(BaseFeatureLoss):
         \qquad \sigma_{l, c}^2 = \mathrm{softplus}(\alpha_{l, c}) + 10^{-5}
 
     The mean is a learned 1x1 convolution, the variance a learned number per channel of the teacher: what the student
-    cannot predict is given up, where ``HintLoss`` insists. Both are parameters of the loss; train them with the
-    student (in a trainer, by ``optimizers["feature_distillation_loss_optimizer"]``). They are saved in checkpoints and
-    are no part of the student.
-
-    The loss may be negative: reducers that drop values of zero or less (``AvgNonZeroReducer``) do not suit it.
+    cannot predict is given up. Train both as those of ``HintLoss``. The loss may be negative: reducers that drop values
+    of zero or less (``AvgNonZeroReducer``) do not suit it.
 
     Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, with the first
-    variance of the authors' code, 5, and without the constant log(2 pi) / 2. The formula of the paper sums where we
-    take the mean over an image's map (factor C H W); their code takes the mean, too, and predicts by three 1x1
-    convolutions with ReLU between.
+    variance of their code, 5, and its mean over the map, without the constant log(2 pi) / 2.
 
     Args:
         student_channels: channels of the student's maps.
         teacher_channels: channels of the teacher's maps.
-        **kwargs: ``reducer`` as in every PML loss.
+        **kwargs: as in ``BaseFeatureLoss``.
 
     Shapes:
-        student_maps and teacher_maps: lists of (B, C, H, W). Reducer input: ``loss``, one value per sample
-        (``element``).
+        student_maps and teacher_maps: lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
 
     Raises:
-        ValueError: the channels do not go in pairs or are not those of the maps; the maps do not go in pairs.
+        ValueError: the channels do not go in pairs or are not those of the maps.
 
     Example:
         >>> import torch

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -11,16 +12,17 @@ class FeatureTap:
 
     Inside of ``with``, each forward pass of the network refreshes ``features``; leaving it removes the hooks, also
     after an error. A module that runs several times in one pass yields its last output. Outputs are copied, so that a
-    next module that works in place, such as ``ReLU(inplace=True)`` behind a normalisation, does not change them.
+    next module that works in place, such as ``ReLU(inplace=True)``, does not change them.
 
     Args:
         network: the network; inside of ``DistributedDataParallel`` or ``torch.compile`` the modules are named as
-            without. A compiled network must be tapped from its first pass on: what was compiled knows no hooks.
+            without. Enter before the first forward pass of a compiled network: later hooks are ignored.
         names: names as in ``network.named_modules()``, for example ``["layer1", "layer3.0.conv2"]``.
 
     Raises:
-        ValueError: the network has no module of that name, or is a ``DataParallel``, which runs copies of itself;
-            on reading ``features``: a module has not run, or its output is no tensor.
+        ValueError: the network has no module of that name, or is a ``DataParallel``; while it runs: a module that
+            learns has no gradient, under reentrant gradient checkpointing; on reading ``features``: a module has not
+            run, or its output is no tensor.
 
     Example:
         >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
@@ -48,6 +50,7 @@ class FeatureTap:
             top = [name for name, _ in network.named_children()]
             hints = "; ".join(f"{name!r} (near: {', '.join(found or top)})" for name, found in near.items())
             raise ValueError(f"{type(network).__name__} has no modules of these names: {hints}.")
+        self.network, self.learns = network, False
         self.names = list(names)
         self.modules = {name: modules[name] for name in names}
         self.outputs: dict[str, torch.Tensor] = {}
@@ -68,13 +71,23 @@ class FeatureTap:
         return [self.outputs[name] for name in self.names]
 
     def __enter__(self) -> "FeatureTap":
-        self.outputs = {}
+        self.outputs, self.learns = {}, False
+        self.hooks.append(self.network.register_forward_pre_hook(self.begin, with_kwargs=True))
         for name, module in self.modules.items():
-            self.hooks.append(module.register_forward_hook(lambda _m, _i, output, name=name: self.keep(name, output)))
+            self.hooks.append(module.register_forward_hook(partial(self.keep, name)))
         return self
 
-    def keep(self, name: str, output: torch.Tensor) -> None:
+    def begin(self, network: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """Remember whether this pass is to be learned from; the input of a network checkpointed as a whole tells."""
+        self.learns = torch.is_grad_enabled() or needs_gradient((*args, *kwargs.values()))
+
+    def keep(self, name: str, module: torch.nn.Module, args: tuple, output: Any) -> None:
         """Remember an output; returning nothing leaves it as it is."""
+        if self.learns and not torch.is_grad_enabled() and needs_gradient((*self.parameters_of(name), *args)):
+            raise ValueError(
+                f"{name!r} runs without gradients in a pass that has them, as under reentrant gradient checkpointing; "
+                "its output would teach nothing. Use checkpoint(..., use_reentrant=False), or tap a module outside it."
+            )
         self.outputs[name] = output.clone() if isinstance(output, torch.Tensor) else output
 
     def __exit__(
@@ -83,3 +96,16 @@ class FeatureTap:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+
+    def parameters_of(self, name: str) -> list[torch.nn.Parameter]:
+        """Return the parameters of a module, or of the nearest one around it that has any."""
+        found: list[torch.nn.Parameter] = []
+        while not found and name:
+            found = list(self.network.get_submodule(name).parameters())
+            name = name.rpartition(".")[0]
+        return found or list(self.network.parameters())
+
+
+def needs_gradient(values: tuple) -> bool:
+    """Whether a gradient is wanted for one of them."""
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)

@@ -1,5 +1,6 @@
 """Small operations on tensors that several rooms share."""
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,23 @@ def one_tensor(output: Any, name: str, advice: str = "") -> torch.Tensor:
         kind = type(output).__name__
         raise ValueError(f"{name} must return one tensor of embeddings, but returned a {kind}{advice}.")
     return output
+
+
+def spatial_map(features: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    """Return (B, C, H, W) maps as they are, and tokens (B, N, C) as the maps of their spatial ones.
+
+    The tokens of the grid (H, W), by default the largest square that N holds, are the last ones; those before, such as
+    a class token and registers, are left out.
+    """
+    if features.ndim != 3:
+        return features
+    count = features.shape[1]
+    height, width = (math.isqrt(count),) * 2 if grid is None else grid
+    if height * width > count:
+        raise ValueError(
+            f"a grid of {height} x {width} does not fit into the {count} tokens of {tuple(features.shape)}."
+        )
+    return features[:, count - height * width :].transpose(1, 2).unflatten(2, (height, width))
 
 
 def own_gradient(function: type[torch.autograd.Function], tensor: torch.Tensor, *others: Any) -> Any:

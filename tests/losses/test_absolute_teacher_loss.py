@@ -38,3 +38,8 @@ def test_the_power_of_the_distance_counts():
 def test_other_widths_are_refused_with_a_way_out():
     with pytest.raises(ValueError, match=r"\(4, 3\).*\(4, 5\).*projection embedder.*torch.nn.Linear\(3, 5\)"):
         AbsoluteTeacherLoss()(torch.randn(4, 3), ref_emb=torch.randn(4, 5))
+
+
+def test_a_dot_product_without_a_lower_bound_is_refused():
+    with pytest.raises(ValueError, match="DotProductSimilarity with normalize_embeddings=False.*no lower bound"):
+        AbsoluteTeacherLoss(distance=DotProductSimilarity(normalize_embeddings=False))

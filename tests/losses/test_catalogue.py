@@ -16,7 +16,7 @@ def make(entry):
     return getattr(losses, entry.name)(*((64, 6) if "queue" in entry.needs else ()))
 
 
-WRAPPERS = {"MatryoshkaLoss", "MultipleDistillationLosses"}
+WRAPPERS = {"DistillationMemory", "MatryoshkaLoss", "MultipleDistillationLosses"}
 
 
 def test_every_distillation_loss_has_one_entry():

@@ -14,6 +14,7 @@ from pytorch_metric_learning.losses import CrossBatchMemory
 from pytorch_metric_learning.reducers import (
     AvgNonZeroReducer,
     ClassWeightedReducer,
+    DivisorReducer,
     DoNothingReducer,
     MeanReducer,
     PerAnchorReducer,
@@ -21,6 +22,7 @@ from pytorch_metric_learning.reducers import (
     ThresholdReducer,
 )
 from pytorch_metric_learning.regularizers import LpRegularizer
+from torch._dynamo.testing import CompileCounter
 
 from pml_distill.losses import (
     AbsoluteTeacherLoss,
@@ -171,6 +173,19 @@ def test_a_batch_of_one_back_propagates(name):
 
 
 @every_loss
+@pytest.mark.parametrize("kind", ["no rows", "no pairs", "no triplets"])
+def test_an_empty_batch_and_empty_pairs_are_a_zero_loss_that_back_propagates(name, kind):
+    rows, nothing = (0 if kind == "no rows" else 8), torch.empty(0, dtype=torch.long)
+    student, loss = embeddings(8).requires_grad_(), LOSSES[name]()
+    pairs = {"no pairs": (nothing,) * 4, "no triplets": (nothing,) * 3}.get(kind)
+    value = loss(student[:rows], None, pairs, ref_emb=embeddings(8, seed=1)[:rows])
+    value.backward()
+    assert student.grad is not None and torch.isfinite(student.grad).all()
+    if kind == "no rows" or (loss.takes_pairs and name != "asymmetric_regression"):
+        assert value == 0 and (student.grad == 0).all()
+
+
+@every_loss
 def test_labels_are_optional_and_change_nothing(name):
     student, teacher = embeddings(8), embeddings(8, seed=1)
     given = (None, torch.arange(8), torch.zeros(8), torch.eye(8, 3))
@@ -244,6 +259,26 @@ def test_class_weights(name):
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in WRAPPERS])
+def test_class_weights_without_labels_are_refused(name):
+    loss = LOSSES[name](reducer=ClassWeightedReducer(torch.tensor([1.0, 3.0])))
+    for labels in (None, torch.eye(8, 2)):
+        with pytest.raises(ValueError, match=f"ClassWeightedReducer of {type(loss).__name__} needs a class"):
+            loss(embeddings(8), labels, ref_emb=embeddings(8, seed=1))
+    assert loss.needs_labels
+
+
+@every_plain_loss
+@pytest.mark.parametrize("mined", [False, True])
+def test_the_divisor_is_the_number_of_values(name, mined):
+    pairs = (torch.tensor([0, 1, 5]), torch.tensor([1, 2, 6]), torch.tensor([2]), torch.tensor([7])) if mined else None
+    values = [
+        LOSSES[name](reducer=reducer)(embeddings(8), None, pairs, ref_emb=embeddings(8, seed=1)).item()
+        for reducer in (DivisorReducer(), MeanReducer())
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 @every_plain_loss
 def test_embedding_regularizer(name):
     student, teacher = embeddings(8), embeddings(8, seed=1)
@@ -282,6 +317,27 @@ def test_compiles_to_a_single_graph(name):
     values = compiled(student, ref_emb=teacher), loss(student, ref_emb=teacher)
     gradients = [torch.autograd.grad(value, student)[0] for value in values]
     assert torch.allclose(*values) and torch.allclose(*gradients, atol=1e-6)
+
+
+@every_loss
+def test_a_miners_pairs_compile_to_a_single_graph(name):
+    torch._dynamo.reset()
+    student, teacher, loss = embeddings(8).requires_grad_(), embeddings(8, seed=1), LOSSES[name]()
+    pairs = tuple(map(torch.tensor, ([0, 0, 5], [1, 2, 3], [0, 2, 2], [4, 1, 6])))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    values = compiled(student, None, pairs, teacher), loss(student, None, pairs, teacher)
+    gradients = [torch.autograd.grad(value, student)[0] for value in values]
+    assert torch.allclose(*values) and torch.allclose(*gradients, atol=1e-6)
+
+
+@every_loss
+def test_all_batch_sizes_share_a_graph(name):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(LOSSES[name](), backend=counter, dynamic=True)
+    for size in range(10, 22):
+        compiled(embeddings(size).requires_grad_(), ref_emb=embeddings(size, seed=1))
+    assert counter.frame_count == 1
 
 
 @every_loss

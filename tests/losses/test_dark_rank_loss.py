@@ -8,6 +8,7 @@ from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimila
 from pytorch_metric_learning.reducers import DoNothingReducer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pml_distill.distances import EuclideanDistance
 from pml_distill.losses import DarkRankLoss
 from pml_distill.losses.dark_rank_loss import SummedLogCumSumExp, subset_levels
 
@@ -248,3 +249,26 @@ def test_tensors_made_without_values_stay_out_of_later_calls():
     with FakeTensorMode():
         loss(torch.zeros(20, 5), ref_emb=torch.zeros(20, 5))
     assert loss(student, ref_emb=teacher) == expected
+
+
+@pytest.mark.parametrize("length", [8, None])
+@pytest.mark.parametrize("transfer", ["soft", "hard"])
+def test_embeddings_that_are_not_normalised_keep_their_digits(transfer, length):
+    if transfer == "soft" and length is None:
+        length = 3
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.rand(64, 2048, generator=generator)
+    loss = DarkRankLoss(transfer, list_length=length, distance=EuclideanDistance(normalize_embeddings=False))
+    for student in (teacher, teacher + 0.03 * torch.randn(64, 2048, generator=generator)):
+        exact = loss(student.double(), ref_emb=teacher.double()).item()
+        assert loss(student, ref_emb=teacher).item() == pytest.approx(exact, rel=1e-3, abs=0.02)
+
+
+@pytest.mark.parametrize("transfer", ["soft", "hard"])
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_list_as_long_as_the_batch_is_the_whole_batch(transfer, tail):
+    student, teacher = embeddings(8), embeddings(8, seed=1)
+    whole = DarkRankLoss(transfer, list_length=None, tail=tail)(student, ref_emb=teacher)
+    for length in (7, 8, 9):
+        value = DarkRankLoss(transfer, list_length=length, tail=tail)(student, ref_emb=teacher)
+        assert value.item() == pytest.approx(whole.item(), rel=1e-12)

@@ -65,3 +65,13 @@ def test_float32_stays_near_float64():
     student, teacher = (torch.randn(64, 128, generator=generator, dtype=torch.float64) for _ in range(2))
     exact = RKDAngleLoss()(student, ref_emb=teacher)
     assert RKDAngleLoss()(student.float(), ref_emb=teacher.float()).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [300, 30_000])
+def test_a_sample_far_out_leaves_the_others_their_angles(factor):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(16, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    far = student.clone()
+    far[3] *= factor
+    exact = direct(far, teacher, {(i, j) for i in range(16) for j in range(16) if i != j})
+    assert RKDAngleLoss()(far.float(), ref_emb=teacher.float()).item() == pytest.approx(exact.item(), rel=1e-4)

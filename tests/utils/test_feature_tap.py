@@ -5,6 +5,7 @@ import torch
 import torch.distributed.nn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as parallel
+from torch.utils.checkpoint import checkpoint
 
 from pml_distill.models import SmallResNet
 from pml_distill.utils import FeatureTap
@@ -110,3 +111,52 @@ def test_wrappers_may_be_in_any_order(tmp_path):
 def test_data_parallel_is_refused():
     with pytest.raises(ValueError, match="network is a DataParallel"):
         FeatureTap(nn.DataParallel(SmallResNet(4)), ["layer1"])
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.first, self.options = torch.nn.Conv2d(1, 2, 3), options
+        self.second = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3), torch.nn.ReLU())
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return checkpoint(self.second, hidden, **self.options) if self.options else self.second(hidden)
+
+
+@pytest.mark.parametrize("name", ["second", "second.0", "second.1"])
+def test_reentrant_checkpointing_around_a_tapped_module_is_refused(name):
+    images = torch.rand(2, 1, 8, 8)
+    with (
+        pytest.raises(ValueError, match=f"'{name}' runs without gradients.*use_reentrant=False"),
+        FeatureTap(network := Checkpointed(use_reentrant=True), [name]),
+    ):
+        network(images)
+    with pytest.raises(ValueError, match="runs without gradients"), FeatureTap(network := Checkpointed(), [name]):
+        checkpoint(network, images.requires_grad_(), use_reentrant=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_checkpointing_is_taken_where_nothing_is_lost(options):
+    images, network = torch.rand(2, 1, 8, 8), Checkpointed(**options)
+    with FeatureTap(network, ["first"]) as tap:
+        network(images)
+    assert tap.features[0].requires_grad
+    if not options.get("use_reentrant"):
+        with FeatureTap(network, ["second.1"]) as tap:
+            network(images)
+        tap.features[0].sum().backward()
+        assert network.first.weight.grad is not None
+    with torch.no_grad(), FeatureTap(network, ["second.1"]) as tap:
+        network(images)
+    network.requires_grad_(False)
+    with FeatureTap(network, ["second.1"]) as tap:
+        network(images)
+    assert not tap.features[0].requires_grad
+
+
+def test_tokens_are_taken_as_they_are():
+    network = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    with FeatureTap(network, ["layers.0"]) as tap:
+        network(torch.rand(3, 5, 8))
+    assert tap.features[0].shape == (3, 5, 8)

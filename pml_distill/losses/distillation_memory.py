@@ -1,0 +1,99 @@
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .base_distillation_loss import BaseDistillationLoss, IndicesTuple
+from .teacher_queue import TeacherQueue
+
+
+class DistillationMemory(BaseDistillationLoss):
+    r"""A memory of student and teacher rows, so that small batches see more pairs (XBM with a teacher).
+
+    ``loss`` is computed on the batch joined with the last ``memory_size`` rows of both sides, over the pairs whose
+    anchor is in the batch. Remembered rows get no gradient. The batch enters after that, in training mode only, and
+    both sides are saved in checkpoints. Time and memory grow with (B + memory_size)^2. Until the memory is full its
+    free places repeat rows of the batch, in no pair: only losses with a mean over all distances (``RKDDistanceLoss``,
+    ``RelaxedContrastiveLoss``) notice. See ``TeacherQueue`` for several processes.
+
+    Source: Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020, and PML's ``CrossBatchMemory``, whose
+    names the arguments have; the student's rows age, so begin after a warm-up or keep the memory short.
+
+    Args:
+        loss: a distillation loss that takes pairs, or several of them in ``MultipleDistillationLosses``.
+        embedding_size: width of the student's embeddings.
+        memory_size: how many rows are remembered.
+        ref_size: width of the teacher's embeddings; by default ``embedding_size``.
+        miner: a miner of ``pml_distill.miners`` that needs no labels, run on the joined rows; of its pairs those count
+            whose anchor is in the batch. Without it all pairs of the batch with all rows count.
+
+    Shapes:
+        embeddings: (B, ``embedding_size``), ref_emb: (B, ``ref_size``). ``indices_tuple`` restricts the pairs in the
+        batch.
+
+    Raises:
+        ValueError: ``loss`` is no distillation loss on pairs; ``miner`` needs labels; a size is below 1 or another.
+
+    Example:
+        >>> from pml_distill.losses import RelativeTeacherLoss
+        >>> loss = DistillationMemory(RelativeTeacherLoss(), embedding_size=4, memory_size=64, ref_size=8)
+        >>> for _ in range(3):
+        ...     value = loss(torch.rand(16, 4), ref_emb=torch.rand(16, 8))
+        >>> loss.queue.count.item()
+        48
+    """
+
+    def __init__(
+        self,
+        loss: BaseDistillationLoss,
+        embedding_size: int,
+        memory_size: int = 1024,
+        ref_size: int | None = None,
+        miner: Any = None,
+    ):
+        super().__init__()
+        parts = [part for part in loss.modules() if isinstance(part, BaseDistillationLoss)]
+        without = [type(part).__name__ for part in parts if not part.takes_pairs] or [type(loss).__name__] * (not parts)
+        if without:
+            raise ValueError(
+                f"loss must be a distillation loss on pairs, but {', '.join(without)} takes no pairs, and remembered "
+                "rows would teach nothing."
+            )
+        if getattr(miner, "needs_labels", miner is not None):
+            raise ValueError(
+                f"miner must be one of pml_distill.miners that needs no labels, such as TeacherNeighborMiner, but is a "
+                f"{type(miner).__name__}."
+            )
+        self.loss, self.miner = loss, miner
+        self.needs_labels = loss.needs_labels
+        self.student_queue = TeacherQueue(memory_size, embedding_size)
+        self.queue = TeacherQueue(memory_size, embedding_size if ref_size is None else ref_size)
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        indices_tuple: IndicesTuple | None = None,
+        ref_emb: torch.Tensor | None = None,
+        ref_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of the batch and the memory; the batch enters."""
+        teacher = self._checked_teacher(embeddings, ref_emb)
+        size = len(embeddings)
+        if size == 0:
+            return self.loss(embeddings, labels, None, ref_emb)
+        remembered, filled = self.student_queue.candidates(embeddings)
+        remembered_teacher, _ = self.queue.candidates(teacher.to(embeddings.device))
+        free = torch.arange(len(filled), device=filled.device) % size
+        joined = torch.cat([embeddings, remembered.where(filled[:, None], embeddings.detach()[free])])
+        teacher = teacher.detach().to(embeddings.device)
+        joined_teacher = torch.cat([teacher, remembered_teacher.where(filled[:, None], teacher[free])])
+        among = torch.ones(size, size, dtype=torch.bool, device=filled.device)
+        if indices_tuple is not None:
+            among = self.pair_mask(indices_tuple, embeddings)
+        mask = F.pad(torch.cat([among, filled.expand(size, -1)], dim=1), (0, 0, 0, len(filled)))
+        if self.miner is not None:
+            mask = mask & self.pair_mask(self.miner(joined, ref_emb=joined_teacher), joined)
+        mask.diagonal().zero_()
+        labels = None if labels is None or labels.ndim > 1 else F.pad(labels, (0, len(filled)))
+        return self.loss(joined, labels, mask, joined_teacher)

@@ -1,0 +1,65 @@
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .base_distillation_loss import unit_rows
+from .base_feature_loss import BaseFeatureLoss, Maps
+from .channel_regressors import ChannelRegressors
+
+
+class TokenLoss(BaseFeatureLoss):
+    r"""The spatial tokens of a vision transformer such as DINO, predicted by a learned linear map.
+
+    .. math:: L_i = \sum_l \frac{1}{P_l} \sum_p \Big( \alpha \, \big(1 - \cos(\hat t_p, \tilde t_p)\big) +
+        \frac{\beta}{C_l} \sum_c \ell(\hat t_{p, c} - \tilde t_{p, c}) \Big), \quad
+        \tilde t_p = \frac{t_p - \mathrm{mean}(t_p)}{\mathrm{std}(t_p)}
+
+    t_p are the teacher's C channels at one of P places, their prediction from the student's is learned, and l is the
+    smooth L1 loss. The student may be a convolutional network. Train the linear maps as those of ``HintLoss``.
+
+    Source: Ranzinger et al., "AM-RADIO: Agglomerative Vision Foundation Model", CVPR 2024, for both terms and their
+    weights; the normalised target is that of Wei et al., "Contrastive Learning Rivals Masked Image Modeling in
+    Fine-tuning via Feature Distillation", 2022.
+
+    Args:
+        student_channels: channels of the student's tokens or maps.
+        teacher_channels: channels of the teacher's.
+        cosine_weight: alpha.
+        smooth_l1_weight: beta.
+        **kwargs: as in ``BaseFeatureLoss``.
+
+    Shapes:
+        student_maps and teacher_maps: lists of (B, N, C) or (B, C, H, W). One value per sample (``element``).
+
+    Raises:
+        ValueError: the channels do not go in pairs or are not those of the tokens.
+
+    Example:
+        >>> loss = TokenLoss(student_channels=[8], teacher_channels=[16])
+        >>> loss([torch.rand(2, 8, 7, 7)], [torch.rand(2, 1 + 14 * 14, 16)]).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        cosine_weight: float = 0.9,
+        smooth_l1_weight: float = 0.1,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.regressors = ChannelRegressors(student_channels, teacher_channels)
+        self.cosine_weight, self.smooth_l1_weight = cosine_weight, smooth_l1_weight
+        self.add_to_recordable_attributes(list_of_names=["cosine_weight", "smooth_l1_weight"], is_stat=False)
+
+    def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
+        losses = []
+        for found, teacher in zip(self.regressors(student_maps, teacher_maps), teacher_maps):
+            expected = F.layer_norm(teacher.movedim(1, -1), teacher.shape[1:2]).movedim(-1, 1)
+            cosine = 1 - (unit_rows(found) * unit_rows(expected)).sum(dim=1)
+            penalty = F.smooth_l1_loss(found, expected, reduction="none").mean(dim=1)
+            losses.append((self.cosine_weight * cosine + self.smooth_l1_weight * penalty).mean(dim=(1, 2)))
+        return torch.stack(losses).sum(dim=0)

@@ -1,0 +1,95 @@
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .base_distillation_loss import check_labels, chosen_losses, unit_rows
+from .base_feature_loss import BaseFeatureLoss, Maps
+
+
+class UnambiguousGranularityLoss(BaseFeatureLoss):
+    r"""Local embeddings of the cells that the teacher classifies rightly, for asymmetric retrieval (UGD).
+
+    .. math:: L = \sum_{g \in grids} \frac{1}{|R_g|} \sum_{c \in R_g}
+        \left\| \frac{h(\bar t_c)}{\|h(\bar t_c)\|} - \frac{r_g(\bar s_c)}{\|r_g(\bar s_c)\|} \right\|_2
+
+    Both maps are average-pooled to g x g cells. The teacher's embedder h embeds each cell of its last map; R_g are the
+    cells whose embedding its classifier assigns to the label of the image. The student's cells go through a learned
+    projection r_g (batch norm, linear, batch norm). Train it as the regressors of ``HintLoss``.
+
+    Source: Zhang et al., "Unambiguous granularity distillation for asymmetric image retrieval", Neural Networks 2025,
+    from the authors' code. There this loss has weight 2, beside ``AbsoluteTeacherLoss`` of the embeddings with weight 2
+    (ResNet-18) or 5 (MobileNetV3); grids are a 16th and a 32nd of the student's image, the student's map is that of its
+    third stage.
+
+    Args:
+        student_channels: channels of the student's map.
+        embedder: the teacher's head, (N, C) pooled features to (N, D) embeddings, frozen and in eval mode. Like
+            ``classifier`` it is no part of this loss's parameters and checkpoints.
+        classifier: the teacher's classifier, (N, D) embeddings to logits.
+        embedding_size: D.
+        grids: cells along each side of the image.
+        **kwargs: as in ``BaseFeatureLoss``.
+
+    Shapes:
+        student_maps and teacher_maps: lists of one (B, C, H, W) or (B, N, C). labels: (B,). For each grid, as sub-loss
+        ``grid_4`` and so on, one value per cell (``element``).
+
+    Raises:
+        ValueError: labels are None; there is more than one pair of maps; the teacher's head is in train mode.
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        embedder: torch.nn.Module,
+        classifier: torch.nn.Module,
+        embedding_size: int,
+        grids: Sequence[int] = (8, 4),
+        **kwargs: Any,
+    ):
+        self.grids = tuple(grids)
+        super().__init__(**kwargs)
+        if embedder.training or classifier.training:
+            raise ValueError("embedder and classifier must be in eval mode; call eval() on both.")
+        # In a tuple, so that they are neither trained nor saved with the loss.
+        self.head = embedder, classifier
+        names = self.sub_loss_names()
+        self.projections = torch.nn.ModuleDict({n: projection(student_channels, embedding_size) for n in names})
+
+    def sub_loss_names(self) -> list[str]:
+        """Return the name of each grid's sub-loss."""
+        return [f"grid_{grid}" for grid in self.grids]
+
+    def losses_of(self, student_maps: Maps, teacher_maps: Maps, labels: Any) -> dict[str, Any]:
+        """Return PML's loss dictionary."""
+        check_labels(type(self).__name__, labels)
+        if len(student_maps) > 1:
+            raise ValueError(
+                f"UnambiguousGranularityLoss takes one map of each side, but was given {len(student_maps)}."
+            )
+        losses = {}
+        for grid, (name, project) in zip(self.grids, self.projections.items()):
+            rows = torch.arange(len(student_maps[0]), device=student_maps[0].device).repeat_interleave(grid**2)
+            with torch.no_grad():
+                expected = self.head[0](cells(teacher_maps[0], grid))
+                right = self.head[1](expected).argmax(dim=1) == labels[rows]
+            found = project(cells(student_maps[0], grid))
+            errors = torch.linalg.vector_norm(unit_rows(expected) - unit_rows(found), dim=1)
+            losses[name] = chosen_losses(self.reducer, name, errors, right, rows)
+        return losses
+
+
+def projection(channels: int, embedding_size: int) -> torch.nn.Sequential:
+    """Return the layers between the student's cells and the teacher's embeddings."""
+    linear = torch.nn.Linear(channels, embedding_size, bias=False)
+    torch.nn.init.kaiming_normal_(linear.weight, mode="fan_out")
+    norms = torch.nn.BatchNorm1d(channels), torch.nn.BatchNorm1d(embedding_size)
+    return torch.nn.Sequential(OrderedDict(norm=norms[0], linear=linear, last_norm=norms[1]))
+
+
+def cells(feature_map: torch.Tensor, grid: int) -> torch.Tensor:
+    """Return the means of grid x grid cells of each map, (B * grid * grid, C)."""
+    return F.adaptive_avg_pool2d(feature_map, grid).flatten(2).transpose(1, 2).flatten(0, 1)
