@@ -25,11 +25,6 @@ class AsymmetricRegressionLoss(BaseDistillationLoss):
     Shapes:
         embeddings and ref_emb: (B, D). ``absolute``: one value per sample (``element``); the others: one per ordered
         pair (``pos_pair``).
-
-    Example:
-        >>> import torch
-        >>> round(AsymmetricRegressionLoss()(torch.eye(4), ref_emb=3 * torch.eye(4)).item(), 6)
-        0.0
     """
 
     equal_widths = True

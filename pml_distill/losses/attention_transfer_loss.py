@@ -21,12 +21,6 @@ class AttentionTransferLoss(BaseFeatureLoss):
 
     Raises:
         ValueError: a map has only one place, where attention is always 1.
-
-    Example:
-        >>> import torch
-        >>> left = torch.tensor([[[[1.0, 0.0]]]])
-        >>> AttentionTransferLoss()([left], [left.flip(3)]).item()
-        1.0
     """
 
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:

@@ -24,13 +24,6 @@ class CollaborativeRankLoss(BaseGalleryLoss):
 
     Shapes:
         embeddings and ref_emb: (B, D). Two times one value per query (``element``).
-
-    Example:
-        >>> import torch
-        >>> teacher = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> loss = CollaborativeRankLoss()
-        >>> bool(loss(teacher, ref_emb=teacher) < 1e-4 < loss(teacher.flip(0), ref_emb=teacher))
-        True
     """
 
     def __init__(self, topk: int = 10, alpha: float = 1.0, beta: float = 1.0, **kwargs):

@@ -13,11 +13,6 @@ class CosineTeacherLoss(BaseDistillationLoss):
 
     Shapes:
         embeddings and ref_emb: (B, D). One value per sample (``element``).
-
-    Example:
-        >>> import torch
-        >>> CosineTeacherLoss()(-torch.eye(3), ref_emb=5 * torch.eye(3)).item()
-        2.0
     """
 
     equal_widths = True

@@ -95,9 +95,9 @@ class DarkRankLoss(BaseDistillationLoss):
             whole = self.list_length is None or self.list_length > size
             length = size - 1 if self.list_length is None or whole else self.list_length
             ranked = teacher.masked_fill(outside, -torch.inf).topk(length, dim=1).indices
-            missing = None if whole and indices_tuple is None else outside.gather(1, ranked)
-        student_list = mask_missing(student.gather(1, ranked), missing)
-        teacher_list = mask_missing(teacher.gather(1, ranked), missing)
+            missing = outside.gather(1, ranked)
+            teacher_list = teacher.gather(1, ranked).masked_fill(missing, ABSENT)
+        student_list = student.gather(1, ranked).masked_fill(missing, ABSENT)
         rest = None
         if self.tail and not whole:
             rest = student.masked_fill(outside.scatter(1, ranked, True), ABSENT).logsumexp(dim=1)
@@ -126,23 +126,13 @@ def check_soft_list_length(length: int) -> None:
         )
 
 
-def mask_missing(scores: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
-    """Silence the places of a list that a query has too few candidates to fill."""
-    return scores if missing is None else scores.masked_fill(missing, ABSENT)
-
-
-def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor | None) -> torch.Tensor:
+def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor) -> torch.Tensor:
     """ListMLE: (Q, L) student scores in the teacher's order, (Q,) log-sum-exp of the rest -> (Q,) losses."""
-    chain = student.flip(1)
-    counted = None if missing is None else ~missing.flip(1)
+    chain, counted = student.flip(1), ~missing.flip(1)
     if rest is not None:
-        chain = torch.cat([rest[:, None], chain], dim=1)
-        counted = torch.ones_like(student, dtype=torch.bool) if counted is None else counted
-        counted = torch.cat([torch.zeros_like(counted[:, :1]), counted], dim=1)
-    if missing is not None:
-        student = student.masked_fill(missing, 0)
-    value = own_gradient(SummedLogCumSumExp, chain, counted) - student.sum(dim=1, dtype=torch.float64)
-    return value.to(student.dtype)
+        chain, counted = torch.cat([rest[:, None], chain], dim=1), F.pad(counted, (1, 0))
+    picked = student.masked_fill(missing, 0).sum(dim=1, dtype=torch.float64)
+    return (own_gradient(SummedLogCumSumExp, chain, counted) - picked).to(student.dtype)
 
 
 class SummedLogCumSumExp(torch.autograd.Function):
@@ -196,25 +186,20 @@ def recurrence(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def soft_losses(
-    student: torch.Tensor, teacher: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor | None
+    student: torch.Tensor, teacher: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor
 ) -> torch.Tensor:
     """ListNet: (Q, L) scores of both sides, (Q,) log-sum-exp of the rest -> (Q,) losses."""
     length = student.shape[1]
     check_soft_list_length(length)
-    student, teacher = student.t(), teacher.t()
     with torch.no_grad():
-        remains = remaining_probabilities(teacher, subset_logsumexp(teacher))
-        if missing is not None:
-            # A list is filled from the front: without its missing places, a subset is empty if it shares no bit
-            # with the places that are filled.
-            filled = 2 ** (~missing).sum(dim=1) - 1
-            subsets = torch.arange(2**length, device=student.device)
-            remains = remains.masked_fill(subsets[:, None] & filled == 0, 0)
-    denominators = subset_logsumexp(student, rest)
-    if missing is not None:
-        student = student.masked_fill(missing.t(), 0)
-    value = (remains[1:] * denominators[1:]).sum(dim=0, dtype=torch.float64) - student.sum(dim=0, dtype=torch.float64)
-    return value.to(student.dtype)
+        remains = remaining_probabilities(teacher.t(), subset_logsumexp(teacher.t()))
+        # A list is filled from the front: without its missing places, a subset is empty if it shares no bit with the
+        # places that are filled.
+        filled = 2 ** (~missing).sum(dim=1) - 1
+        remains = remains.masked_fill(torch.arange(2**length, device=student.device)[:, None] & filled == 0, 0)
+    denominators = subset_logsumexp(student.t(), rest)
+    picked = student.masked_fill(missing, 0).sum(dim=1, dtype=torch.float64)
+    return ((remains[1:] * denominators[1:]).sum(dim=0, dtype=torch.float64) - picked).to(student.dtype)
 
 
 def subset_logsumexp(scores: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:

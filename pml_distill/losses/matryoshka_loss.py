@@ -1,13 +1,12 @@
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from .base_distillation_loss import BaseDistillationLoss, IndicesTuple
-from .multiple_distillation_losses import at_width, by_name
+from .base_distillation_loss import IndicesTuple
+from .multiple_distillation_losses import MultipleDistillationLosses, at_width, by_name
 
 
-class MatryoshkaLoss(BaseDistillationLoss):
+class MatryoshkaLoss(MultipleDistillationLosses):
     r"""A loss summed over nested widths, so that embeddings may be cut short after training (Matryoshka, MRL).
 
     .. math:: L = \sum_m w_m \, L(f_{1..m}), \quad m \in \text{widths}
@@ -45,25 +44,19 @@ class MatryoshkaLoss(BaseDistillationLoss):
         widths: Sequence[int] = (32, 64, 128),
         weights: Sequence[float] | None = None,
     ):
-        super().__init__()
         if not widths or min(widths) < 1 or len(set(widths)) < len(widths):
             raise ValueError(f"widths must be different numbers of coordinates, each at least 1, but is {widths}.")
         names = dict.fromkeys(f"width_{width}" for width in widths)
-        self.widths = tuple(widths)
-        self.weights = dict.fromkeys(names, 1.0) if weights is None else by_name("weights", weights, names)
         if isinstance(loss, torch.nn.Module):
             tied = [name for name, x in (*loss.named_parameters(), *loss.named_buffers()) if x.ndim > 1]
             if tied and len(widths) > 1:
                 raise ValueError(
                     f"{type(loss).__name__} has {', '.join(tied)} for one width only; give a list with one loss for "
-                    f"each of the widths {self.widths}."
+                    f"each of the widths {tuple(widths)}."
                 )
-            self.losses = torch.nn.ModuleList([loss])
-        else:
-            self.losses = torch.nn.ModuleList(by_name("loss", loss, names).values())
-        self.takes_pairs = any(getattr(part, "takes_pairs", True) for part in self.losses)
-        self.needs_labels = any(getattr(part, "needs_labels", True) for part in self.losses)
-        self.sub_losses: dict[str, torch.Tensor] = {}
+            loss = [loss] * len(widths)
+        super().__init__(by_name("loss", loss, names), weights)
+        self.widths = tuple(widths)
 
     def forward(
         self,
@@ -72,8 +65,9 @@ class MatryoshkaLoss(BaseDistillationLoss):
         indices_tuple: IndicesTuple | None = None,
         ref_emb: torch.Tensor | None = None,
         ref_labels: torch.Tensor | None = None,
+        width: int | None = None,
     ) -> torch.Tensor:
-        """Return the weighted sum over the widths, and keep what it is made of in ``sub_losses``."""
+        """Return the weighted sum over the widths, and keep its parts in ``sub_losses``."""
         if not self.needs_labels:
             self._checked_teacher(embeddings, ref_emb)
         if embeddings.shape[1] < max(self.widths):
@@ -81,10 +75,6 @@ class MatryoshkaLoss(BaseDistillationLoss):
                 f"widths go up to {max(self.widths)}, but embeddings has shape {tuple(embeddings.shape)}; leave out "
                 "the larger widths."
             )
-        total: Any = 0
-        for place, width in enumerate(self.widths):
-            loss, name = self.losses[place % len(self.losses)], f"width_{width}"
-            value = at_width(loss, width, embeddings[:, :width], labels, indices_tuple, ref_emb, ref_labels)
-            self.sub_losses[name] = value.detach()
-            total = total + self.weights[name] * value
-        return total
+        parts = zip(self.losses.items(), self.widths)
+        given = labels, indices_tuple, ref_emb, ref_labels
+        return self.weighted_sum({name: at_width(loss, w, embeddings[:, :w], *given) for (name, loss), w in parts})

@@ -67,16 +67,19 @@ class MultipleDistillationLosses(BaseDistillationLoss):
         width: int | None = None,
     ) -> torch.Tensor:
         """Return the weighted sum, and keep its parts in ``sub_losses``; ``width`` is for ``MatryoshkaLoss``."""
-        total: Any = 0
+        values = {}
         for name, loss in self.losses.items():
             pairs = indices_tuple
             if name in self.miners:
                 asks = getattr(self.miners[name], "asks_teacher", False)
                 pairs = self.miners[name](embeddings, labels, **({"ref_emb": ref_emb} if asks else {}))
-            value = at_width(loss, width, embeddings, labels, pairs, ref_emb, ref_labels)
-            self.sub_losses[name] = value.detach()
-            total = total + self.weights[name] * value
-        return total
+            values[name] = at_width(loss, width, embeddings, labels, pairs, ref_emb, ref_labels)
+        return self.weighted_sum(values)
+
+    def weighted_sum(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Keep the losses by name, detached, and return their sum."""
+        self.sub_losses = {name: value.detach() for name, value in values.items()}
+        return torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
 
 
 def at_width(

@@ -25,11 +25,6 @@ class MutualDistanceLoss(BaseGalleryLoss):
 
     Shapes:
         embeddings and ref_emb: (B, D). Two times one value per query (``element``).
-
-    Example:
-        >>> import torch
-        >>> round(MutualDistanceLoss()(torch.eye(4), ref_emb=3 * torch.eye(4)).item(), 6)
-        0.0
     """
 
     needs_proper_distance = True

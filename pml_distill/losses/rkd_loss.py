@@ -18,11 +18,6 @@ class RKDLoss(MultipleDistillationLosses):
         angle_weight: weight of the angles.
         distance: distance of ``RKDDistanceLoss``.
         reducer: reducer of both.
-
-    Example:
-        >>> import torch
-        >>> round(RKDLoss()(torch.eye(4), ref_emb=3 * torch.eye(4, 7)).item(), 6)
-        0.0
     """
 
     def __init__(

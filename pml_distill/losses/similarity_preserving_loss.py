@@ -17,11 +17,6 @@ class SimilarityPreservingLoss(BaseDistillationLoss):
 
     Shapes:
         embeddings: (B, Ds), ref_emb: (B, Dt). One value per query (``element``).
-
-    Example:
-        >>> import torch
-        >>> SimilarityPreservingLoss()(torch.eye(4), ref_emb=3 * torch.eye(4, 7)).item()
-        0.0
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):

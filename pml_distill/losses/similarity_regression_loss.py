@@ -19,12 +19,6 @@ class SimilarityRegressionLoss(BaseDistillationLoss):
 
     Shapes:
         embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``).
-
-    Example:
-        >>> import torch
-        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0], [-1.0]])
-        >>> round(SimilarityRegressionLoss()(student, ref_emb=teacher).item(), 4)  # (2 - 4)^2
-        4.0
     """
 
     def __init__(self, alpha: float = 1.0, beta: float = 2.0, **kwargs):

@@ -35,11 +35,6 @@ class TokenLoss(BaseFeatureLoss):
 
     Raises:
         ValueError: the channels do not go in pairs or are not those of the tokens.
-
-    Example:
-        >>> loss = TokenLoss(student_channels=[8], teacher_channels=[16])
-        >>> loss([torch.rand(2, 8, 7, 7)], [torch.rand(2, 1 + 14 * 14, 16)]).shape
-        torch.Size([])
     """
 
     def __init__(

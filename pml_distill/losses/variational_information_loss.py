@@ -36,12 +36,6 @@ class VariationalInformationLoss(BaseFeatureLoss):
 
     Raises:
         ValueError: the channels do not go in pairs or are not those of the maps.
-
-    Example:
-        >>> import torch
-        >>> loss = VariationalInformationLoss(student_channels=[8], teacher_channels=[32])
-        >>> loss([torch.rand(4, 8, 7, 7)], [torch.rand(4, 32, 14, 14)]).shape
-        torch.Size([])
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], **kwargs):

@@ -11,8 +11,10 @@ from test_contract import LOSSES, embeddings
 from pml_distill.losses import (
     CollaborativeRankLoss,
     DecoupledDifferentialLoss,
+    DistillationMemory,
     MutualDistanceLoss,
     RankPreservationLoss,
+    RelativeTeacherLoss,
     SimilarityDistributionLoss,
 )
 
@@ -26,6 +28,7 @@ WITH_QUEUE = {
     "rank_preservation": lambda: RankPreservationLoss(topk=5, **QUEUE),
     "decoupled_differential": lambda: DecoupledDifferentialLoss(topk=5, **QUEUE),
     "collaborative_rank": lambda: CollaborativeRankLoss(topk=5, **QUEUE),
+    "memory": lambda: DistillationMemory(RelativeTeacherLoss(), 5, 24),
 }
 STEPS = 4
 

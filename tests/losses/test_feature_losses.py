@@ -6,13 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer, SumReducer, ThresholdReducer
+from pytorch_metric_learning.reducers import (
+    ClassWeightedReducer,
+    DivisorReducer,
+    DoNothingReducer,
+    SumReducer,
+    ThresholdReducer,
+)
 
 from pml_distill.losses import (
     AttentionTransferLoss,
     BaseFeatureLoss,
     HintLoss,
     PooledFeatureLoss,
+    TokenLoss,
+    UnambiguousGranularityLoss,
     VariationalInformationLoss,
 )
 from pml_distill.utils import FeatureTap
@@ -22,6 +30,7 @@ LOSSES = {
     "hint": lambda **kw: HintLoss(STUDENT, TEACHER, **kw),
     "attention": AttentionTransferLoss,
     "variational": lambda **kw: VariationalInformationLoss(STUDENT, TEACHER, **kw),
+    "token": lambda **kw: TokenLoss(STUDENT, TEACHER, **kw),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -52,6 +61,14 @@ def expected(name, loss, students, teachers):
         conv = loss.regressors[f"map_{i}"]
         weight, bias = conv.weight.detach().double().numpy()[:, :, 0, 0], conv.bias.detach().double().numpy()
         prediction = np.einsum("oc,bchw->bohw", weight, s) + bias[:, None, None]
+        if name == "token":
+            t = (t - t.mean(axis=1, keepdims=True)) / np.sqrt(t.var(axis=1, keepdims=True) + 1e-5)
+            lengths = np.sqrt((prediction**2).sum(axis=1)) * np.sqrt((t**2).sum(axis=1))
+            cosine = 1 - (prediction * t).sum(axis=1) / lengths
+            gap = np.abs(prediction - t)
+            smooth = np.where(gap < 1, gap**2 / 2, gap - 0.5).mean(axis=1)
+            total += (0.9 * cosine + 0.1 * smooth).mean(axis=(1, 2))
+            continue
         errors = (prediction - t) ** 2
         if name == "variational":
             raw = loss.raw_variances[f"map_{i}"].detach().double().numpy()
@@ -200,6 +217,7 @@ def test_state_comes_back(name):
         ([torch.zeros(2, 4, 3, 3)], [], r"teacher_maps to be a list of feature maps, but it is \[\]"),
         ([torch.zeros(2, 4, 3, 3)], [torch.zeros(2, 5, 3, 3)] * 2, r"\[\(2, 4, 3, 3\)\].*their numbers differ"),
         ([torch.zeros(2, 4)], [torch.zeros(2, 5, 3, 3)], r"\(batch, channels, height, width\).*\[\(2, 4\)\]"),
+        ([torch.zeros(2, 4)], [torch.zeros(2, 5, 3)], r"tokens of shape \(batch, tokens, channels\).*\[\(2, 4\)\]"),
         ([torch.zeros(2, 4, 3, 3)], [torch.zeros(3, 5, 3, 3)], r"same samples.*the numbers of rows differ"),
     ],
 )
@@ -208,7 +226,7 @@ def test_wrong_maps_are_named(name, students, teachers, message):
         make(name)(students, teachers)
 
 
-@pytest.mark.parametrize("name", ["hint", "variational"])
+@pytest.mark.parametrize("name", ["hint", "variational", "token"])
 def test_wrong_channels_are_named_with_the_right_ones(name):
     with pytest.raises(ValueError, match=r"are \[4\] and \[4, 5\]"):
         type(make(name))([4], [4, 5])
@@ -268,3 +286,132 @@ def test_pooled_features_give_the_authors_figures(name):
 def test_pooled_features_need_equal_channels():
     with pytest.raises(ValueError, match=r"equal channels.*\[\(4, 5\)\]"):
         PooledFeatureLoss()(maps([4]), maps([5]))
+
+
+def as_tokens(feature_map, prefix):
+    tokens = feature_map.flatten(2).transpose(1, 2)
+    return torch.cat([torch.full_like(tokens[:, :1], 7).expand(-1, prefix, -1), tokens], dim=1)
+
+
+TAKE_TOKENS = {
+    **{name: (lambda name=name: make(name)) for name in LOSSES},
+    "pooled": PooledFeatureLoss,
+}
+
+
+@pytest.mark.parametrize("name", TAKE_TOKENS)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("size", [6, 4])
+def test_tokens_are_read_as_maps_between_different_grids(name, prefix, size):
+    torch.manual_seed(0)
+    channels = ([4], [4]) if name == "pooled" else (STUDENT, TEACHER)
+    students = [torch.rand(2, c, 4, 4) for c in channels[0]]
+    teachers = [torch.rand(2, c, size, size) for c in channels[1]]
+    expected, loss = TAKE_TOKENS[name]()(students, teachers), TAKE_TOKENS[name]()
+    tokens = [as_tokens(m, prefix).requires_grad_() for m in students]
+    assert torch.allclose(loss(tokens, [as_tokens(m, prefix) for m in teachers]), expected)
+    value = loss(tokens, teachers)
+    value.backward()
+    assert torch.allclose(value, expected)
+    assert all((t.grad[:, :prefix] == 0).all() and t.grad.abs().sum() > 0 for t in tokens)
+
+
+def test_grids_that_are_not_square_are_given():
+    students, teachers = [torch.rand(2, 4, 2, 6)], [torch.rand(2, 4, 3, 6)]
+    loss = AttentionTransferLoss(student_grid=(2, 6), teacher_grid=(3, 6))
+    value = loss([as_tokens(students[0], 1)], [as_tokens(teachers[0], 5)])
+    assert torch.allclose(value, AttentionTransferLoss()(students, teachers))
+    with pytest.raises(ValueError, match=r"grid of 4 x 6 does not fit into the 13 tokens of \(2, 13, 4\)"):
+        AttentionTransferLoss(student_grid=(4, 6))([as_tokens(students[0], 1)], teachers)
+
+
+@every_loss
+def test_an_empty_batch_is_a_zero_loss_that_back_propagates(name):
+    students = [m.requires_grad_() for m in maps(STUDENT)]
+    loss = make(name)
+    value = loss([m[:0] for m in students], [m[:0] for m in maps(TEACHER, seed=1)])
+    value.backward()
+    assert value == 0 and all((p.grad == 0).all() for p in (*students, *loss.parameters()))
+
+
+@every_loss
+def test_reducers_that_want_more(name):
+    students, teachers = maps(STUDENT), maps(TEACHER, seed=1)
+    assert make(name, reducer=DivisorReducer())(students, teachers).item() == pytest.approx(
+        make(name)(students, teachers).item()
+    )
+    with pytest.raises(ValueError, match="ClassWeightedReducer of .* needs a class"):
+        make(name, reducer=ClassWeightedReducer(torch.ones(3)))(students, teachers)
+
+
+class Head(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.classify = torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)
+
+
+def granularity(**kwargs):
+    torch.manual_seed(0)
+    head = Head().double().eval()
+    return UnambiguousGranularityLoss(4, head.embed, head.classify, 7, grids=(4, 2), **kwargs).double()
+
+
+def cells_by_hand(feature_map, grid):
+    """Each cell's mean, sample by sample, from the definition."""
+    array, step = feature_map.numpy(), feature_map.shape[2] // grid
+    rows = [
+        image[:, i * step : (i + 1) * step, j * step : (j + 1) * step].mean(axis=(1, 2))
+        for image in array
+        for i in range(grid)
+        for j in range(grid)
+    ]
+    return np.stack(rows)
+
+
+def linear(x, layer):
+    bias = 0 if layer.bias is None else layer.bias.detach().numpy()
+    return x @ layer.weight.detach().numpy().T + bias
+
+
+def test_granularity_is_the_mean_distance_of_the_cells_that_the_teacher_gets_right():
+    loss, labels = granularity(), torch.tensor([0, 1, 2, 1])
+    student, teacher = torch.randn(4, 4, 8, 8).double(), torch.randn(4, 5, 16, 16).double()
+    expected, count = 0, 0
+    for grid in (4, 2):
+        found = cells_by_hand(student, grid)
+        found = (found - found.mean(0)) / np.sqrt(found.var(0) + 1e-5)
+        found = linear(found, loss.projections[f"grid_{grid}"].linear)
+        found = (found - found.mean(0)) / np.sqrt(found.var(0) + 1e-5)
+        target = linear(cells_by_hand(teacher, grid), loss.head[0])
+        right = linear(target, loss.head[1]).argmax(1) == np.repeat(labels.numpy(), grid**2)
+        unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (target, found)]
+        expected += np.linalg.norm(unit[0] - unit[1], axis=1)[right].mean()
+        count += right.sum()
+    assert 0 < count < 80
+    student.requires_grad_()
+    value = loss([student], [teacher], labels)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+    value.backward()
+    assert student.grad.abs().sum() > 0 and all(p.grad is not None for p in loss.parameters())
+    parts = granularity(reducer=DoNothingReducer())([student], [teacher], labels)
+    assert sum(part["losses"].mean() for part in parts.values()).item() == pytest.approx(expected, rel=1e-9)
+    for name, part in parts.items():
+        assert part["indices"].max() < 4 and len(part["indices"]) == len(part["losses"]), name
+
+
+def test_granularity_keeps_the_teachers_head_out_of_its_state_and_needs_labels():
+    loss = granularity()
+    student, teacher = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 5, 8, 8).double()
+    assert all(name.startswith("projections.") for name in loss.state_dict())
+    nowhere = loss([student.requires_grad_()], [teacher], torch.tensor([-1, -1]))
+    nowhere.backward()
+    assert nowhere == 0
+    empty = loss([student[:0]], [teacher[:0]], torch.empty(0, dtype=torch.long))
+    empty.backward()
+    assert empty == 0
+    with pytest.raises(ValueError, match="UnambiguousGranularityLoss needs a class for each row, but labels are None"):
+        loss([student], [teacher])
+    with pytest.raises(ValueError, match="one map of each side, but was given 2"):
+        loss([student] * 2, [teacher] * 2, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="must be in eval mode"):
+        UnambiguousGranularityLoss(4, torch.nn.Linear(5, 7), torch.nn.Linear(7, 3), 7)
