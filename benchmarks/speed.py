@@ -36,8 +36,8 @@ from pml_distill import losses
 from pml_distill.miners import TeacherMiner, TeacherNeighborMiner, TeacherRankMiner
 from pml_distill.utils.report import format_table
 
-PER_CLASS, PLACES = 4, 4
-ROOFLINE, PML, HASHING, MINERS = "roofline", "PML", "hashing", "miners"
+PER_CLASS, PLACES, CLASSES = 4, 4, 10
+ROOFLINE, PML, HASHING, MINERS, OTHERS = "roofline", "PML", "hashing", "miners", "of other losses"
 GRAM, PASS, REFERENCE = "Gram product", "pass over B x B", "MultiSimilarityLoss"
 PML_LOSSES = (REFERENCE, "ContrastiveLoss", "TripletMarginLoss", "NTXentLoss", "CircleLoss", "FastAPLoss")
 PML_MINERS = ("MultiSimilarityMiner", "BatchHardMiner", "TripletMarginMiner")
@@ -72,9 +72,24 @@ def loss_of(name: str, size: int, width: int) -> torch.nn.Module:
     """Return a loss of the catalogue with its defaults; a queue is as long as the batch, so that times compare."""
     if name == "SimilarityDistributionLoss":
         return losses.SimilarityDistributionLoss(size, width)
-    if name in ("HintLoss", "VariationalInformationLoss"):
+    if name in ("HintLoss", "VariationalInformationLoss", "TokenLoss"):
         return getattr(losses, name)([width], [width])
+    if name == "UnambiguousGranularityLoss":
+        head, classifier = torch.nn.Linear(width, width).eval(), torch.nn.Linear(width, CLASSES).eval()
+        return losses.UnambiguousGranularityLoss(width, head, classifier, width, grids=(PLACES, PLACES // 2))
     return getattr(losses, name)()
+
+
+def wrappers(size: int, width: int) -> dict[str, tuple[str, torch.nn.Module]]:
+    """Return losses made of others; the memory is as long as the batch."""
+    widths, relative = (width // 4, width // 2, width), losses.RelativeTeacherLoss()
+    pair = losses.MultipleDistillationLosses([relative, losses.DarkRankLoss()])
+    return {
+        "MatryoshkaLoss(RelativeTeacherLoss)": (OTHERS, losses.MatryoshkaLoss(relative, widths)),
+        "MatryoshkaLoss(AbsoluteTeacherLoss)": (OTHERS, losses.MatryoshkaLoss(losses.AbsoluteTeacherLoss(), widths)),
+        "RelativeTeacherLoss + DarkRankLoss": (OTHERS, pair),
+        "DistillationMemory(RelativeTeacherLoss)": (OTHERS, losses.DistillationMemory(relative, width, size)),
+    }
 
 
 def subjects(size: int, width: int, device: torch.device) -> dict[str, Subject]:
@@ -102,9 +117,11 @@ def subjects(size: int, width: int, device: torch.device) -> dict[str, Subject]:
         name = f"DarkRankLoss, {transfer}, {length or 'all'}"
         distillation[name] = "listwise", losses.DarkRankLoss(transfer, list_length=length)
     distillation["DarkRankLoss, soft, 8"] = distillation.pop("DarkRankLoss")
+    distillation |= wrappers(size, width)
     for name, (family, loss) in distillation.items():
         if family == "feature maps":
-            found[name] = differentiated(family, loss, ([maps], [maps.detach() + 1]), {}, maps)
+            given = [maps], [maps.detach() + 1], labels % CLASSES
+            found[name] = differentiated(family, loss, given, {}, maps)
         else:
             found[name] = differentiated(family, loss, (student, labels), ref, student)
     for loss in (losses.DeepCauchyHashingLoss(), losses.CentralSimilarityLoss(-(-size // PER_CLASS), width)):
