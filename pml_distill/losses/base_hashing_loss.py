@@ -13,7 +13,7 @@ class BaseHashingLoss(BaseMetricLossFunction):
 
     Two sub-losses, ``similarity_loss`` and (but for ``HashNetLoss`` and ``OrthoHashLoss``) ``quantization_loss``, which
     separate reducers can take (``MultipleReducers``); they are added. The maths runs in float32 with autocast off
-    (float64 stays float64).
+    (float64 stays float64). The default mean is the scale of the authors' code.
 
     Args:
         distance, reducer, embedding_regularizer: as in every PML loss.

@@ -1,5 +1,3 @@
-from typing import Any
-
 import torch
 from torch.nn import functional as F
 
@@ -40,10 +38,6 @@ class CentralSimilarityLoss(BaseHashingLoss):
         hash_centers: (num_classes, embedding_size) buffer of -1 and 1, saved with the loss. random_center:
         (embedding_size,) likewise. min_center_distance: the smallest Hamming distance between two centers.
 
-    Raises:
-        ValueError: ``num_classes`` or ``embedding_size`` is below 1; ``quantization_weight`` is negative; widths or
-            labels do not fit them; labels out of range (on the CPU; on CUDA the device's own index assertion).
-
     Example:
         >>> import torch
         >>> loss = CentralSimilarityLoss(num_classes=3, embedding_size=16)
@@ -58,21 +52,16 @@ class CentralSimilarityLoss(BaseHashingLoss):
         check_not_negative(quantization_weight=quantization_weight)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.quantization_weight = quantization_weight
-        centers = hash_centers(num_classes, embedding_size, seed)
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("hash_centers", centers)
+        self.register_buffer("hash_centers", hash_centers(num_classes, embedding_size, seed))
         self.register_buffer("random_center", 2.0 * torch.randint(2, (embedding_size,), generator=generator) - 1)
-        self.min_center_distance = self.smallest_distance()
         self.add_to_recordable_attributes(
             list_of_names=["num_classes", "embedding_size", "quantization_weight", "min_center_distance"], is_stat=False
         )
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.min_center_distance = self.smallest_distance()
-
-    def smallest_distance(self) -> int:
-        """Return the smallest Hamming distance between two centers."""
+    @property
+    def min_center_distance(self) -> int:
+        """The smallest Hamming distance between two centers."""
         return center_distances(self.hash_centers)[0] if self.num_classes > 1 else self.embedding_size
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):

@@ -18,11 +18,9 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
              + \lambda \frac{1}{B} \sum_i \log\left(1 + \frac{d(|u_i|, 1)}{\gamma}\right)
 
     K is the number of bits; s_ij is 1 for pairs of one class, or with a label in common, and w_ij balances the
-    similar and the dissimilar pairs, so that each kind weighs half. The batch's diagonal is among the similar
-    pairs, as in the authors' code: a constant, since the cosine is capped. The cap also leaves dissimilar codes
-    whose cosine exceeds 0.99 without repulsion. A zero row counts as orthogonal to all and gets no gradient
-    (NaN in the authors' code). For the cosine of rows so short that the product of their lengths is below 1e-4, the
-    inner product is divided by 1e-4 instead, as there.
+    similar and the dissimilar pairs, so that each kind weighs half. As in the authors' code, the batch's diagonal is
+    among the similar pairs, a constant; dissimilar codes whose cosine exceeds 0.99 are not repelled; and inner products
+    are divided by at least 1e-4. A zero row counts as orthogonal to all and gets no gradient (NaN there).
 
     Source: Cao et al., "Deep Cauchy Hashing for Hamming Space Retrieval", CVPR 2018; the default weights are those
     of Reddy et al. 2022. The default mean is the authors' own scale.
@@ -37,10 +35,6 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
         ``loss(outputs, similarity=matrix)`` takes a (B, B) matrix of 0 and 1 instead. Reducer input:
         ``similarity_loss``, one value per ordered pair, the diagonal included (``pos_pair``), and
         ``quantization_loss``, one value per sample (``element``).
-
-    Raises:
-        ValueError: ``gamma`` is not positive; ``quantization_weight`` is negative; the distance is another one; labels
-            are missing or of another length.
 
     Example:
         >>> import torch

@@ -16,10 +16,9 @@ class DPSHLoss(BaseHashingLoss):
         L = \frac{1}{B N} \sum_{ij} \left( \log(1 + e^{\theta_{ij}}) - s_{ij} \theta_{ij} \right)
             + \lambda \frac{1}{B} \sum_i \operatorname{mean}_k (u_{ik} - \operatorname{sign}(u_{ik}))^2
 
-    s_ij is 1 for pairs of one class, or with a label in common. The N others are the batch itself, both sides of a
-    pair with gradient; or, as in the authors' code, all training samples: with ``num_samples`` the loss remembers the
-    last outputs of each, without gradient, and asks for the rows of the batch, ``loss(outputs, labels, index=rows)``.
-    Samples never seen have outputs of zero there and add log 2 each. The default mean is the authors' own scale.
+    s_ij is 1 for pairs of one class, or with a label in common. The N others are the batch itself; or, as published,
+    all training samples: with ``num_samples`` the loss remembers the last outputs of each, without gradient, and asks
+    for the rows of the batch, ``loss(outputs, labels, index=rows)``. Samples never seen add log 2 each.
 
     Source: Li et al., "Feature Learning based Deep Supervised Hashing with Pairwise Labels", IJCAI 2016.
 
@@ -33,10 +32,6 @@ class DPSHLoss(BaseHashingLoss):
     Shapes:
         embeddings: (B, bits). labels: (B,) or multi-hot (B, C). index: (B,). Reducer input: ``similarity_loss`` and
         ``quantization_loss``, one value per sample (``element``).
-
-    Raises:
-        ValueError: ``quantization_weight`` is negative; there is a memory and no ``index`` or ``embedding_size``, or an
-            ``index`` and no memory.
 
     Example:
         >>> import torch

@@ -13,7 +13,7 @@ class GreedyHashLoss(BaseHashingLoss):
         \qquad L = \frac{1}{B} \sum_i \mathrm{CE}(W b_i, y_i)
         + \lambda \operatorname{mean}_k \left| |u_{ik}| - 1 \right|^3
 
-    0 counts as -1, as in all codes here. The default mean is the authors' own scale.
+    0 counts as -1, as in all codes here.
 
     Source: Su et al., "Greedy Hash: Towards Fast Optimization for Accurate Hash Coding in CNN", NeurIPS 2018.
 
@@ -29,9 +29,6 @@ class GreedyHashLoss(BaseHashingLoss):
 
     Attributes:
         W: (num_classes, embedding_size), which learns: give the loss an optimizer, as PML's ``metric_loss_optimizer``.
-
-    Raises:
-        ValueError: labels are multi-hot or out of range; ``quantization_weight`` is negative; widths do not fit.
 
     Example:
         >>> import torch

@@ -1,28 +1,20 @@
 import numpy as np
 import torch
 
-ROUNDS = 200
-LINEAR_BITS = 20
-DRAWN = 256
-PART = 1024
+ROUNDS, DRAWN, LINEAR_BITS, PART = 200, 256, 20, 1024
 
 
 def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
     r"""Return a code of -1 and 1 for each class, far from one another; the same for the same arguments.
 
-    - The rows of a Hadamard matrix H, then of -H, wherever one of order ``bits`` is constructed (Sylvester's for
-      powers of two; Paley's two for primes; their doublings: 12, 20, 24, 28, 36, 40, 44, 48...): every two rows differ
-      in bits / 2 places, opposite ones in all.
-    - Beyond 2 x ``bits`` classes, and for other lengths, random balanced codes, each with its opposite, drawn until
-      they are bits / 4 away from all others. Opposites balance each bit over the classes, so that the mean distance
-      is at least bits / 2.
-    - Where that many are not found, up to 20 bits: words of a linear code that contains Sylvester's rows, grown
-      greedily, which is denser than what chance finds (2048 words of 16 bits at distance 4, 128 of 8 at 2).
-    - Where there are too few of these, too, the required distance shrinks by one bit at a time (at the end to 0,
-      when there are more classes than codes). ``center_distances`` tells what was achieved.
+    - The rows of a Hadamard matrix H, then of -H, where one of order ``bits`` is known (Sylvester's and Paley's: powers
+      of two, 12, 20, 24, 28, 36, 40, 44, 48...): any two differ in bits / 2 places, opposite ones in all.
+    - Beyond, random balanced codes, each with its opposite, at least bits / 4 from all others.
+    - Where chance finds too few, up to 20 bits: a linear code, grown greedily (2048 words of 16 bits at distance 4).
+    - Where these are too few, the distance shrinks by one bit at a time; ``center_distances`` tells what was reached.
 
     Source: Yuan et al., "Central Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020, where
-    ``bits`` must be a power of two and a draw that fails is kept unnoticed.
+    ``bits`` must be a power of two.
 
     Args:
         num_classes: number of centers, from 1.
@@ -44,8 +36,7 @@ def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
     if num_classes < 1 or bits < 1:
         raise ValueError(f"num_classes and bits (embedding_size) must be at least 1, but are {num_classes} and {bits}.")
     matrix = hadamard(bits)
-    start = torch.empty(0, bits) if matrix is None else torch.cat([matrix, -matrix])
-    centers, distance = start, -(-bits // 4)
+    centers, distance = torch.empty(0, bits) if matrix is None else torch.cat([matrix, -matrix]), -(-bits // 4)
     generator = torch.Generator().manual_seed(seed)
     while len(centers) < num_classes:
         centers = with_random_codes(centers, num_classes, distance, generator)
@@ -69,8 +60,7 @@ def center_distances(centers: torch.Tensor) -> tuple[int, float]:
         products.diagonal(start).fill_(-bits)
         nearest = max(nearest, int(products.max()))
     all_products = centers.double().sum(dim=0).square().sum().item()
-    mean_product = (all_products - size * bits) / (size * (size - 1))
-    return (bits - nearest) // 2, (bits - mean_product) / 2
+    return (bits - nearest) // 2, (bits - (all_products - size * bits) / (size * (size - 1))) / 2
 
 
 def with_random_codes(
@@ -107,8 +97,7 @@ def linear_code(bits: int, distance: int) -> torch.Tensor:
     """
     places = 1 << torch.arange(bits - 1, -1, -1)
     words = torch.arange(2**bits)
-    weights = (words[:, None] & places).ne(0).sum(dim=1)
-    near, code = words[weights < distance], torch.zeros(1, dtype=torch.long)
+    near, code = words[(words[:, None] & places).ne(0).sum(dim=1) < distance], torch.zeros(1, dtype=torch.long)
     rows = hadamard(bits) if bits & (bits - 1) == 0 else None
     if rows is not None:
         code = (torch.cat([rows, -rows]) < 0).long() @ places
@@ -127,22 +116,22 @@ def hadamard(order: int) -> torch.Tensor | None:
         return torch.ones(1, 1)
     if order % 2 or order > 2 and order % 4:
         return None
+    sylvester, half = torch.tensor([[1.0, 1], [1, -1]]), hadamard(order // 2)
     if order & (order - 1) and is_prime(order - 1):
-        # Paley's first construction: order - 1 = 3 mod 4, and the Jacobsthal matrix is skew.
-        skew = bordered(order - 1, -1)
-        return with_ones(skew + torch.eye(order))
-    half = hadamard(order // 2)
-    if half is not None:
-        return torch.cat([torch.cat([half, half], dim=1), torch.cat([half, -half], dim=1)])
-    if is_prime(order // 2 - 1):
-        # Paley's second construction: order / 2 - 1 = 1 mod 4, and the Jacobsthal matrix is symmetric.
-        conference, one = bordered(order // 2 - 1, 1), torch.eye(order // 2)
-        top = torch.cat([conference + one, conference - one], dim=1)
-        return with_ones(torch.cat([top, torch.cat([conference - one, -conference - one], dim=1)]))
-    return None
+        # Paley's first construction, of a prime that is 3 mod 4; the second one below, of one that is 1 mod 4.
+        matrix = conference(order - 1, -1) + torch.eye(order)
+    elif half is not None:
+        return torch.kron(sylvester, half)
+    elif is_prime(order // 2 - 1):
+        corner = torch.kron(torch.tensor([[1.0, -1], [-1, -1]]), torch.eye(order // 2))
+        matrix = torch.kron(sylvester, conference(order // 2 - 1, 1)) + corner
+    else:
+        return None
+    matrix = matrix * matrix[:, :1]
+    return matrix * matrix[:1]
 
 
-def bordered(prime: int, sign: int) -> torch.Tensor:
+def conference(prime: int, sign: int) -> torch.Tensor:
     """Return the matrix of quadratic residues of differences, with a border of ones and ``sign`` ones."""
     residue = -torch.ones(prime)
     residue[torch.arange(1, prime) ** 2 % prime] = 1
@@ -153,12 +142,6 @@ def bordered(prime: int, sign: int) -> torch.Tensor:
     matrix[1:, 0] = sign
     matrix[1:, 1:] = residue[(places[:, None] - places) % prime]
     return matrix
-
-
-def with_ones(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the equivalent matrix whose first row and column are ones."""
-    matrix = matrix * matrix[:, :1]
-    return matrix * matrix[:1]
 
 
 def is_prime(number: int) -> bool:

@@ -14,7 +14,7 @@ class HashNetLoss(BaseHashingLoss):
             - s_{ij} \alpha \langle g_i, g_j \rangle \right)
 
     s_ij is 1 for pairs of one class, or with a label in common; w_ij gives half of the weight to either kind. The
-    batch's diagonal is among the similar pairs, as in the authors' code. The default mean is the authors' own scale.
+    batch's diagonal is among the similar pairs, as in the authors' code.
 
     Raise beta while you train ("continuation"), so that the outputs near -1 and 1: ``loss.scale = (1 + epoch // 20) **
     0.5`` at the start of each epoch.

@@ -18,7 +18,7 @@ class OrthoHashLoss(BaseHashingLoss):
     costs nothing.
 
     Source: Hoe et al., "One Loss for All: Deep Hashing with a Single Cosine Similarity based Learning Objective",
-    NeurIPS 2021; the defaults are those of its code. The default mean is the authors' own scale.
+    NeurIPS 2021; the defaults are those of its code.
 
     Args:
         num_classes: number of labels.
