@@ -1,5 +1,7 @@
 import os
 from collections.abc import Callable
+from functools import partialmethod
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,9 +59,8 @@ class HashAccuracyCalculator(AccuracyCalculator):
         the labels. reference_labels: likewise.
 
     Raises:
-        ValueError: codes and labels of different length, codes of different length, values that are not finite,
-            multi-hot labels other than 0 and 1, an empty database; ``ties``, ``k`` or ``radius`` unknown;
-            an option of PML's metrics with one of ours.
+        ValueError: shapes do not fit one another, values are not finite, multi-hot labels are not 0 and 1, the database
+            is empty; ``ties``, ``k`` or ``radius`` is unknown; an option of PML's metrics comes with one of ours.
 
     Example:
         >>> codes = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, -1], [-1, -1, -1, -1]])
@@ -132,7 +133,7 @@ class HashAccuracyCalculator(AccuracyCalculator):
             exclude: metrics to leave out.
         """
         arguments = self.prepared(query, query_labels, reference, reference_labels, ref_includes_query)
-        query, query_labels, reference, reference_labels, ref_includes_query = arguments
+        query, query_labels, reference, reference_labels, own = arguments
         names = self.get_function_dict(include, exclude)
         others = [name for name in names if name not in METRICS]
         if others and query_labels.ndim > 1 and query_labels.shape[1] > 1 and self.compared() is None:
@@ -146,45 +147,34 @@ class HashAccuracyCalculator(AccuracyCalculator):
             return {name: function() for name, function in names.items()}
 
         # PML wants real numbers, and a database that begins with the queries; the search gets what is there.
-        own_knn, shown, asking = self.knn_func, reference, reference[: len(query)] if ref_includes_query else query
+        own_knn, shown, asking = self.knn_func, reference, reference[: len(query)] if own else query
         if is_packed(reference, query.shape[1]):
             shown, asking = torch.zeros(len(reference), 1), torch.zeros(len(query), 1)
         if query_labels.ndim == 1 and self.compared() is None:
             # Numbered anew, because PML turns them into float32.
             numbers = torch.cat([query_labels, reference_labels]).unique(return_inverse=True)[1]
             query_labels, reference_labels = numbers.split([len(query_labels), len(reference_labels)])
-        self.knn_func = lambda _, k, __, own: own_knn(query, k, reference, own)
+        self.knn_func = lambda _, k, __, own_row: own_knn(query, k, reference, own_row)
         try:
-            return super().get_accuracy(
-                asking, query_labels, shown, reference_labels, ref_includes_query, include, exclude
-            )
+            return super().get_accuracy(asking, query_labels, shown, reference_labels, own, include, exclude)
         finally:
             self.knn_func = own_knn
 
-    def by_query(
-        self,
-        query: Values,
-        query_labels: Values,
-        reference: Values | None = None,
-        reference_labels: Values | None = None,
-        ref_includes_query: bool = False,
-    ) -> dict[str, torch.Tensor]:
-        """Return the (Q,) values of each metric of this class, for ``bootstrap_interval``."""
-        arguments = self.prepared(query, query_labels, reference, reference_labels, ref_includes_query)
-        self.ranking = Ranking(*arguments, self.compared())
+    def by_query(self, *arguments: Any) -> dict[str, torch.Tensor]:
+        """Return the (Q,) values of each metric of this class, for ``bootstrap_interval``.
+
+        Args:
+            *arguments: as in ``get_accuracy``; queries that are ignored have no value.
+        """
+        self.ranking = Ranking(*self.prepared(*arguments), self.compared())
         return {name: self.values(name) for name in self.get_function_dict() if name in METRICS}
 
     def prepared(
-        self,
-        query: Values,
-        query_labels: Values,
-        reference: Values | None,
-        reference_labels: Values | None,
-        ref_includes_query: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, Values, torch.Tensor, bool]:
+        self, query: Any, query_labels: Any, reference: Any = None, reference_labels: Any = None, own: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor, bool]:
         """Return the arguments on the calculator's device, without items that are ignored."""
         if reference is None:
-            reference, reference_labels, ref_includes_query = query, query_labels, True
+            reference, reference_labels, own = query, query_labels, True
         elif reference_labels is None:
             raise ValueError("reference is given, but reference_labels is None.")
         query, query_labels, reference_labels = (
@@ -192,7 +182,7 @@ class HashAccuracyCalculator(AccuracyCalculator):
         )
         query_labels, reference_labels = flat(query_labels), flat(reference_labels)
         # A database of bytes may be a file; it moves to the device in blocks.
-        if str(reference.dtype) not in ("uint8", "torch.uint8"):
+        if str(getattr(reference, "dtype", "")) not in ("uint8", "torch.uint8"):
             reference = torch.as_tensor(reference).to(self.device)
         if self.ignore_label is not None and query_labels.ndim == reference_labels.ndim == 1:
             kept, kept_items = query_labels != self.ignore_label, reference_labels != self.ignore_label
@@ -202,7 +192,7 @@ class HashAccuracyCalculator(AccuracyCalculator):
                 places = kept_items.nonzero()[:, 0]
                 reference = reference[places.cpu().numpy() if isinstance(reference, np.ndarray) else places]
                 reference_labels = reference_labels[places]
-        return query, query_labels, reference, reference_labels, ref_includes_query
+        return query, query_labels, reference, reference_labels, own
 
     def compared(self) -> Callable | None:
         """Return the user's comparison of labels, if there is one."""
@@ -214,70 +204,49 @@ class HashAccuracyCalculator(AccuracyCalculator):
 
     def values(self, name: str) -> torch.Tensor:
         """Return one of our metrics for each query, (Q,) float64."""
-        relevant, total = self.ranking.counts
-        near, near_total = relevant[:, : self.radius + 1], total[:, : self.radius + 1]
+        (relevant, total), k = self.ranking.counts, self.length()
+        if name.endswith("within_radius"):
+            relevant, total, k = relevant[:, : self.radius + 1], total[:, : self.radius + 1], self.ranking.size
         if name == "precision_within_radius":
-            return near.sum(dim=1).double() / near_total.sum(dim=1).clamp(min=1)
+            return relevant.sum(dim=1).double() / total.sum(dim=1).clamp(min=1)
         if name.startswith("mean_average_precision"):
-            within_radius = name.endswith("radius")
             if self.ties != "stable":
-                if within_radius:
-                    return average_precision(near, near_total, self.ranking.size, self.ties)
-                return average_precision(relevant, total, self.length(), self.ties)
-            # In the stable order, the places within the radius are the first ones.
-            most = (
-                near_total.sum(dim=1, keepdim=True) if within_radius else torch.full_like(total[:, :1], self.length())
-            )
-            return self.in_order(
-                lambda rows, part: precision_of_order(
-                    part & (torch.arange(part.shape[1], device=part.device) < most[rows])
-                )
-            )
+                return average_precision(relevant, total, k, self.ties)
+            # What lies within the radius comes first.
+            most = total.sum(dim=1, keepdim=True)
+            places = torch.arange(k, device=total.device)
+            return self.in_order(lambda rows, part: precision_of_order(part & (places < most[rows])), k)
         if self.ties == "stable":
-            hits = self.in_order(lambda rows, part: part.sum(dim=1))
+            hits = self.in_order(lambda rows, part: part.sum(dim=1), k)
         else:
-            hits = relevant_within(relevant, total, self.length(), self.ties)
-        divisor = self.length() if name == "precision_at_k" else relevant.sum(dim=1).clamp(min=1)
-        return hits.double() / divisor
+            hits = relevant_within(relevant, total, k, self.ties)
+        return hits.double() / (k if name == "precision_at_k" else relevant.sum(dim=1).clamp(min=1))
 
-    def in_order(self, figure: Callable) -> torch.Tensor:
+    def in_order(self, figure: Callable, k: int) -> torch.Tensor:
         """Return a figure of each query's stable order, a few queries at a time."""
-        return torch.cat([figure(rows, part) for rows, part in self.ranking.stable_relevance(self.length())])
+        return torch.cat([figure(rows, part) for rows, part in self.ranking.stable_relevance(k)])
 
-    def calculate_mean_average_precision(self, **kwargs) -> float:
+    def mean(self, name: str, **kwargs: Any) -> float:
         """Return the mean over the queries."""
-        return self.values("mean_average_precision").mean().item()
+        return self.values(name).mean().item()
 
-    def calculate_mean_average_precision_within_radius(self, **kwargs) -> float:
-        """Return the mean over the queries."""
-        return self.values("mean_average_precision_within_radius").mean().item()
+    # PML finds its metrics by these names.
+    calculate_mean_average_precision = partialmethod(mean, "mean_average_precision")
+    calculate_mean_average_precision_within_radius = partialmethod(mean, "mean_average_precision_within_radius")
+    calculate_precision_within_radius = partialmethod(mean, "precision_within_radius")
+    calculate_precision_at_k = partialmethod(mean, "precision_at_k")
+    calculate_recall_at_k = partialmethod(mean, "recall_at_k")
 
-    def calculate_precision_within_radius(self, **kwargs) -> float:
-        """Return the mean over the queries."""
-        return self.values("precision_within_radius").mean().item()
-
-    def calculate_precision_at_k(self, **kwargs) -> float:
-        """Return the mean over the queries."""
-        return self.values("precision_at_k").mean().item()
-
-    def calculate_recall_at_k(self, **kwargs) -> float:
-        """Return the mean over the queries."""
-        return self.values("recall_at_k").mean().item()
-
-    def precision_recall_curve(
-        self,
-        query: torch.Tensor,
-        query_labels: torch.Tensor,
-        reference: torch.Tensor,
-        reference_labels: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def precision_recall_curve(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return precision and recall of what lies within each Hamming radius, from 0 to bits; there are no ties.
 
         Means over the queries that find anything (precision) and that have relevant items (recall); a radius at
         which no query finds anything has NaN as its precision.
+
+        Args:
+            *arguments: as in ``get_accuracy``.
         """
-        arguments = self.prepared(query, query_labels, reference, reference_labels, False)
-        ranking = Ranking(*arguments, self.compared())
+        ranking = Ranking(*self.prepared(*arguments), self.compared())
         relevant, total = (c.cumsum(dim=1).double() for c in ranking.counts)
         precision = (relevant / total).nanmean(dim=0)
         recall = (relevant / relevant[:, -1:]).nanmean(dim=0)

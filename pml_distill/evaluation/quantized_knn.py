@@ -182,8 +182,7 @@ class QuantizedKNN:
             indices = torch.from_numpy(faiss.knn_hamming(codes, self.copies()[0], candidates)[1]).long()
         if not final:
             step = max(1, GATHERED // (candidates * asked.shape[1]))
-            parts = zip(asked.split(step), indices.split(step))
-            found = torch.cat([(self.values(places, source) - q[:, None]).square().sum(dim=2) for q, places in parts])
+            found = torch.cat([self.distances(*part, source) for part in zip(asked.split(step), indices.split(step))])
             found, order = found.topk(wanted, largest=False)
             indices = indices.gather(1, order)
         if ref_includes_query:
@@ -200,8 +199,8 @@ class QuantizedKNN:
             raise ValueError("rescore_with is 'int8', but the database has bits alone; build it with 'int8'.")
         return source
 
-    def values(self, places: torch.Tensor, source: str) -> torch.Tensor:
-        """Return the (Q, candidates, D) embeddings of some places, as exact as the source has them."""
+    def distances(self, query: torch.Tensor, places: torch.Tensor, source: str) -> torch.Tensor:
+        """Return the (Q, candidates) squared distances to some places, as exact as the source has them."""
         flat = places.flatten()
         if source == "float" and self.originals is not None:
             rows = self.originals[flat.to(self.originals.device) if torch.is_tensor(self.originals) else flat.numpy()]
@@ -211,4 +210,5 @@ class QuantizedKNN:
         else:
             ones = np.unpackbits(self.copies()[0][flat.numpy()], axis=1, count=self.index.d, bitorder="little")
             values = torch.where(torch.from_numpy(ones).bool(), self.levels[2], self.levels[1])
-        return values.view(*places.shape, -1)
+        mode = "donot_use_mm_for_euclid_dist"
+        return torch.cdist(values.view(*places.shape, -1), query[:, None], compute_mode=mode)[..., 0].square()
