@@ -147,13 +147,7 @@ def flat(labels: torch.Tensor) -> torch.Tensor:
     return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
-def check(
-    query: torch.Tensor,
-    query_labels: torch.Tensor,
-    reference: Codes,
-    reference_labels: torch.Tensor,
-    any_labels: bool,
-) -> None:
+def check(query, query_labels, reference, reference_labels, any_labels: bool) -> None:
     """Raise if codes and labels do not fit one another."""
     check_outputs(query, "query")
     packed = query.ndim == 2 and is_packed(reference, query.shape[1])

@@ -115,13 +115,7 @@ def retrieval_values(
     return dict(zip(metrics, values))
 
 
-def ranked(
-    queries: torch.Tensor,
-    gallery: torch.Tensor,
-    relevant: torch.Tensor,
-    left_out: torch.Tensor,
-    depths: list[int | None],
-) -> tuple[torch.Tensor, torch.Tensor]:
+def ranked(queries, gallery, relevant, left_out, depths: list[int | None]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the relevance of the items that each query finds first, and how many relevant ones there are in all."""
     counts = relevant.sum(dim=1, dtype=torch.int32)
     similarities = (queries @ gallery.T).masked_fill_(left_out, -torch.inf)
@@ -162,15 +156,7 @@ def figure(name: str, hits: torch.Tensor, relevant: torch.Tensor) -> torch.Tenso
     return (hits * precisions).sum(dim=1) / relevant.clamp(min=1)
 
 
-def check(
-    queries: torch.Tensor,
-    labels: torch.Tensor,
-    gallery: torch.Tensor,
-    gallery_labels: torch.Tensor,
-    own: bool,
-    cameras: torch.Tensor | None,
-    gallery_cameras: torch.Tensor | None,
-) -> None:
+def check(queries, labels, gallery, gallery_labels, own: bool, cameras, gallery_cameras) -> None:
     """Raise ``ValueError`` if rows, widths or values do not fit one another."""
     check_finite(queries=queries, gallery=gallery)
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
@@ -183,12 +169,9 @@ def check(
             f"The gallery has {len(gallery)} rows for {len(queries)} queries, so that row i cannot be query i; "
             "give gallery_labels for a gallery of other items."
         )
-    for name, of_rows, rows in (
-        ("labels", labels, len(queries)),
-        ("gallery_labels", gallery_labels, len(gallery)),
-        ("cameras", cameras, len(queries)),
-        ("gallery_cameras", gallery_cameras, len(gallery)),
-    ):
+    names = ("labels", "gallery_labels", "cameras", "gallery_cameras")
+    for name, of_rows in zip(names, (labels, gallery_labels, cameras, gallery_cameras)):
+        rows = len(gallery if name.startswith("gallery") else queries)
         if of_rows is not None and len(of_rows) != rows:
             raise ValueError(f"{name} must have one entry for each of {rows} rows, but has {len(of_rows)}.")
     if (cameras is None) != (gallery_cameras is None):

@@ -6,6 +6,7 @@ from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from ..datasets import Views
 from ..evaluation.asymmetric_accuracy import asked_by
 from ..evaluation.hash_accuracy_calculator import HashAccuracyCalculator
+from ..utils.tensors import check_finite
 
 Embeddings = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -37,7 +38,7 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
 
     Raises:
         ValueError: ``teacher`` is no module; ``pca`` is given, which PML would fit to each network for itself; student
-            and teacher have embeddings of different widths.
+            and teacher have embeddings of different widths, or not finite.
 
     Example:
         >>> from pml_distill.datasets import Digits
@@ -79,6 +80,9 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
         finally:
             self.teacher_looks = False
         for split in splits:
+            both = {"student's": student[split][0], "teacher's": self.teacher_embeddings_and_labels[split][0]}
+            # PML would give embeddings of a diverged network the figures of chance.
+            check_finite(**{f"{name} embeddings of {split}": rows for name, rows in both.items()})
             widths = student[split][0].shape[1], self.teacher_embeddings_and_labels[split][0].shape[1]
             if widths[0] != widths[1]:
                 raise ValueError(

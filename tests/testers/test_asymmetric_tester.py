@@ -120,6 +120,14 @@ def test_hamming_figures_leave_out_each_querys_own_row(glyphs, ties):
     assert found[SPLIT][f"asymmetric_{name}_level0"] < with_own[name]
 
 
+def test_a_diverged_network_has_no_figure(glyphs):
+    few, student = torch.utils.data.Subset(glyphs, range(160)), network(4, 0)
+    with torch.no_grad():
+        next(iter(student.parameters())).fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"student's embeddings of val \(160, 16\) must be finite"):
+        make_tester(teacher=FrozenTeacher(network(4, 1))).test({SPLIT: few}, 1, student)
+
+
 def test_clusters_have_no_asymmetric_figure(glyphs):
     few = torch.utils.data.Subset(glyphs, range(160))
     found = make_tester(names=("NMI", "precision_at_1"), teacher=FrozenTeacher(network(4, 1))).test(
