@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from ..distances.packed_codes import check_outputs, check_packed, is_packed, pack_codes, unpack_codes
-from ..utils.labels import check_multi_hot, share_a_label
+from ..utils.labels import check_multi_hot, flat, share_a_label
 
 # Distances at once, of a thread; items of the database at once; distances of whole rankings at once.
 CHUNK, BLOCK, SORTED = 1 << 19, 1 << 19, 1 << 24
@@ -140,11 +140,6 @@ def stable_order(distances: torch.Tensor) -> torch.Tensor:
     if distances.is_cuda:
         return distances.argsort(dim=1, stable=True)
     return torch.from_numpy(distances.numpy().argsort(axis=1, kind="stable"))
-
-
-def flat(labels: torch.Tensor) -> torch.Tensor:
-    """Return labels of one column, as PML's testers give them, as a vector."""
-    return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def check(query, query_labels, reference, reference_labels, any_labels: bool) -> None:

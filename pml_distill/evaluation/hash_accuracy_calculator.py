@@ -8,8 +8,9 @@ import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from ..distances.packed_codes import is_packed
+from ..utils.labels import flat
 from .hamming_knn import HammingKNN
-from .hamming_ranking import Ranking, flat
+from .hamming_ranking import Ranking
 from .tied_ranking import average_precision, precision_of_order, relevant_within
 
 TIES = ("expected", "stable", "best", "worst", "relevant_first", "relevant_last")

@@ -202,13 +202,16 @@ class QuantizedKNN:
     def distances(self, query: torch.Tensor, places: torch.Tensor, source: str) -> torch.Tensor:
         """Return the (Q, candidates) squared distances to some places, as exact as the source has them."""
         flat = places.flatten()
+        if source == "bits":
+            ones = np.unpackbits(self.copies()[0][flat.numpy()], axis=1, count=self.index.d, bitorder="little")
+            low, high = (query - self.levels[1]).square(), (query - self.levels[2]).square()
+            # Each bit that is set adds the difference.
+            chosen = torch.from_numpy(ones).float().view(*places.shape, -1) @ (high - low)[:, :, None]
+            return low.sum(dim=1, keepdim=True) + chosen[..., 0]
         if source == "float" and self.originals is not None:
             rows = self.originals[flat.to(self.originals.device) if torch.is_tensor(self.originals) else flat.numpy()]
             values = torch.as_tensor(rows).cpu().float()
-        elif source == "int8":
-            values = torch.from_numpy(self.index.sa_decode(np.ascontiguousarray(self.copies()[1][flat.numpy()])))
         else:
-            ones = np.unpackbits(self.copies()[0][flat.numpy()], axis=1, count=self.index.d, bitorder="little")
-            values = torch.where(torch.from_numpy(ones).bool(), self.levels[2], self.levels[1])
+            values = torch.from_numpy(self.index.sa_decode(np.ascontiguousarray(self.copies()[1][flat.numpy()])))
         mode = "donot_use_mm_for_euclid_dist"
         return torch.cdist(values.view(*places.shape, -1), query[:, None], compute_mode=mode)[..., 0].square()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..utils.labels import share_a_label
+from ..utils.labels import check_multi_hot, flat, share_a_label
 from ..utils.tensors import check_finite, in_float32
 
 METRICS = ("precision_at_1", "recall_at_10", "mean_average_precision_at_r")
@@ -81,7 +81,7 @@ def retrieval_values(
     """Return the metrics of ``retrieval_accuracy`` for each query, (Q,) float64; NaN where a query does not count."""
     own = gallery_labels is None if ref_includes_query is None else ref_includes_query
     gallery = queries if gallery is None else gallery
-    gallery_labels = labels if gallery_labels is None else gallery_labels
+    labels, gallery_labels = flat(labels), flat(labels if gallery_labels is None else gallery_labels)
     if cameras is not None and gallery_cameras is None and own and len(gallery) == len(queries):
         gallery_cameras = cameras
     check(queries, labels, gallery, gallery_labels, own, cameras, gallery_cameras)
@@ -176,6 +176,8 @@ def check(queries, labels, gallery, gallery_labels, own: bool, cameras, gallery_
             raise ValueError(f"{name} must have one entry for each of {rows} rows, but has {len(of_rows)}.")
     if (cameras is None) != (gallery_cameras is None):
         raise ValueError("cameras and gallery_cameras must both be given, but one of them is None.")
+    check_multi_hot(labels, "labels")
+    check_multi_hot(gallery_labels, "gallery_labels")
     if labels.shape[1:] != gallery_labels.shape[1:]:
         raise ValueError(
             f"labels {tuple(labels.shape)} and gallery_labels {tuple(gallery_labels.shape)} must both be classes, or "

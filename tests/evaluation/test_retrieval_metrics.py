@@ -113,6 +113,13 @@ def test_multi_hot_labels_are_relevant_where_they_share_one():
     )
 
 
+def test_labels_of_one_column_are_classes():
+    embeddings, labels = data()
+    assert retrieval_accuracy(embeddings, labels[:, None]) == retrieval_accuracy(embeddings, labels)
+    with pytest.raises(ValueError, match="labels must be 0 or 1 if multi-hot, but go from 0 to 8"):
+        retrieval_accuracy(embeddings, labels[:, None].repeat(1, 2))
+
+
 def test_a_gallery_shorter_than_k_is_searched_whole():
     found = retrieval_accuracy(torch.eye(4), torch.arange(4) // 2, metrics=("recall_at_10", "precision_at_10"))
     assert found == {"recall_at_10": 1.0, "precision_at_10": pytest.approx(0.1)}
