@@ -10,30 +10,9 @@ SPLITS = ("train", "val", "train+val", "test")
 
 
 class ClassDisjointImages(torch.utils.data.Dataset):
-    """Grey images in memory, split by class: half of the classes train, half test.
+    """Grey images in memory, (N, h, w) uint8, and their classes, split by class; see ``Glyphs``.
 
-    A fifth of the training classes are the validation split. Training images are jittered anew at each read,
-    with torch's global generator; the others are a fixed jittered copy. A batch is jittered in one go where a
-    ``DataLoader`` asks for it as a whole.
-
-    Args:
-        images: (N, h, w) uint8.
-        labels: (N,) class numbers from 0.
-        split: ``"train"``, ``"val"``, ``"train+val"`` or ``"test"``.
-        size: side of the square images that are returned, 8 to 64 pixels.
-        channels: 1, or 3 equal ones for networks that expect colour.
-        augment: whether each read is jittered anew; None for just the training splits.
-        return_index: whether items are (image, label, index).
-        seed: decides which classes belong to which split, and the fixed jitter.
-
-    Items:
-        (image, label): float32 (channels, size, size), about -1 to 1, and an int.
-
-    Attributes:
-        labels: (len,) int64 tensor, for samplers and accuracy calculators.
-
-    Raises:
-        ValueError: ``split``, ``size`` or ``channels`` is none of the above.
+    A batch is jittered in one go where a ``DataLoader`` asks for it as a whole.
     """
 
     def __init__(

@@ -6,22 +6,7 @@ class Digits(ClassDisjointImages):
 
     Five digits train (one of them is the validation split) and five test: a small problem for quick checks.
 
-    Args:
-        split: ``"train"``, ``"val"``, ``"train+val"`` or ``"test"``; the classes are disjoint.
-        size: side of the images, 8 to 64 pixels.
-        channels: 1, or 3 equal ones.
-        augment: whether each read is jittered anew; None: for the training splits. Without, a fixed jittered copy.
-        return_index: whether items are (image, label, index).
-        seed: decides which classes belong to which split, and the fixed jitter.
-
-    Items:
-        (image, label): float32 (channels, size, size), about -1 to 1, and an int.
-
-    Attributes:
-        labels: (len,) int64 tensor.
-
-    Raises:
-        ValueError: ``split``, ``size`` or ``channels`` is none of the above.
+    Arguments, items, attributes and errors are those of ``Glyphs``.
     """
 
     def __init__(

@@ -17,15 +17,12 @@ RESOLUTION = 64
 class Glyphs(ClassDisjointImages):
     """Printed characters: a class per character, an image per face. The offline default dataset.
 
-    All characters that the 16 text faces shipped with matplotlib have in common (DejaVu Sans, Sans Mono and
-    Serif, STIX General, upright, bold, oblique and both), 680 classes of 16 images (676 with matplotlib 3.10): enough
-    classes, with few enough examples each, for embeddings to be tested on classes never seen, as with CUB. Characters
-    that look alike (the Latin, Greek and Cyrillic A) are one class with one image per face: those whose squared
-    difference, averaged over the faces, is below 6 % of the fainter one's squared ink.
+    The characters that the 16 text faces of matplotlib have in common: about 680 classes of 16 images. Half of the
+    classes train, half test, as with CUB. Characters that look alike (the Latin, Greek and Cyrillic A) are one class:
+    those whose squared difference, averaged over the faces, is below 6 % of the fainter one's squared ink.
 
-    Rendered without network in a few seconds at the first use and cached as
-    ``$XDG_CACHE_HOME/pml_distill/glyphs-v1-matplotlib-3.11.2-freetype-2.14.3.npz`` (by default under ``~/.cache``):
-    other versions have other faces or draw them otherwise. A damaged cache is rendered anew, with a warning.
+    They are rendered in a few seconds at the first use and cached in ``$XDG_CACHE_HOME/pml_distill`` (by default under
+    ``~/.cache``), for each version of matplotlib. A damaged cache is rendered anew, with a warning.
 
     Args:
         split: ``"train"``, ``"val"`` (a fifth of the training classes), ``"train+val"`` or ``"test"`` (half of

@@ -10,16 +10,7 @@ PARTS = ("train", "query", "database")
 
 
 class HashingSplit(torch.utils.data.Dataset):
-    """Some samples of a dataset, with their labels at hand.
-
-    Args:
-        dataset: what holds all samples.
-        indices: which of them, in which order.
-        labels: of all samples, (N,) or multi-hot (N, C).
-
-    Attributes:
-        labels: (len,) or (len, C) tensor. indices: (len,) tensor of places in the dataset.
-    """
+    """Some samples of a dataset, whose ``labels`` are a tensor, (len,) or multi-hot (len, C)."""
 
     def __init__(self, dataset: Any, indices: Sequence[int] | np.ndarray, labels: torch.Tensor):
         self.dataset, self.indices = dataset, torch.as_tensor(indices)
@@ -43,16 +34,8 @@ def hashing_splits(
     """Split one dataset into ``train``, ``query`` and ``database``: the protocol of CIFAR-10 in the hashing literature.
 
     Of each class ``query_per_class`` samples, drawn at random, are the queries, ``train_per_class`` others train, and
-    all but the queries are the database. With CIFAR-10's 60,000 images (torchvision's training and test set, one
-    after the other): 5,000 train, 1,000 query, 59,000 database (54,000 without the training images).
-
-    Args:
-        dataset: any dataset of (data, label); ``torch.utils.data.ConcatDataset`` joins two.
-        labels: the class of each of its samples.
-        train_per_class: training samples of each class.
-        query_per_class: queries of each class.
-        train_in_database: whether the training samples are in the database too.
-        seed: of the draw.
+    all but the queries are the database, or, with ``train_in_database=False``, all but both. ``labels`` are the classes
+    of all samples.
 
     Raises:
         ValueError: labels of another length or below 0; counts below 1; a class with too few samples.
@@ -97,12 +80,7 @@ def cifar10_hashing(
 ) -> dict[str, HashingSplit]:
     """Return CIFAR-10's ``train`` (500 per class), ``query`` (100 per class) and ``database``, through torchvision.
 
-    Args:
-        root: folder of ``cifar-10-batches-py``.
-        transform: of the images.
-        download: whether to fetch it if it is not there.
-        train_in_database: as in ``hashing_splits``.
-        seed: of the draw.
+    ``root``, ``transform`` and ``download`` are torchvision's, the others those of ``hashing_splits``.
     """
     from torchvision.datasets import CIFAR10
 
@@ -164,17 +142,8 @@ def glyph_hashing(
 ) -> dict[str, torch.utils.data.Dataset]:
     """Return ``train``, ``query`` and ``database`` of Glyphs: the same classes in all three, the faces disjoint.
 
-    Of the 16 faces 8 train, 2 query and 6 are the database. Training images are jittered anew at each read, the
-    others are a fixed jittered copy.
-
-    Args:
-        num_classes: how many of the training classes of ``Glyphs("train+val")``, numbered from 0.
-        size: side of the images, 8 to 64 pixels.
-        channels: 1 or 3.
-        seed: decides classes, faces and jitter.
-
-    Raises:
-        ValueError: there are fewer classes than ``num_classes``.
+    Of the 16 faces 8 train, 2 query and 6 are the database. The classes are the first ``num_classes`` of
+    ``Glyphs("train+val")``; with fewer there, ``ValueError``. The other arguments are those of ``Glyphs``.
     """
     from .glyphs import Glyphs
 

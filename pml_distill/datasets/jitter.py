@@ -8,15 +8,7 @@ def random_jitter(images: torch.Tensor, generator: torch.Generator | None = None
     """Draw one random affine map and noise for each image of a batch.
 
     Rotation up to 15 degrees, scale 0.8 to 1.2 on each axis, shear up to 0.2, shift up to 10 % of the size, then
-    Gaussian noise of deviation 0.1.
-
-    Args:
-        images: (B, C, H, W) in [0, 1], background 0.
-        generator: where the randomness comes from; None for torch's global generator, which dataloader workers
-            seed for themselves.
-
-    Returns:
-        (B, C, H, W), in [0, 1] up to the noise.
+    Gaussian noise of deviation 0.1. The images are (B, C, H, W) in [0, 1], background 0.
     """
     size = len(images)
 

@@ -10,12 +10,9 @@ from .items import UNLABELED, get_items, labels_of, plain_item, read_item
 class PartiallyLabeled(torch.utils.data.Dataset):
     """A dataset of which a fraction has labels; the label of all other samples is -1.
 
-    The labelled samples are drawn at random within each class: ``fraction`` of its samples, rounded, but at least
-    two, for a metric loss learns nothing from a class with a single one. (A class that has only one keeps it.) The
-    share that results, ``(dataset.labels >= 0).float().mean()``, is therefore larger than ``fraction`` where classes
-    are small.
-
-    To train on. A tester would take -1 for a class: test on ``dataset.dataset``, where all labels are known.
+    The labelled samples are drawn at random within each class: ``fraction`` of its samples, rounded, but at least two
+    (if there are two), since a metric loss learns nothing from a single one. Test on ``dataset.dataset``, where all
+    labels are known: a tester would take -1 for a class.
 
     Args:
         dataset: any dataset of (data, label, ...).

@@ -160,7 +160,7 @@ def several(rank, folder):
         (taps(HintLoss([2], [3]).double()), 'loss_funcs."feature_distillation_loss". would learn in each process for'),
         (
             {"loss_funcs": {"distillation_loss": RKDDistanceLoss()}, "models": {"projection": nn.Linear(5, 5)}},
-            'models."projection". would learn in each process for itself, while models."trunk". does not',
+            'models."projection". would learn in each process for itself, while models."trunk".* does not',
         ),
         (
             {
