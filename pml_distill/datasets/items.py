@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, Subset
 #: The label of a sample without one. The trainers leave such rows out of the losses that need labels.
 UNLABELED = -1
 LABEL_NAMES = ("label", "labels", "label_ids", "target", "targets", "y")
-ROW_NAMES = ("index", "idx", "row")
+ROW_NAMES = ("index", "idx", "id", "row")
 LIKE_A_LABEL = re.compile("label|target|class|categor", re.IGNORECASE)
 
 

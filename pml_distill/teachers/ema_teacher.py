@@ -32,6 +32,9 @@ class EMATeacher(torch.nn.Module):
         True
     """
 
+    #: Trainers call ``update`` after each step, and save the average in their checkpoints.
+    follows_student = True
+
     def __init__(self, student: torch.nn.Module, decay: float = 0.999):
         super().__init__()
         if not 0 <= decay < 1:

@@ -42,8 +42,8 @@ class BaseDistillationTrainer(Checkpoints, BaseTrainer):
     Args:
         *args: those of PML's trainer: models, optimizers, batch_size, loss_funcs, dataset.
         teacher: a frozen callable from data to embeddings: ``FrozenTeacher``, ``CachedTeacher``, a network in eval
-            mode, a function. With ``needs_index = True`` it is called as ``teacher(data, index)``. Its method
-            ``update``, if it has one as ``EMATeacher``, is called after each optimizer step.
+            mode, a function. With ``needs_index = True`` it is called as ``teacher(data, index)``. With
+            ``follows_student = True``, as ``EMATeacher``, its ``update()`` is called after each optimizer step.
         amp_dtype: ``torch.float16`` (with a gradient scaler) or ``torch.bfloat16`` runs the student's networks
             under autocast; losses are computed in float32.
         accumulation_steps: how many batches make one optimizer step; their gradients are summed.

@@ -108,9 +108,9 @@ def saved_parts(trainer: Any) -> dict[str, dict[str, Any]]:
 
 
 def followers(teacher: Any) -> list[Any]:
-    """Return the parts of a teacher that follow the student: those with a method ``update``."""
+    """Return the parts of a teacher that follow the student: those with ``follows_student``."""
     modules = teacher.modules() if isinstance(teacher, torch.nn.Module) else [teacher]
-    return [module for module in modules if hasattr(module, "update")]
+    return [module for module in modules if getattr(module, "follows_student", False)]
 
 
 def memories(trainer: Any) -> list[tuple[str, CrossBatchMemory]]:

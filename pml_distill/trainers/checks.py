@@ -6,8 +6,6 @@ import torch
 from pytorch_metric_learning.losses import BaseMetricLossFunction, CrossBatchMemory, MultipleLosses, SelfSupervisedLoss
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 
 from ..losses import BaseFeatureLoss, BaseHashingLoss
 from ..teachers import CachedTeacher, FrozenTeacher
@@ -16,7 +14,8 @@ from ..utils.distributed import num_processes
 from ..utils.feature_tap import FeatureTap
 from ..utils.modules import unwrapped
 
-JOINT = (DistributedDataParallel, FullyShardedDataParallel)
+#: Methods by which DistributedDataParallel and sharded networks are known, of both kinds of FSDP.
+JOINT = ("no_sync", "set_requires_gradient_sync")
 #: What the values of each dictionary must have, and what they are called.
 PARTS = {
     "models": ("parameters", "a torch.nn.Module"),
@@ -175,7 +174,9 @@ def check_trained(trainer: Any) -> None:
         )
     for holder, key in bridges:
         module = None if key in trainer.freeze_these else getattr(trainer, holder).get(key)
-        untrained = [name for name, p in module.named_parameters() if id(p) not in trained] if module is not None else []
+        untrained = (
+            [name for name, p in module.named_parameters() if id(p) not in trained] if module is not None else []
+        )
         refuse(
             untrained,
             f'{holder}["{key}"] has parameters that no optimizer trains, {untrained}; give '
@@ -189,8 +190,7 @@ def check_processes(trainer: Any) -> None:
         return
     trained, alone, joint, gathered = trained_by(trainer.optimizers), [], [], []
     for name, module in ((f'{h}["{k}"]', m) for h in ("models", "loss_funcs") for k, m in getattr(trainer, h).items()):
-        # Only what fully_shard has been given has the second.
-        if any(isinstance(m, JOINT) or hasattr(m, "set_requires_gradient_sync") for m in module.modules()):
+        if any(hasattr(part, method) for part in module.modules() for method in JOINT):
             joint.append(name)
         elif name.split('"')[1] not in trainer.freeze_these and any(id(p) in trained for p in module.parameters()):
             alone.append(name)

@@ -107,7 +107,7 @@ class ResumableDataLoader:
         done = position["batches"]
         reason = "not all workers had them"
         again = done % (self.num_workers or 1)
-        if holds_generator(self.dataset):
+        if holds_generator(self.dataset, {}):
             again, reason = done, "the dataset has a random generator of its own"
             self.latest = self.together = [None] * self.num_workers
         set_random_state(self.start)
@@ -258,15 +258,17 @@ def start_worker(init: Any, states: list[Any], worker: int) -> None:
         set_random_state(states[worker])
 
 
-def holds_generator(part: Any, depth: int = 8) -> bool:
+def holds_generator(part: Any, seen: dict[int, Any], depth: int = 8) -> bool:
     """Whether a dataset, or a transform in it, has a random generator of its own that nobody seeds for each item."""
     if isinstance(part, GENERATORS):
         return True
-    if depth == 0 or isinstance(part, (SeededViews, torch.Tensor, type, FunctionType, ModuleType)):
+    known = id(part) in seen or isinstance(part, (SeededViews, torch.Tensor, type, FunctionType, ModuleType))
+    if known or depth == 0:
         return False
+    seen[id(part)] = part
     inner = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else None
     inner = getattr(part, "__dict__", {}).values() if inner is None else inner
-    return any(holds_generator(value, depth - 1) for value in islice(inner, 100))
+    return any(holds_generator(value, seen, depth - 1) for value in islice(inner, 100))
 
 
 def argsort(items: list[str]) -> list[int]:

@@ -1,6 +1,5 @@
 """Data as people have them, through a trainer."""
 
-import copy
 from collections import namedtuple
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from pml_distill.losses import MultipleDistillationLosses, RelativeTeacherLoss, RKDAngleLoss
-from pml_distill.teachers import FrozenTeacher
+from pml_distill.teachers import EMATeacher, FrozenTeacher
 from pml_distill.trainers import DistillationWithClassifier, LossWeightRamp
 
 NAMES = ["dog", "cat", "eel", "ant"]
@@ -213,26 +212,13 @@ def test_parts_that_are_none_or_unknown_are_named(make_trainer, changes, message
         make_trainer(**changes)
 
 
-class Average(FrozenTeacher):
-    """The moving average of the student's parameters."""
-
-    def __init__(self, student):
-        super().__init__(copy.deepcopy(student))
-        self.student = (student,)
-
-    @torch.no_grad()
-    def update(self):
-        for own, new in zip(self.parameters(), self.student[0].parameters()):
-            own.lerp_(new, 0.2)
-
-
 def test_a_teacher_that_follows_the_student_is_updated_and_resumed(make_trainer, tmp_path):
     def make(hook=None):
         trunk = network(seed=3)
         return make_trainer(
             models={"trunk": trunk},
             optimizers={"trunk_optimizer": torch.optim.Adam(trunk.parameters(), 0.01)},
-            teacher=Average(trunk),
+            teacher=EMATeacher(trunk, decay=0.8),
             end_of_epoch_hook=hook,
         )
 
@@ -243,8 +229,20 @@ def test_a_teacher_that_follows_the_student_is_updated_and_resumed(make_trainer,
     resumed.train(resumed.load_checkpoint(tmp_path / "state.pth"), 2)
     for part in (lambda trainer: trainer.teacher.state_dict(), weights):
         assert all(torch.equal(value, part(resumed)[key]) for key, value in part(whole).items())
-    before, student = broken.teacher.state_dict()["trunk.0.weight"], weights(broken)["0.weight"]
+    before, student = broken.teacher.state_dict()["average.0.weight"], weights(broken)["0.weight"]
     assert not torch.equal(before, student) and not torch.equal(before, weights(make())["0.weight"])
+
+
+def test_a_teacher_with_other_parts_that_have_an_update_is_left_alone(make_trainer):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({"all": network(out=7)})
+
+        def forward(self, data):
+            return self.parts["all"](data)
+
+    make_trainer(teacher=FrozenTeacher(Named())).train()
 
 
 def test_a_ramp_brings_a_loss_in_and_leaves_the_caller_its_weights(make_trainer):
