@@ -165,7 +165,7 @@ class ResumableDataLoader:
             "generators": self.generator_states() if ended else self.generators_at_start,
             "order": order,
             "batches": 0 if ended else self.batches,
-            "workers": lasting if ended else self.together,
+            "workers": [state and pickle.loads(state) for state in (lasting if ended else self.together)],
             "workers_stay": self.persistent_workers if ended else self.workers_stay,
         }
 
@@ -174,7 +174,8 @@ class ResumableDataLoader:
         self.restore_lists(position["order"])
         for key, state in position["generators"].items():
             self.generators()[key].set_state(state.cpu())
-        self.workers_stay, workers = position["workers_stay"], list(position["workers"])
+        self.workers_stay = position["workers_stay"]
+        workers: list[Any] = [state and pickle.dumps(state) for state in position["workers"]]
         self.latest = workers if len(workers) == self.num_workers else [None] * self.num_workers
 
     def attributes(self) -> Iterator[tuple[str, Any]]:
@@ -239,15 +240,21 @@ class SkippingSampler:
     def advance(self) -> bool:
         """Draw what is left out; return whether that took random numbers after the first batch."""
         first, self.skip = islice(self.batches, min(self.skip, 1)), self.skip - 1
-        after_first = [pickle.dumps(get_random_state(cuda=False)) for _ in first]
+        after_first = [comparable_state() for _ in first]
         deque(islice(self.batches, max(0, self.skip)), maxlen=0)
         self.skip = 0
-        return bool(after_first) and after_first[0] != pickle.dumps(get_random_state(cuda=False))
+        return bool(after_first) and after_first[0] != comparable_state()
+
+
+def comparable_state() -> dict[str, Any]:
+    """Return the random state without tensors, which cannot be compared as a whole."""
+    state = get_random_state(cuda=False)
+    return state | {"torch": state["torch"].tolist()}
 
 
 def with_random_state(collate_fn: Any, samples: Any) -> tuple:
-    """Return a batch and the random state that its worker has after it."""
-    return collate_fn(samples), get_random_state(cuda=False)
+    """Return a batch and the random state that its worker has after it, as bytes, which nobody pins or shares."""
+    return collate_fn(samples), pickle.dumps(get_random_state(cuda=False))
 
 
 def start_worker(init: Any, states: list[Any], worker: int) -> None:
@@ -255,7 +262,7 @@ def start_worker(init: Any, states: list[Any], worker: int) -> None:
     if init is not None:
         init(worker)
     if states[worker] is not None:
-        set_random_state(states[worker])
+        set_random_state(pickle.loads(states[worker]))
 
 
 def holds_generator(part: Any, seen: dict[int, Any], depth: int = 8) -> bool:
