@@ -1,6 +1,6 @@
 """Networks by name, compact students, and the trunks they are compared with."""
 
-from .by_name import NamedNetwork, load_student, network_by_name
+from .by_name import NamedNetwork, network_by_name
 from .compact_alexnet_student import CompactAlexNetStudent
 from .compact_resnet import CompactResNet
 from .embedding_network import EmbeddingNetwork
@@ -16,6 +16,5 @@ __all__ = [
     "NamedNetwork",
     "Preprocessing",
     "SmallResNet",
-    "load_student",
     "network_by_name",
 ]

@@ -1,8 +1,7 @@
-"""Networks by name, each with the preprocessing it was trained with: timm, torchvision, your functions, runs."""
+"""Networks by name, each with the preprocessing it was trained with: timm, torchvision, your own functions."""
 
 import difflib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,11 +14,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..utils.modules import eval_mode
-from .embedding_network import EmbeddingNetwork
 from .preprocessing import Preprocessing
 
-#: What a run folder holds of its student.
-CONFIG, STUDENT = "config.json", "student.safetensors"
 HOW_TO_GIVE = "Give a file of them (weights=, --weights), or do without (pretrained=False, --no-pretrained)."
 
 
@@ -44,8 +40,8 @@ def network_by_name(
     Args:
         name: ``"timm/NAME"`` with whatever timm resolves, such as ``"timm/hf-hub:OWNER/NAME"`` or
             ``"timm/local-dir:PATH"``; ``"torchvision/NAME"``, a classification network; ``"module:function"``, a
-            function without arguments that returns a network; the folder of a finished run; or a network itself. The
-            last two and what a function returns may have an attribute ``preprocessing``.
+            function without arguments that returns a network; or a network itself. The last two may have an attribute
+            ``preprocessing``.
         pretrained: whether to load the weights of that name. They are downloaded, with a word on it, if they are not
             on this machine.
         weights: a file of weights (``.pth``, ``.safetensors``) to load in their place.
@@ -65,9 +61,6 @@ def network_by_name(
     elif name.startswith("torchvision/"):
         named = from_torchvision(name, pretrained and weights is None, weights)
         weights = None
-    elif Path(name).is_dir():
-        student: Any = load_student(name)
-        named = NamedNetwork(name, student, student.preprocessing, 0)
     elif ":" in name:
         named = from_function(name)
     else:
@@ -164,45 +157,6 @@ def from_function(name: str) -> NamedNetwork:
 def given_network(name: str, network: nn.Module) -> NamedNetwork:
     """Wrap a network with its own preprocessing, or that of ImageNet."""
     return NamedNetwork(name, network, getattr(network, "preprocessing", Preprocessing()), 0)
-
-
-def load_student(folder: str | os.PathLike, network: nn.Module | None = None) -> EmbeddingNetwork:
-    """Return the student of a finished run, in eval mode: images in, embeddings out.
-
-    Args:
-        folder: of the run.
-        network: the student's architecture, if a network was given for it in place of a name.
-
-    Returns:
-        An ``EmbeddingNetwork`` with an attribute ``preprocessing``.
-
-    Raises:
-        ValueError: the folder holds no finished run, or its student has no name and ``network`` is missing.
-    """
-    from safetensors.torch import load_file
-
-    path = Path(folder) / CONFIG
-    if not path.exists():
-        raise ValueError(f"{folder} holds no finished run, there is no {path}. Run `pml-distill train` to its end.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    student = config["student"]
-    if network is None and student["network"] is None:
-        raise ValueError(
-            f"The student of {folder} was given as a network: call load_student({str(folder)!r}, network)."
-        )
-    named = network_by_name(network or student["network"], pretrained=False, image_size=student["image_size"])
-    model = build_student(named, student["width"], student["bits"])
-    model.load_state_dict(load_file(Path(folder) / STUDENT))
-    model.preprocessing = Preprocessing.of(config["preprocessing"])
-    return model.eval()
-
-
-def build_student(named: NamedNetwork, width: int, bits: int | None) -> Any:
-    """Return a network with a new embedder, or a head of so many bits."""
-    embedder = nn.Linear(named.width, bits or width)
-    student: Any = EmbeddingNetwork(named.network, embedder, normalize=bits is None)
-    student.preprocessing = named.preprocessing
-    return student
 
 
 @torch.no_grad()

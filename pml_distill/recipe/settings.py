@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
 from ..losses import (
     AbsoluteTeacherLoss,
     AsymmetricRegressionLoss,
@@ -40,7 +39,11 @@ FACTORS, SHORT_RUN = (0.0, 0.1, 0.3, 1.0), 0.25
 RAMP = (0.2, 0.5)
 #: Learning rates of AdamW: of networks from scratch, and of pretrained ones.
 RATE_FROM_SCRATCH, RATE_PRETRAINED = 3e-3, 5e-4
-TEACHER_RATE_PRETRAINED = 1e-4
+TEACHER_RATE_PRETRAINED, RATE_HASHING = 1e-4, 1e-3
+#: After which share of the training a shrinking student has its final size.
+SHRINKING = 0.6
+#: What is compared on validation images.
+METRIC = "mean_average_precision_at_r"
 #: Images of a class in a batch.
 PER_CLASS = 4
 # ------------------------------------------------------------------------------------------------------------------
@@ -169,5 +172,3 @@ def weights_of(losses: Sequence[str]) -> dict[str, float | None]:
     if any(given) and not all(given):
         raise ValueError("--losses must give a weight to all or to none; without, they are chosen together.")
     return weights
-
-

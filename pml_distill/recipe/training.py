@@ -1,0 +1,233 @@
+"""One network trained on one set of images: the teacher that is tuned, a student alone, a student distilled."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from ..capacity import (
+    CapacityDynamics,
+    SizeBudget,
+    export,
+    find_compactors,
+    insert_compactors,
+    load_compact,
+    save_compact,
+)
+from ..datasets import SeededViews
+from ..datasets.items import UNLABELED
+from ..models import EmbeddingNetwork
+from ..samplers import DistributedMPerClassSampler, MixedSampler
+from ..trainers import DistillationTrainer
+from ..utils.distributed import in_first_process, num_processes, process_rank
+from ..utils.files import whole_file
+from ..utils.modules import eval_mode
+from .settings import PER_CLASS, SHRINKING
+from .views import loader_of
+
+WEIGHTS, CURVE, CHECKPOINT = "weights.safetensors", "curve.json", "checkpoint.pth"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where networks run."""
+
+    device: torch.device
+    workers: int
+    batch_size: int
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """Mixed precision on a GPU, none elsewhere."""
+        if self.device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+    @torch.no_grad()
+    def embed(self, network: nn.Module, images: Dataset, progress: str = "") -> torch.Tensor:
+        """Return what a network makes of a dataset of (image, label), on the CPU: embeddings, or codes of -1 and 1."""
+        network.to(self.device)
+        with eval_mode(network), torch.autocast(self.device.type, self.amp_dtype, self.amp_dtype is not None):
+            loader = loader_of(images, self.batch_size, self.workers, progress)
+            outputs = torch.cat(
+                [network(batch[0].to(self.device, non_blocking=True)).float().cpu() for batch in loader]
+            )
+        return outputs.sign() if isinstance(network, EmbeddingNetwork) and not network.normalize else outputs
+
+
+@dataclass
+class Training:
+    """What a network learns from, and where it is kept.
+
+    Args:
+        folder: of its weights, checkpoints and logs.
+        network: to train.
+        views: (data, label, row) of the training images.
+        machine: where it runs.
+        epochs, rate, seed: of the training.
+        metric_loss: on the labels; None for none.
+        distillation: on the teacher's outputs; None for none.
+        teacher: called on the data.
+        validate: what is drawn as learning curve; None for nothing.
+        keep_flops: share of the trunk's FLOPs that shall remain; None for all.
+        image_shape: (C, H, W), to count them.
+    """
+
+    folder: Path
+    network: EmbeddingNetwork
+    views: SeededViews
+    machine: Machine
+    epochs: int
+    rate: float
+    seed: int
+    metric_loss: nn.Module | None = None
+    distillation: nn.Module | None = None
+    teacher: Any = None
+    validate: Callable[[EmbeddingNetwork], float] | None = None
+    keep_flops: float | None = None
+    image_shape: tuple[int, ...] = ()
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def finish(self) -> EmbeddingNetwork:
+        """Train, from where an earlier call was interrupted, or load what it has finished; return the network."""
+        weights = self.folder / WEIGHTS
+        if not weights.exists():
+            trained = self.train()
+
+            def save() -> None:
+                save_compact(trained, weights)
+                for path in self.folder.glob(f"*{CHECKPOINT}"):
+                    path.unlink()
+
+            in_first_process(save)
+        self.curve = json.loads((self.folder / CURVE).read_text(encoding="utf-8"))
+        return load_compact(weights, self.network).to(self.machine.device)  # type: ignore[return-value]
+
+    def checkpoint(self, rank: int) -> Path:
+        """Return where a process keeps its state."""
+        return self.folder / (CHECKPOINT if num_processes() == 1 else f"{rank}-{CHECKPOINT}")
+
+    def train(self) -> EmbeddingNetwork:
+        """Train a copy of the network to the end and return it."""
+        from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        network = copy.deepcopy(self.network)
+        torch.manual_seed(self.seed)
+        trainer = self.trainer(network)
+        path = self.checkpoint(process_rank())
+        start = 1
+        if path.exists():
+            start = trainer.load_checkpoint(path)
+            self.curve = json.loads((self.folder / CURVE).read_text())[: start - 1]
+        keeper = None
+        if process_rank() == 0:
+            keeper, _, _ = get_record_keeper(str(self.folder / "logs"), str(self.folder / "tensorboard"))
+            trainer.end_of_iteration_hook = HookContainer(keeper, log_freq=10).end_of_iteration_hook
+
+        def end_of_epoch(trainer: Any) -> None:
+            point = {name: float(loss) for name, loss in trainer.epoch_losses.items()} | {"epoch": trainer.epoch}
+            if self.validate is not None and (trainer.epoch % max(1, self.epochs // 10) == 0):
+                point["validation"] = self.validate(network)
+                if keeper is not None:
+                    keeper.tensorboard_writer.add_scalar("validation", point["validation"], trainer.epoch)
+            self.curve.append(point)
+            if process_rank() == 0:
+                with whole_file(self.folder / CURVE) as unfinished:
+                    unfinished.write_text(json.dumps(self.curve))
+            trainer.save_checkpoint(path)
+
+        trainer.end_of_epoch_hook = end_of_epoch
+        try:
+            trainer.train(start, self.epochs)
+        finally:
+            if keeper is not None:
+                keeper.save_records()
+                keeper.tensorboard_writer.close()
+        if self.keep_flops:
+            network.trunk = export(network.trunk.eval())
+        return network
+
+    def trainer(self, network: EmbeddingNetwork) -> DistillationTrainer:
+        """Build the trainer."""
+        device, processes = self.machine.device, num_processes()
+        if self.keep_flops:
+            insert_compactors(network.trunk)
+        network.to(device).requires_grad_(True).train()
+        parameters = list(network.parameters())
+        models: dict[str, nn.Module] = {"trunk": network.trunk, "embedder": network.embedder}
+        models = {key: model for key, model in models.items() if list(model.parameters())}
+        loss_funcs = {"metric_loss": self.metric_loss, "distillation_loss": self.distillation}
+        losses: dict[str, nn.Module] = {key: loss.to(device) for key, loss in loss_funcs.items() if loss is not None}
+        if processes > 1:
+            from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+            models = {key: DistributedDataParallel(model) for key, model in models.items()}
+            losses = {key: DistributedLossWrapper(loss) for key, loss in losses.items()}
+        sampler, batch_size, steps = self.batches()
+        shrinking = {id(compactor.weight) for compactor in find_compactors(network.trunk).values()}
+        groups = [
+            {
+                "params": [p for p in parameters if (id(p) in shrinking) == shrinks],
+                "weight_decay": 0 if shrinks else 1e-2,
+            }
+            for shrinks in ((False, True) if shrinking else (False,))
+        ]
+        optimizer = torch.optim.AdamW(groups, self.rate)
+        if self.keep_flops:
+            budget = SizeBudget(flops=self.keep_flops, steps=max(1, round(SHRINKING * self.epochs * steps)))
+            CapacityDynamics(network.trunk, optimizer, self.image_shape, budget=budget)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.rate, total_steps=self.epochs * steps + 1, pct_start=0.2
+        )
+        torch.manual_seed(self.seed + process_rank())
+        return DistillationTrainer(
+            models=models,
+            optimizers={"trunk_optimizer": optimizer},
+            batch_size=batch_size,
+            loss_funcs=losses,
+            loss_weights=dict.fromkeys(losses, 1.0),
+            dataset=self.views,
+            sampler=sampler,
+            iterations_per_epoch=steps,
+            lr_schedulers={"trunk_scheduler_by_iteration": scheduler},
+            teacher=self.teacher if self.distillation is not None else None,
+            amp_dtype=self.machine.amp_dtype,
+            data_device=device,
+            dataloader_num_workers=self.machine.workers,
+        )
+
+    def batches(self) -> tuple[Any, int, int]:
+        """Return the sampler of a process, the size of its batches and their number in an epoch."""
+        labels, processes = self.views.labels, num_processes()
+        share = len(labels) // processes
+        batch_size = max(1, min(self.machine.batch_size // processes, share))
+        known = labels[labels != UNLABELED]
+        if self.metric_loss is None or not len(known):
+            return None, batch_size, share // batch_size
+        classes = len(known.unique()) // processes
+        part = batch_size if len(known) == len(labels) else batch_size // 2
+        per_class = PER_CLASS
+        while part // per_class > classes:
+            per_class *= 2
+        part = max(1, part // per_class) * per_class
+        if len(known) == len(labels):
+            length = max(share, part)
+            return DistributedMPerClassSampler(labels, per_class, part, length), part, length // part
+        batch_size = part + min(batch_size - part, int((labels == UNLABELED).sum()))
+        length = max(share, batch_size)
+        fraction = part / batch_size
+        return MixedSampler(labels, per_class, batch_size, fraction, length), batch_size, length // batch_size
+
+
+def new_metric_loss(name: str) -> nn.Module | None:
+    """Return the loss on labels of this name."""
+    return None if name == "none" else MultiSimilarityLoss()
