@@ -1,149 +1,170 @@
 """The console command ``pml-distill``."""
 
 import argparse
-import csv
-import importlib.util
+import contextlib
+import errno
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+EPILOGS = {
+    "train": "Interrupted, the same command continues; finished, it prints the result again. Under torchrun, "
+    "`python -m pml_distill train` trains on several GPUs.",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="pml-distill", description="Distillation for pytorch-metric-learning.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="distil a teacher into a small student and show what is gained",
-        description="Train a teacher, a student alone and the same student with each distillation loss, with the "
-        "same budget, sampler and seeds, and compare them on classes none of them has seen. Interrupted, it goes "
-        "on where it was; run again, it reuses what is finished.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.add_argument("--seeds", type=int, default=1, help="how many seeds; from two on, standard errors are shown")
-    demo.add_argument("--epochs", type=int, default=10, help="epochs of every network, the teacher's included")
-    demo.add_argument("--device", default=None, help="where to train (default: the GPU, if there is one)")
-    demo.add_argument("--out", type=Path, default=Path("pml_distill_demo"), help="folder of results, logs, pictures")
-    demo.add_argument("--dataset", choices=("glyphs", "digits"), default="glyphs", help="data to train and test on")
-    demo.add_argument(
-        "--losses", nargs="+", default=["core"], help="core (six losses), all, or names of distillation losses"
-    )
-    options = parser.parse_args(arguments)
-    if importlib.util.find_spec("record_keeper") is None or importlib.util.find_spec("tensorboard") is None:
-        parser.error('the demo logs with record-keeper and tensorboard: pip install "pml-distill[with-hooks-cpu]"')
+    parser = new_parser()
+    options = vars(parser.parse_args(arguments))
+    command, out = options.pop("command"), options.get("out")
     try:
-        run_demo(options)
-    except ValueError as error:
-        demo.error(str(error))
+        with processes(options):
+            COMMANDS[command](options)
     except KeyboardInterrupt:
-        print(
-            f"\nInterrupted. The same command goes on from here; finished runs are in {options.out}.", file=sys.stderr
-        )
+        print("\nInterrupted. The same command continues from here.", file=sys.stderr)
         return 130
+    except Exception as error:
+        message = explained(error, out)
+        if message is None:
+            raise
+        print(f"pml-distill {command}: error: {message}", file=sys.stderr)
+        return 2
     return 0
 
 
-def run_demo(options: argparse.Namespace) -> None:
-    """Run what is missing, then print and draw the comparison."""
+def new_parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    parser = argparse.ArgumentParser(prog="pml-distill", description="Distillation for pytorch-metric-learning.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, **more: Any) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **more)
+        made.set_defaults(command=name)
+        return made
+
+    train = command("train", "teach a small network to retrieve like a large one", epilog=EPILOGS["train"])
+    train.add_argument("images", help="a folder with a folder per class, a flat folder, or a CSV file")
+    train.add_argument("--teacher", help="timm/NAME, torchvision/NAME, module:function, or the folder of a run")
+    train.add_argument("--student", required=True, help="the same")
+    train.add_argument("--out", default="run", help="folder of the run (default: run)")
+    train.add_argument("--teacher-embeddings", metavar="FILE", help="vectors.npy in place of a teacher")
+    train.add_argument("--losses", nargs="+", default=(), metavar="NAME[:WEIGHT]", help="to distil with")
+    train.add_argument("--metric-loss", metavar="NAME", help="on the labels: multi_similarity or none")
+    train.add_argument("--tune-teacher", type=int, metavar="EPOCHS", help="train the teacher on the labels first")
+    train.add_argument("--views", type=int, help="augmented views of each image")
+    train.add_argument("--width", type=int, help="of the embeddings")
+    train.add_argument("--epochs", type=int)
+    train.add_argument("--lr", type=float, help="highest learning rate")
+    train.add_argument("--seed", type=int)
+    train.add_argument("--baseline", action="store_true", help="also train the student without a teacher")
+    train.add_argument("--bits", type=int, help="learn a binary code of this length")
+    train.add_argument("--keep-flops", type=float, metavar="SHARE", help="shrink the student to this share of FLOPs")
+    train.add_argument("--int8", action="store_true", help="also write a quantised ONNX file")
+    train.add_argument("--teacher-weights", metavar="FILE", help="in place of the pretrained ones")
+    train.add_argument("--student-weights", metavar="FILE", help="in place of the pretrained ones")
+
+    test = command("test", "compare networks on images")
+    test.add_argument("images", help="as for train; of a folder that a run was trained on, its test images")
+    test.add_argument("--networks", nargs="+", required=True, help="names or folders of runs")
+
+    embed = command("embed", "write the embeddings of images: vectors.npy, and their order in paths.csv")
+    embed.add_argument("images", help="as for train")
+    embed.add_argument("--network", required=True, help="a name or the folder of a run")
+    embed.add_argument("--out", default="vectors", help="folder to write to (default: vectors)")
+
+    for made in (test, embed):
+        made.add_argument("--weights", metavar="FILE", help="in place of the pretrained ones")
+    for made in (train, test, embed):
+        made.add_argument("--device", help="where to run (default: the GPU, if there is one)")
+        made.add_argument("--batch-size", type=int)
+        made.add_argument("--workers", type=int, help="processes that read images")
+        made.add_argument("--image-size", type=int, help="side of the images, in place of the networks' own")
+        made.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="start from random weights")
+        made.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    return parser
+
+
+def run_train(options: dict[str, Any]) -> None:
+    """Train, and print the table."""
+    from .recipe import distill
+    from .utils.report import write
+
+    run = distill(**given(options))
+    print_table(run.table)
+    write(f"\nIn {run.out}: report.html, student.safetensors, student.onnx, config.json, results.csv.")
+
+
+def run_test(options: dict[str, Any]) -> None:
+    """Compare networks, and print the table."""
+    from .recipe import test
+
+    print_table(test(**given(options)))
+
+
+def run_embed(options: dict[str, Any]) -> None:
+    """Write embeddings."""
+    from .recipe import embed
+
+    vectors = embed(**given(options))
+    print(f"{len(vectors):,} embeddings of {vectors.shape[1]} numbers are in {options['out']}/vectors.npy.")
+
+
+COMMANDS = {"train": run_train, "test": run_test, "embed": run_embed}
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, so that what is not is left to the functions."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print figures as a table, in the first process."""
+    from .recipe.report import shown_table
+    from .utils.report import format_table, write
+
+    write(format_table(shown_table(rows)))
+
+
+@contextlib.contextmanager
+def processes(options: dict[str, Any]) -> Iterator[None]:
+    """Join the processes that torchrun has started."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
     import torch
+    import torch.distributed.nn  # before there is a group, whose threads it would hold
 
-    from .demo import CORE, LOSSES, Demo, DemoConfig
-
-    sets = {("core",): list(CORE), ("all",): list(LOSSES)}
-    names = sets.get(tuple(options.losses), options.losses)
-    unknown = sorted(set(names) - set(LOSSES))
-    if unknown:
-        raise ValueError(f"--losses has unknown names {unknown}; known are {sorted(LOSSES)}.")
-    for argument in ("seeds", "epochs"):
-        if getattr(options, argument) < 1:
-            raise ValueError(f"--{argument} must be at least 1, but is {getattr(options, argument)}.")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available() and options.get("device") != "cpu"
+    if gpus:
+        torch.cuda.set_device(rank)
+        options["device"] = f"cuda:{rank}"
+    torch.distributed.init_process_group("nccl" if gpus else "gloo")
     try:
-        device = torch.zeros(0, device=device).device
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    demo = Demo(DemoConfig(options.dataset, options.epochs), options.out, device)
-    runs = [(seed, name) for seed in range(options.seeds) for name in ("teacher", "student", *names)]
-    for number, (seed, name) in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {name}, seed {seed}", file=sys.stderr)
-        demo.run(name, seed, LOSSES.get(name))
-    report(demo, names, options.seeds)
+        yield
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
-def report(demo, names: Sequence[str], seeds: int) -> None:
-    """Print the table; write it beside the CSV and the pictures."""
-    import torch
+def explained(error: Exception, out: Any) -> str | None:
+    """Return what to tell the user of an error, None for one that is a fault of this program."""
+    text = str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "No space left" in text or "disk is full" in text or nearly_full(out):
+        return f"The disk of {out} is full. Free some space and run the same command again; what is finished is kept."
+    if isinstance(error, PermissionError):
+        return f"{error.filename or out} may not be written or read. Give --out a folder of your own."
+    if isinstance(error, OSError):
+        return f"{error.filename or out}: {error.strerror or text}."
+    return text if isinstance(error, (ValueError, ModuleNotFoundError)) else None
 
-    from .demo import LOSSES
-    from .utils.report import bar_chart, format_table, mean_and_error, neighbor_sheet, shown
 
-    runs = {(row["name"], row["seed"]): row for row in demo.results()}
-    costs = demo.costs()
+def nearly_full(out: Any) -> bool:
+    """Whether there is less than a mebibyte left where the results go; not all libraries say so."""
+    import shutil
 
-    def values(name: str, metric: str) -> list[float]:
-        return [runs[name, seed][metric] for seed in range(seeds)]
-
-    metric = "mean_average_precision_at_r"
-    table, records = [], []
-    for name in ("teacher", "student", *names):
-        cost = costs["teacher" if name == "teacher" else "student"]
-        gaps = [
-            (own - alone) / (best - alone)
-            for own, alone, best in zip(values(name, metric), values("student", metric), values("teacher", metric))
-        ]
-        table.append(
-            {
-                "network": "student alone" if name == "student" else name,
-                "precision@1": shown(values(name, "precision_at_1")),
-                "MAP@R": shown(values(name, metric)),
-                "student to teacher": shown(values(name, "asymmetric_map_at_r")),
-                "aligned": ("yes" if LOSSES[name].aligned else "no") if name in LOSSES else "",
-                "gap recovered": shown([100 * gap for gap in gaps], ".0f") + " %",
-                "agreement": shown(values(name, "neighbor_agreement")),
-                "parameters": f"{cost.parameters:,}",
-                "MFLOPs": f"{cost.flops / 1e6:.1f}",
-                "ms (batch 1)": f"{cost.latency[1]:.2f}",
-                "ms (batch 64)": f"{cost.latency[64]:.3f}",
-            }
-        )
-        records += [
-            {
-                **runs[name, seed],
-                "gap_recovered": gap,
-                "parameters": cost.parameters,
-                "flops": cost.flops,
-                "latency_ms_batch_1": cost.latency[1],
-                "latency_ms_batch_64": cost.latency[64],
-            }
-            for seed, gap in enumerate(gaps)
-        ]
-    text = format_table(table)
-    print(text)
-    (demo.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    with open(demo.out / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    bar_chart(
-        demo.out / "map_at_r.png",
-        {row["network"]: mean_and_error(values(name, metric)) for row, name in zip(table[2:], names)},
-        {
-            "student alone": mean_and_error(values("student", metric))[0],
-            "teacher": mean_and_error(values("teacher", metric))[0],
-        },
-        "MAP@R on unseen classes",
-    )
-    best = max(names, key=lambda name: mean_and_error(values(name, metric))[0])
-    labels = torch.as_tensor(demo.test_set.labels)
-    queries = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:12].tolist()
-    neighbor_sheet(
-        demo.out / "neighbors.png",
-        torch.stack([demo.test_set[i][0] for i in range(len(labels))]),
-        labels,
-        {"student alone": demo.embeddings("student", 0).cpu(), f"student with {best}": demo.embeddings(best, 0).cpu()},
-        queries,
-    )
-    print("\nstudent to teacher: MAP@R of the student's queries in the teacher's gallery. Losses that do not align")
-    print("the two spaces (aligned: no), such as those on relations alone, have no reason to raise it.")
-    print(f"Averaged over {seeds} seed{'s' * (seeds > 1)}. In {demo.out}: table.md, results.csv, map_at_r.png,")
-    print("neighbors.png, and the record-keeper and tensorboard logs of every run in its folder.")
+    folder = Path(out or ".")
+    return folder.exists() and shutil.disk_usage(folder).free < 2**20

@@ -59,7 +59,7 @@ class Job:
     ):
         self.out, self.settings, self.machine, self.images = out, settings, machine, images
         self.augmentation = Augmentation() if augmentation is None else augmentation
-        self.notes, self.curves = [str(images)], {}  # type: tuple[list[str], dict[str, list]]
+        self.notes, self.curves = [], {}  # type: tuple[list[str], dict[str, list]]
         # The same weights, whatever is done with them.
         torch.manual_seed(settings.seed)
         options = {"pretrained": settings.pretrained, "image_size": settings.image_size}
@@ -81,7 +81,7 @@ class Job:
     def checked_width(self) -> int:
         """Return the width of the student's embeddings, the settings' or the usual one."""
         widest = self.teacher.width if self.teacher is not None else self.vectors.shape[1]  # type: ignore[union-attr]
-        width = self.settings.width or min(usual.WIDTH, widest)
+        width = self.settings.width or min(usual.WIDTH, widest, max(1, len(self.images["train"]) // 2))
         equal = [name for name in self.loss_names() if LOSSES[name][0](width).equal_widths]
         if width > widest and equal:
             raise ValueError(

@@ -17,7 +17,6 @@ from ..capacity import (
     CapacityDynamics,
     SizeBudget,
     export,
-    find_compactors,
     insert_compactors,
     load_compact,
     save_compact,
@@ -30,7 +29,7 @@ from ..trainers import DistillationTrainer
 from ..utils.distributed import in_first_process, num_processes, process_rank
 from ..utils.files import whole_file
 from ..utils.modules import eval_mode
-from .settings import PER_CLASS, SHRINKING
+from .settings import PER_CLASS, RAMP, SHRINKING
 from .views import loader_of
 
 WEIGHTS, CURVE, CHECKPOINT = "weights.safetensors", "curve.json", "checkpoint.pth"
@@ -122,7 +121,8 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         network = copy.deepcopy(self.network)
         torch.manual_seed(self.seed)
-        trainer = self.trainer(network)
+        trainer: Any = self.trainer(network)
+        trainer.all_steps = self.epochs * trainer.iterations_per_epoch
         path = self.checkpoint(process_rank())
         start = 1
         if path.exists():
@@ -162,7 +162,6 @@ class Training:
         if self.keep_flops:
             insert_compactors(network.trunk)
         network.to(device).requires_grad_(True).train()
-        parameters = list(network.parameters())
         models: dict[str, nn.Module] = {"trunk": network.trunk, "embedder": network.embedder}
         models = {key: model for key, model in models.items() if list(model.parameters())}
         loss_funcs = {"metric_loss": self.metric_loss, "distillation_loss": self.distillation}
@@ -173,32 +172,26 @@ class Training:
             models = {key: DistributedDataParallel(model) for key, model in models.items()}
             losses = {key: DistributedLossWrapper(loss) for key, loss in losses.items()}
         sampler, batch_size, steps = self.batches()
-        shrinking = {id(compactor.weight) for compactor in find_compactors(network.trunk).values()}
-        groups = [
-            {
-                "params": [p for p in parameters if (id(p) in shrinking) == shrinks],
-                "weight_decay": 0 if shrinks else 1e-2,
-            }
-            for shrinks in ((False, True) if shrinking else (False,))
-        ]
-        optimizer = torch.optim.AdamW(groups, self.rate)
+        total, optimizers, schedulers = self.epochs * steps, {}, {}
+        for key, model in models.items():
+            # Weight decay would shorten the rows of compactors.
+            optimizer = torch.optim.AdamW(model.parameters(), self.rate, weight_decay=0 if self.keep_flops else 1e-2)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=total + 1, pct_start=0.2)
+            optimizers[f"{key}_optimizer"], schedulers[f"{key}_scheduler_by_iteration"] = optimizer, schedule
         if self.keep_flops:
-            budget = SizeBudget(flops=self.keep_flops, steps=max(1, round(SHRINKING * self.epochs * steps)))
-            CapacityDynamics(network.trunk, optimizer, self.image_shape, budget=budget)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.rate, total_steps=self.epochs * steps + 1, pct_start=0.2
-        )
+            budget = SizeBudget(flops=self.keep_flops, steps=max(1, round(SHRINKING * total)))
+            CapacityDynamics(models["trunk"], optimizers["trunk_optimizer"], self.image_shape, budget=budget)
         torch.manual_seed(self.seed + process_rank())
-        return DistillationTrainer(
+        return RampedTrainer(
             models=models,
-            optimizers={"trunk_optimizer": optimizer},
+            optimizers=optimizers,
             batch_size=batch_size,
             loss_funcs=losses,
             loss_weights=dict.fromkeys(losses, 1.0),
             dataset=self.views,
             sampler=sampler,
             iterations_per_epoch=steps,
-            lr_schedulers={"trunk_scheduler_by_iteration": scheduler},
+            lr_schedulers=schedulers,
             teacher=self.teacher if self.distillation is not None else None,
             amp_dtype=self.machine.amp_dtype,
             data_device=device,
@@ -226,6 +219,16 @@ class Training:
         length = max(share, batch_size)
         fraction = part / batch_size
         return MixedSampler(labels, per_class, batch_size, fraction, length), batch_size, length // batch_size
+
+
+class RampedTrainer(DistillationTrainer):
+    """Brings the distillation in beside a metric loss, see ``LossWeightRamp``."""
+
+    def update_loss_weights(self) -> None:
+        """Set the weight of the teacher's loss for this step."""
+        if len(self.loss_funcs) == 2:
+            progress = self.get_global_iteration() / self.all_steps
+            self.loss_weights["distillation_loss"] = min(1, max(0, (progress - RAMP[0]) / (RAMP[1] - RAMP[0])))
 
 
 def new_metric_loss(name: str) -> nn.Module | None:
