@@ -40,7 +40,7 @@ from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import nn
 
 from pml_distill.datasets import FROM_PML, Digits
-from pml_distill.demo import DATASETS, EMBEDDING_SIZE, LOSSES, Demo, DemoConfig, Distillation, Supervision
+from glyph_runs import DATASETS, EMBEDDING_SIZE, LOSSES, Demo, DemoConfig, Distillation, Supervision
 from pml_distill.utils.files import whole_file
 
 NONE, TEACHER = "none", "teacher"

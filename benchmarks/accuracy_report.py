@@ -15,7 +15,7 @@ from statistics import fmean
 import numpy as np
 from comparison import finished
 
-from pml_distill.demo import LOSSES
+from glyph_runs import LOSSES
 from pml_distill.utils.report import format_table, mean_and_error, shown
 
 NONE, TEACHER, MAP = "none", "teacher", "mean_average_precision_at_r"

@@ -57,7 +57,7 @@ from pml_distill.capacity import (
 )
 from pml_distill.datasets import Glyphs
 from pml_distill.datasets.items import UNLABELED
-from pml_distill.demo import layout_for
+from glyph_runs import layout_for
 from pml_distill.distances import EuclideanDistance
 from pml_distill.evaluation import model_cost
 from pml_distill.losses import MutualDistanceLoss

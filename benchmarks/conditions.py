@@ -22,7 +22,7 @@ import torch
 from comparison import METRICS, GlyphsDemo, by_seed, complete, options
 from torch import nn
 
-from pml_distill.demo import EMBEDDING_SIZE, LOSSES
+from glyph_runs import EMBEDDING_SIZE, LOSSES
 from pml_distill.evaluation import neighbor_agreement
 from pml_distill.losses import catalogue
 from pml_distill.utils.report import format_table, shown

@@ -22,7 +22,7 @@ import torch
 from comparison import GlyphsDemo, complete, options, report
 
 from pml_distill.datasets import CrossQuality
-from pml_distill.demo import Distillation
+from glyph_runs import Distillation
 from pml_distill.evaluation import asymmetric_accuracy, neighbor_agreement
 from pml_distill.losses import AbsoluteTeacherLoss
 

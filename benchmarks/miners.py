@@ -22,7 +22,7 @@ from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss,
 from pytorch_metric_learning.miners import BaseMiner, MultiSimilarityMiner, TripletMarginMiner
 from torch import nn
 
-from pml_distill.demo import Distillation
+from glyph_runs import Distillation
 from pml_distill.losses import RelativeTeacherLoss
 from pml_distill.miners import BaseTeacherMiner, TeacherMiner, TeacherNeighborMiner, TeacherRankMiner
 

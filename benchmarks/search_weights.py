@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from comparison import complete
 
-from pml_distill.demo import LOSSES, Demo, DemoConfig, Distillation
+from glyph_runs import LOSSES, Demo, DemoConfig, Distillation
 from pml_distill.losses import DarkRankLoss, RelativeTeacherLoss
 
 WEIGHTS = {

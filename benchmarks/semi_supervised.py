@@ -21,7 +21,7 @@ import torch
 from comparison import GlyphsDemo, complete, options, report
 
 from pml_distill.datasets import PartiallyLabeled
-from pml_distill.demo import BATCH_SIZE, Distillation
+from glyph_runs import BATCH_SIZE, Distillation
 from pml_distill.losses import AbsoluteTeacherLoss
 from pml_distill.samplers import MixedSampler
 

@@ -45,12 +45,12 @@ def api_blocks(package: str) -> str:
 
 def catalogue_table() -> str:
     """Return the table of all losses."""
-    from pml_distill.demo import LOSSES
     from pml_distill.losses import catalogue
+    from pml_distill.recipe.settings import LOSSES
 
     weights: dict[str, list[str]] = {}
-    for distillation in LOSSES.values():
-        weights.setdefault(type(distillation.make()).__name__, []).append(f"{distillation.weight:g}")
+    for make, weight in LOSSES.values():
+        weights.setdefault(type(make(128)).__name__, []).append(f"{weight:g}")
     rows = [
         [
             f"[{entry.name}](#pml_distill.losses.{entry.name})",

@@ -75,6 +75,18 @@ def new_parser() -> argparse.ArgumentParser:
     embed.add_argument("--network", required=True, help="a name or the folder of a run")
     embed.add_argument("--out", default="vectors", help="folder to write to (default: vectors)")
 
+    demo = command(
+        "demo",
+        "distil a teacher into a small student with several losses, on images that are rendered on the spot",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--seeds", type=int, default=1, help="how many; from two on, standard errors are shown")
+    demo.add_argument("--epochs", type=int, default=10, help="epochs of every network, the teacher's included")
+    demo.add_argument("--device", help="where to train (the GPU, if there is one)")
+    demo.add_argument("--out", type=Path, default=Path("pml_distill_demo"), help="folder of results, logs, pictures")
+    demo.add_argument("--dataset", choices=("glyphs", "digits"), default="glyphs", help="data to train and test on")
+    demo.add_argument("--losses", nargs="+", default=["core"], metavar="NAME", help="core (six losses), all, or names")
+
     for made in (test, embed):
         made.add_argument("--weights", metavar="FILE", help="in place of the pretrained ones")
     for made in (train, test, embed):
@@ -112,7 +124,14 @@ def run_embed(options: dict[str, Any]) -> None:
     print(f"{len(vectors):,} embeddings of {vectors.shape[1]} numbers are in {options['out']}/vectors.npy.")
 
 
-COMMANDS = {"train": run_train, "test": run_test, "embed": run_embed}
+def run_demo(options: dict[str, Any]) -> None:
+    """Run the demo."""
+    from .recipe.demo import run_demo
+
+    run_demo(names=options.pop("losses"), **options)
+
+
+COMMANDS = {"train": run_train, "test": run_test, "embed": run_embed, "demo": run_demo}
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

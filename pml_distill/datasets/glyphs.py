@@ -83,8 +83,11 @@ def cached_glyphs() -> tuple[np.ndarray, np.ndarray, str]:
 
 def cache_path() -> Path:
     """Return where the images are cached that this matplotlib renders."""
-    import matplotlib
-    from matplotlib import ft2font
+    try:
+        import matplotlib
+        from matplotlib import ft2font
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}. Glyphs need matplotlib: pip install "pml-distill[train]"') from error
 
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pml_distill"
     versions = f"matplotlib-{matplotlib.__version__}-freetype-{ft2font.__freetype_version__}"

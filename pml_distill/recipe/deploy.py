@@ -48,7 +48,7 @@ def write_files(
     Raises:
         ValueError: a file disagrees with the student; the file is removed.
     """
-    student = student.cpu().eval()
+    student = student.cpu().to(memory_format=torch.contiguous_format).eval()
     save_compact(student, folder / STUDENT)
     write_onnx(folder, student, shape)
     if calibration is not None:
@@ -121,7 +121,7 @@ def write_int8(folder: Path, images: Dataset) -> None:
             quantize_static(
                 str(prepared),
                 str(unfinished),
-                Calibration(images),  # type: ignore[arg-type]
+                Calibration(images),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,

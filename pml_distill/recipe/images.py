@@ -305,21 +305,21 @@ def divided(
 ) -> tuple[list[int], list[int]]:
     """Return the rows that are left and a share of them: whole classes, if there are any, of which so many are left."""
     generator = torch.Generator().manual_seed(0)
-    classes = labels[rows].unique()
-    classes = classes[classes != UNLABELED]
-    if not len(classes):
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        count = round(share * len(rows))
-        taken = {rows[place] for place in order[:count]}
-    else:
-        if len(classes) < left + 2:
-            raise ValueError(
-                f"{source} has too few classes to be divided into some to train, validate and test. "
-                "Give at least 6 classes, or folders train, val and test."
-            )
+    known = [row for row in rows if labels[row] != UNLABELED]
+    classes, counts = labels[known].unique(return_counts=True)
+    classes, others = classes[counts > 1], [row for row in rows if labels[row] == UNLABELED]
+    if len(classes) >= left + 2:
         count = min(max(2, round(share * len(classes))), len(classes) - left)
         chosen = set(classes[torch.randperm(len(classes), generator=generator)[:count]].tolist())
-        taken = {row for row in rows if int(labels[row]) in chosen}
+        taken = {row for row in known if int(labels[row]) in chosen}
+    elif others:
+        order = torch.randperm(len(others), generator=generator).tolist()
+        taken = {others[place] for place in order[: round(share * len(others))]}
+    else:
+        raise ValueError(
+            f"{source} has too few classes to be divided into some to train, validate and test. "
+            "Give at least 6 classes, or folders train, val and test."
+        )
     return [row for row in rows if row not in taken], [row for row in rows if row in taken]
 
 

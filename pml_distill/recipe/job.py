@@ -22,7 +22,7 @@ from .images import Images, ImageSet
 from .networks import build_student, find_network
 from .report import accuracy
 from .settings import LOSSES, Settings, weights_of
-from .teaching import GivenTeaching, NetworkTeaching, Teaching, read_vectors
+from .teaching import GivenTeaching, NetworkTeaching, read_vectors
 from .training import Machine, Training, new_metric_loss
 from .views import Augmentation, SharedViews
 
@@ -59,6 +59,7 @@ class Job:
     ):
         self.out, self.settings, self.machine, self.images = out, settings, machine, images
         self.augmentation = Augmentation() if augmentation is None else augmentation
+        self.teaching: Any = None
         self.notes, self.curves = [], {}  # type: tuple[list[str], dict[str, list]]
         # The same weights, whatever is done with them.
         torch.manual_seed(settings.seed)
@@ -72,8 +73,8 @@ class Job:
         train = images["train"]
         self.labeled = train.at((train.labels != UNLABELED).nonzero().flatten().tolist())
         for name in ("bits", "tune_teacher", "baseline"):
-            if getattr(settings, name) and not len(self.labeled):
-                raise ValueError(f"{usual.flag(name)} needs labels, but the images to train on have none.")
+            if getattr(settings, name) and not (len(self.labeled) and images["val"].labeled):
+                raise ValueError(f"{usual.flag(name)} needs labels to train on and to validate on, and there are none.")
         # Codes are learned from labels after the teacher's features without.
         self.metric_loss = settings.metric_loss if len(self.labeled) and not settings.bits else "none"
         self.width = self.checked_width()
@@ -101,38 +102,54 @@ class Job:
         shared = SharedViews(self.images["train"] if images is None else images, self.augmentation, **shown)
         return SeededViews(shared, self.settings.seed, self.settings.views)
 
-    def teach(self) -> Teaching:
-        """Return the teacher, ready to be asked for the views of the training images."""
+    def teach(self) -> None:
+        """Take the teacher, and train it if that is asked for or it knows nothing yet."""
         folder = self.out / "teacher"
         if self.teacher is None:
             vectors: Any = self.vectors
-            return GivenTeaching(folder, min(self.width, vectors.shape[1]), self.machine, vectors, self.images)
+            self.teaching = GivenTeaching(folder, min(self.width, vectors.shape[1]), self.machine, vectors, self.images)
+            return
         sees = self.teacher.preprocessing
         width = min(self.width, self.teacher.width)
-        teaching = NetworkTeaching(folder, width, self.machine, self.teacher, self.views(teacher=sees))
+        self.teaching = NetworkTeaching(folder, width, self.machine, self.teacher, self.views(teacher=sees))
         epochs = self.settings.tune_teacher
+        trained = self.settings.pretrained or self.settings.teacher_weights
         if epochs is None:
-            epochs = usual.TUNE_EPOCHS if len(self.labeled) and self.images["val"].labeled else 0
+            epochs = 0 if trained or not self.can_tune() else usual.TUNE_EPOCHS
         if epochs:
             write(f"Tuning the teacher on the labels of {len(self.labeled):,} images.")
-            trained = self.settings.pretrained or self.settings.teacher_weights
             rate = usual.TEACHER_RATE_PRETRAINED if trained else usual.RATE_FROM_SCRATCH
             views = self.views(self.labeled, teacher=sees)
-            result = teaching.tune(views, epochs, rate, self.settings.seed, self.images["val"])
+            result = self.teaching.tune(views, epochs, rate, self.settings.seed, self.images["val"])
             self.curves["teacher"] = result["curve"]
-            self.note(
-                f"The teacher was tuned on the labels: MAP@R on validation images {result['before']:.3f} before, "
-                f"{result['after']:.3f} after" + ("." if result["kept"] else "; it is used as it was before.")
-            )
-        teaching.store()
-        return teaching
+            self.tell_tuning("The teacher was", result)
+
+    def standardize(self) -> None:
+        """Make the teacher ready to be asked for the views of the training images."""
+        tune = self.can_tune() and self.settings.tune_teacher != 0
+        result = self.teaching.store(self.images["train"], self.images["val"], tune)
+        if result:
+            self.tell_tuning("The rotation of the teacher's outputs was", result)
+
+    def can_tune(self) -> bool:
+        """Whether there are labels to tune on, two of a class on average, and others to validate on."""
+        classes = len(self.labeled.labels.unique())
+        return 0 < 2 * classes <= len(self.labeled) and self.images["val"].labeled
+
+    def tell_tuning(self, what: str, result: dict[str, Any]) -> None:
+        """Tell whether tuning has helped."""
+        before, after = result["before"], result["after"]
+        self.note(
+            f"{what} tuned on the labels: MAP@R on validation images {before:.3f} before, {after:.3f} after"
+            + ("." if after >= before else "; it is used as it was before.")
+        )
 
     def note(self, text: str) -> None:
         """Tell the user, now and in the report."""
         self.notes.append(text)
         write(text)
 
-    def weights(self, teaching: Teaching) -> dict[str, float]:
+    def weights(self) -> dict[str, float]:
         """Return the weight of each loss: given, or the best of a few on the validation images; none if 0 is best."""
         given = weights_of(self.settings.losses)
         names = self.loss_names()
@@ -145,8 +162,8 @@ class Job:
             epochs, tried = max(1, round(usual.SHORT_RUN * self.settings.epochs)), {}
             for factor in usual.FACTORS:
                 write(f"Trying {factor:g} times the usual weight of the distillation, for {epochs} epochs.")
-                training = self.training(f"choice/{factor:g}", teaching, scaled(names, factor), epochs)
-                tried[factor] = self.validation(teaching)(training.finish())
+                training = self.training(f"choice/{factor:g}", scaled(names, factor), epochs)
+                tried[factor] = self.validate(training.finish())
             in_first_process(lambda: write_json(path, list(tried.items())))
         results = json.loads(path.read_text())
         best = max(results, key=lambda result: result[1])[0]
@@ -157,9 +174,7 @@ class Job:
         )
         return scaled(names, best)
 
-    def training(
-        self, folder: str, teaching: Teaching | None, weights: dict[str, float], epochs: int | None = None
-    ) -> Training:
+    def training(self, folder: str, weights: dict[str, float], epochs: int | None = None) -> Training:
         """Return the training of a new student, by these losses and the metric loss."""
         trained = self.settings.pretrained or self.settings.student_weights
         losses = {name: LOSSES[name][0](self.width) for name in weights}
@@ -176,8 +191,9 @@ class Job:
             self.settings.seed,
             new_metric_loss(self.metric_loss),
             MultipleDistillationLosses(losses, weights) if losses else None,
-            teacher=teaching.teacher if teaching is not None and losses else None,
-            validate=self.validation(teaching),
+            teacher=self.teaching.teacher if losses else None,
+            validate=self.validate,
+            fade=usual.FADE if len(self.labeled) == len(self.images["train"]) else None,
             keep_flops=self.settings.keep_flops if epochs is None else None,
             image_shape=named.preprocessing.image_shape,
         )
@@ -195,18 +211,18 @@ class Job:
             self.settings.lr or usual.RATE_HASHING,
             self.settings.seed,
             DeepCauchyHashingLoss(),
-            validate=self.validation(None),
+            validate=self.validate,
         )
 
-    def students(self, teaching: Teaching) -> dict[str, EmbeddingNetwork]:
+    def students(self) -> dict[str, EmbeddingNetwork]:
         """Return the distilled student, and the one without a teacher if there is to be one."""
-        weights, bits = self.weights(teaching), self.settings.bits
+        weights, bits = self.weights(), self.settings.bits
         trainings = {}
         if self.settings.baseline or not weights:
             alone = self.hashing("baseline", copy.deepcopy(self.student.network)) if bits else None
-            trainings[ALONE] = alone or self.training("baseline", None, {})
+            trainings[ALONE] = alone or self.training("baseline", {})
         if weights:
-            trainings[DISTILLED] = self.training("student", teaching, weights)
+            trainings[DISTILLED] = self.training("student", weights)
         found = {}
         for name, training in trainings.items():
             write(f"Training the {name}.")
@@ -223,14 +239,13 @@ class Job:
             found[DISTILLED] = found[ALONE]
         return found
 
-    def validation(self, teaching: Teaching | None) -> Callable[[EmbeddingNetwork], float]:
-        """Return what measures a student on the validation images: MAP@R, or without labels the agreement."""
+    def validate(self, network: EmbeddingNetwork) -> float:
+        """Measure a student on the validation images: MAP@R, or without labels the agreement with the teacher."""
         images = self.images["val"]
-        shown = SharedViews(images, None, self.student.preprocessing, None)
+        found = self.machine.embed(network, SharedViews(images, None, self.student.preprocessing, None))
         if images.labeled:
-            return lambda network: accuracy(self.machine.embed(network, shown), images.labels)[usual.METRIC]
-        wanted: Any = None if teaching is None else teaching.embeddings(images)
-        return lambda network: neighbor_agreement(self.machine.embed(network, shown), wanted, min(10, len(images) - 1))
+            return accuracy(found, images.labels)[usual.METRIC]
+        return neighbor_agreement(found, self.teaching.embeddings(images), min(10, len(images) - 1))
 
 
 def scaled(names: list[str], factor: float) -> dict[str, float]:

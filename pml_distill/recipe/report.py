@@ -24,7 +24,7 @@ COLUMNS = {
     "mean_average_precision_at_r": "MAP@R",
     "in_teacher_gallery": "MAP@R in teacher's gallery",
     "agreement": "agreement",
-    "parameters": "parameters",
+    "parameters": "M parameters",
     "flops": "MFLOPs",
     "latency_ms_batch_1": "ms (batch 1)",
     "latency_ms_batch_32": "ms an image (batch 32)",
@@ -65,7 +65,7 @@ def shown(key: str, value: Any) -> str:
     if value is None:
         return ""
     if key == "parameters":
-        return f"{value:,}"
+        return f"{value / 1e6:.2f}"
     return f"{value / 1e6:.1f}" if key == "flops" else f"{value:.2f}" if key.startswith("latency") else f"{value:.3f}"
 
 
@@ -87,7 +87,9 @@ def draw(
     if draw_curves(out / "curves_validation.png", curves, "validation", label):
         pictures[f"{label} on validation images"] = out / "curves_validation.png"
     if draw_curves(out / "curves_loss.png", curves, "total_loss", "loss"):
-        pictures["Training loss"] = out / "curves_loss.png"
+        pictures["Training loss, with a distillation that fades out where all images have labels"] = (
+            out / "curves_loss.png"
+        )
     for name, embeddings in spaces.items():
         path = out / f"neighbors_{name.replace(' ', '_')}.png"
         draw_neighbors(path, images, embeddings)
@@ -157,15 +159,14 @@ def thumbnail(image: Any) -> Any:
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1f23; background: #fff; margin: 0 auto; max-width: 68rem;
   padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+h1 { font-size: 1.4rem; margin: .5rem 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #dfe3e8; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; font-weight: 600; font-size: .85rem; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid #dfe3e8; }
+th { vertical-align: bottom; font-weight: 600; font-size: .85rem; } tbody th { text-align: left; font-weight: 400; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; flex: 0 1 29rem; min-width: 0; }
-figure img { max-width: 100%; height: auto; } figcaption { font-size: .9rem; color: #50575e; }
+figure img { max-width: 100%; height: auto; } figcaption { font-size: .9rem; color: #50575e; margin-bottom: .3rem; }
 pre { background: #f5f6f8; padding: .8rem; overflow-x: auto; font-size: .85rem; border-radius: .3rem; }
-li { margin: .2rem 0; overflow-wrap: anywhere; }
+ul { padding-left: 1.2rem; } li { margin: .2rem 0; overflow-wrap: anywhere; }
 """
 
 
@@ -188,13 +189,16 @@ def write_page(
         settings: shown at the end.
     """
     table = shown_table(rows)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table[0])
+    head = "".join(f"<th>{html.escape(row['network'])}</th>" for row in table)
+    names = [name for name in table[0] if name != "network"]
+    # Networks side by side: three columns fit a phone.
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in table
+        f"<tr><th>{html.escape(name)}</th>" + "".join(f"<td>{html.escape(row[name])}</td>" for row in table) + "</tr>"
+        for name in names
     )
     figures = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
-        f'{base64.b64encode(picture.read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        f'<figure><figcaption>{html.escape(caption)}</figcaption><img alt="{html.escape(caption)}" '
+        f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
         for caption, picture in pictures.items()
     )
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
@@ -203,7 +207,9 @@ def write_page(
     text.write('<meta name="viewport" content="width=device-width, initial-scale=1">\n')
     text.write(f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n")
     text.write(f"<h1>{html.escape(title)}</h1>\n<ul>{listed}</ul>\n<h2>Result on test images</h2>\n")
-    text.write(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n')
+    text.write(
+        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
+    )
     text.write(f'<h2>Pictures</h2>\n<div class="pictures">{figures}</div>\n<h2>Settings</h2>\n')
     text.write(f"<pre>{html.escape(json.dumps(settings, indent=2))}</pre>\n</body>\n</html>\n")
     with whole_file(path) as unfinished:

@@ -22,7 +22,6 @@ from .images import ImageSet, find_images
 from .job import DISTILLED, Job
 from .networks import CONFIG, build_student, find_network, load_student
 from .settings import Settings
-from .teaching import Teaching
 from .training import Machine
 from .views import SharedViews
 
@@ -102,9 +101,10 @@ def distill(
     claim(out, settings.to_dict() | {"images": found.digest, "augmentation": repr(augmentation)})
     if not (out / CONFIG).exists():
         job.note(str(found))
-        teaching = job.teach()
-        networks = job.students(teaching)
-        in_first_process(lambda: finish(job, teaching, networks, isinstance(student, nn.Module)))
+        job.teach()
+        job.standardize()
+        networks = job.students()
+        in_first_process(lambda: finish(job, networks, isinstance(student, nn.Module)))
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
     trained = load_student(out, student if isinstance(student, nn.Module) else None)
     return Run(out, trained, config["table"], config["notes"], out / REPORT)
@@ -117,8 +117,10 @@ def claim(out: Path, ours: dict[str, Any]) -> None:
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; give --out the name of a folder.")
         path, new = out / CLAIM, not out.exists()
+        # Looked for before the configuration: another process may claim the folder meanwhile.
+        others = not new and any(not other.name.startswith(CLAIM) for other in out.iterdir())
         if not path.exists():
-            if not new and any(out.iterdir()):
+            if others:
                 raise ValueError(f"The folder {out} is not empty and holds no run; give --out another name.")
             try:
                 write_json(path, ours)
@@ -127,16 +129,17 @@ def claim(out: Path, ours: dict[str, Any]) -> None:
                     out.rmdir()
                 raise
         theirs = json.loads(path.read_text(encoding="utf-8"))
-        others = [f"{key} {theirs.get(key)!r}, not {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
-        if others:
+        differing = [f"{key} {theirs.get(key)!r}, not {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+        if differing:
             raise ValueError(
-                f"The folder {out} holds a run with {'; '.join(others)}. Give --out another name, or the same options."
+                f"The folder {out} holds a run with {'; '.join(differing)}. Give --out another name, or the same "
+                "options."
             )
 
     in_first_process(in_one_process)
 
 
-def finish(job: Job, teaching: Teaching, networks: dict[str, Any], given: bool) -> None:
+def finish(job: Job, networks: dict[str, Any], given: bool) -> None:
     """Write the files and try them, test all networks, write the report; the configuration comes last."""
     out, settings, sees = job.out, job.settings, job.student.preprocessing
     test = job.images["test"]
@@ -150,7 +153,7 @@ def finish(job: Job, teaching: Teaching, networks: dict[str, Any], given: bool) 
             f"{name} was run on {result['images']} test images: largest difference from the student "
             f"{result['difference']:.1g}, {result['common_neighbors']:.1%} of the nearest neighbours in common."
         )
-    own, gallery = teaching.outputs(test), teaching.embeddings(test)
+    own, gallery = job.teaching.outputs(test), job.teaching.embeddings(test)
     spaces = {"teacher": own}
     rows: list[dict[str, Any]] = [{"network": "teacher"} | report.accuracy(own, test.labels)]
     rows[0] |= report.beside_teacher(gallery, gallery, test.labels)
@@ -206,7 +209,7 @@ def test(
         shown = SharedViews(tested, None, named.preprocessing, None)
         found = machine.embed(named.network, shown, named.name)
         first = found if first is None else first
-        figures = report.accuracy(found, tested.labels)
+        figures: dict[str, Any] = report.accuracy(found, tested.labels)
         figures["agreement"] = neighbor_agreement(found, first, min(10, len(found) - 1))
         rows.append({"network": named.name} | figures | report.cost(named.network, named.preprocessing.image_shape))
     return rows

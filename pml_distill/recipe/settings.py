@@ -24,28 +24,30 @@ from ..losses import (
     SimilarityDistributionLoss,
     SimilarityPreservingLoss,
     SimilarityRegressionLoss,
+    catalogue,
 )
 
 # Defaults ---------------------------------------------------------------------------------------------------------
-#: How many epochs a teacher is tuned on labels, and the student's training takes.
-TUNE_EPOCHS, EPOCHS = 6, 40
+#: Epochs of a student, and of a teacher that starts from random weights and is trained on the labels first.
+EPOCHS, TUNE_EPOCHS = 40, 20
 #: What is done to the teacher's outputs, and to how many numbers they are reduced at most.
 STANDARDIZATION, WIDTH = "whiten", 128
+#: How the rotation of the outputs is tuned on labels: steps, samples of each, learning rate.
+HEAD_STEPS, HEAD_BATCH, HEAD_RATE = 200, 128, 3e-4
 #: The losses to distil with, where there are labels and where there are none.
-WITH_LABELS, WITHOUT_LABELS = ("cosine_teacher", "rkd_angle"), ("cosine_teacher",)
-#: By what the weights below are multiplied: the best of these on the validation classes in runs of a share of the epochs.
-FACTORS, SHORT_RUN = (0.0, 0.1, 0.3, 1.0), 0.25
-#: Between which shares of the training the distillation comes in beside a metric loss.
-RAMP = (0.2, 0.5)
-#: Learning rates of AdamW: of networks from scratch, and of pretrained ones.
-RATE_FROM_SCRATCH, RATE_PRETRAINED = 3e-3, 5e-4
-TEACHER_RATE_PRETRAINED, RATE_HASHING = 1e-4, 1e-3
+WITH_LABELS, WITHOUT_LABELS = ("cosine_teacher",), ("cosine_teacher",)
+#: Times the weights below: what is tried on the validation images, in runs of this share of the epochs.
+FACTORS, SHORT_RUN = (0.0, 0.3, 1.0), 0.25
+#: Where all images have labels, the distillation fades out until this share of the training.
+FADE = 0.6
+#: Learning rates of AdamW: from scratch, from pretrained weights, of a pretrained teacher, of codes.
+RATE_FROM_SCRATCH, RATE_PRETRAINED, TEACHER_RATE_PRETRAINED, RATE_HASHING = 6e-3, 5e-4, 1e-4, 1e-3
 #: After which share of the training a shrinking student has its final size.
 SHRINKING = 0.6
-#: What is compared on validation images.
-METRIC = "mean_average_precision_at_r"
 #: Images of a class in a batch.
 PER_CLASS = 4
+#: What is compared on validation images.
+METRIC = "mean_average_precision_at_r"
 # ------------------------------------------------------------------------------------------------------------------
 
 Make = Callable[[int], BaseDistillationLoss]
@@ -88,7 +90,8 @@ class Settings:
         teacher_embeddings: the file of given embeddings.
         losses: ``name`` or ``name:weight``; empty for the defaults. Without a weight it is chosen.
         metric_loss: ``"multi_similarity"``, or ``"none"`` to learn from the teacher alone.
-        tune_teacher: epochs of training the teacher on the labels; None: the default where there are any.
+        tune_teacher: epochs of training the teacher on the labels. None: only the rotation of its outputs is tuned, or all
+            of it if it starts from random weights; 0: nothing is.
         views: augmented views of each image, of which the teacher's outputs are stored.
         width: of the student's embeddings; None: at most 128.
         epochs, batch_size, seed: of the training.
@@ -147,6 +150,14 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Return all settings, as JSON has them."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def aligned(name: str) -> bool:
+    """Whether a student that learns all it can from this loss stands in the teacher's own space."""
+    loss = LOSSES[name][0](2)
+    entry = next(entry for entry in catalogue() if entry.name == type(loss).__name__)
+    # With a queue of the student's own relations alone are compared.
+    return entry.aligned and loss.equal_widths
 
 
 METRIC_LOSSES = ("multi_similarity", "none")

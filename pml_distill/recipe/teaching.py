@@ -8,20 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..datasets import SeededViews
+from ..datasets.items import UNLABELED
 from ..models import EmbeddingNetwork, NamedNetwork
+from ..samplers import DistributedMPerClassSampler
 from ..teachers import CachedTeacher, FrozenTeacher, StandardizedTeacher, TeacherCache
 from ..utils.distributed import in_first_process, num_processes, process_rank
 from ..utils.files import whole_file, write_json
 from .images import Images, ImageSet
 from .report import accuracy
-from .settings import METRIC, STANDARDIZATION
+from .settings import HEAD_BATCH, HEAD_RATE, HEAD_STEPS, METRIC, PER_CLASS, STANDARDIZATION
 from .training import Machine, Training, new_metric_loss
 from .views import SharedViews
 
-RESULT, STATISTICS = "result.json", "standardization.safetensors"
+RESULT, HEAD, STATISTICS = "result.json", "head.json", "standardization.safetensors"
 
 
 class Teaching:
@@ -39,6 +43,7 @@ class Teaching:
     def __init__(self, folder: Path, width: int, machine: Machine):
         self.folder, self.width, self.machine = folder, width, machine
         self.teacher: Any = None
+        self.latest: Any = None, None
 
     def outputs(self, images: ImageSet) -> torch.Tensor:
         """Return the teacher's own outputs for images, without augmentation."""
@@ -46,25 +51,62 @@ class Teaching:
 
     def embeddings(self, images: ImageSet) -> torch.Tensor:
         """Return the standardised outputs for images, without augmentation."""
-        return self.teacher.standardize(self.outputs(images))
+        names = tuple(images.names)
+        if self.latest[0] != names:
+            self.latest = names, self.teacher.standardize(self.outputs(images))
+        return self.latest[1]
 
-    def standardize(self, source: Any, rows: int) -> None:
-        """Fit mean and rotation to the outputs of all training rows, or load them."""
-        from safetensors.torch import load_file, save_file
+    def standardize(self, source: Any, views: int, images: ImageSet, val: ImageSet, tune: bool) -> dict[str, Any]:
+        """Fit mean and rotation to the outputs for all views of the training images, or load them.
 
-        self.teacher = StandardizedTeacher(source, self.width, STANDARDIZATION)
-        path = self.folder / STATISTICS
-        if path.exists():
-            self.teacher.load_state_dict(load_file(path))
-            return
-        self.teacher.fit(batches_of_rows(rows))
+        Args:
+            source: the outputs by row.
+            views: of each image.
+            images: to train on.
+            val: to validate on.
+            tune: whether to tune the rotation on the labels, and to keep that if it retrieves better.
 
-        def save() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as unfinished:
-                save_file({key: value.contiguous() for key, value in self.teacher.state_dict().items()}, unfinished)
+        Returns:
+            MAP@R ``before`` and ``after`` the tuning, nothing without one.
+        """
+        self.teacher, path = StandardizedTeacher(source, self.width, STANDARDIZATION), self.folder / STATISTICS
+        if not path.exists():
+            self.teacher.fit(batches_of_rows(views * len(images)))
 
-        in_first_process(save)
+            def work() -> None:
+                found = self.tune_rotation(source, images.labels.repeat(views), val) if tune else {}
+                write_json(self.folder / HEAD, found)
+                with whole_file(path) as unfinished:
+                    save_file({key: value.contiguous() for key, value in self.teacher.state_dict().items()}, unfinished)
+
+            in_first_process(work)
+        self.teacher.load_state_dict(load_file(path))
+        return json.loads((self.folder / HEAD).read_text(encoding="utf-8"))
+
+    def tune_rotation(self, source: Any, labels: torch.Tensor, val: ImageSet) -> dict[str, float]:
+        """Train the rotation on stored outputs and the labels of their rows; keep the better one, return both MAP@R."""
+        outputs = self.outputs(val)
+
+        def score() -> float:
+            return accuracy(self.teacher.standardize(outputs), val.labels)[METRIC]
+
+        torch.manual_seed(0)
+        before, fitted, loss_fn = score(), self.teacher.matrix.clone(), MultiSimilarityLoss()
+        matrix = nn.Parameter(fitted.clone())
+        optimizer = torch.optim.AdamW([matrix], HEAD_RATE, weight_decay=0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, HEAD_RATE, total_steps=HEAD_STEPS + 1)
+        for rows in batches_by_class(labels, HEAD_STEPS):
+            embeddings = (source(torch.empty(len(rows)), rows).float().cpu() - self.teacher.mean) @ matrix.T
+            loss = loss_fn(embeddings, labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        self.teacher.matrix = matrix.detach()
+        after = score()
+        if after < before:
+            self.teacher.matrix = fitted
+        return {"before": before, "after": after}
 
 
 class NetworkTeaching(Teaching):
@@ -110,13 +152,12 @@ class NetworkTeaching(Teaching):
             self.named.network = tuned.trunk
         return result | {"curve": training.curve}
 
-    def store(self) -> None:
+    def store(self, images: ImageSet, val: ImageSet, tune: bool) -> dict[str, Any]:
         """Write the outputs for all views of the training images, those that are not there yet, and standardise."""
         frozen = FrozenTeacher(self.named.network.to(self.machine.device), dtype=self.machine.amp_dtype)
         folder = self.folder / "outputs"
-        cache = TeacherCache(folder, frozen, self.views, torch.float16, self.machine.batch_size)
-        cache.write(self.machine.workers)
-        self.standardize(CachedTeacher(folder, self.views), self.views.num_rows)
+        TeacherCache(folder, frozen, self.views, torch.float16, self.machine.batch_size).write(self.machine.workers)
+        return self.standardize(CachedTeacher(folder, self.views), self.views.views, images, val, tune)
 
     def outputs(self, images: ImageSet) -> torch.Tensor:
         """Return what the network makes of images."""
@@ -137,8 +178,10 @@ class GivenTeaching(Teaching):
         super().__init__(folder, width, machine)
         self.vectors = vectors
         self.row_of = {name: row for row, name in enumerate(images.all.names)}
-        training = self.outputs(images["train"])
-        self.standardize(SampleRows(training), len(training))
+
+    def store(self, images: ImageSet, val: ImageSet, tune: bool) -> dict[str, Any]:
+        """Standardise the vectors."""
+        return self.standardize(SampleRows(self.outputs(images)), 1, images, val, tune)
 
     def outputs(self, images: ImageSet) -> torch.Tensor:
         """Return the vectors of images."""
@@ -157,6 +200,16 @@ class SampleRows(nn.Module):
     def forward(self, data: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of the rows of views."""
         return self.embeddings[index.cpu() % len(self.embeddings)].to(data.device)
+
+
+def batches_by_class(labels: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
+    """Yield rows of labelled samples, several of each class."""
+    known = (labels != UNLABELED).nonzero().flatten()
+    classes = len(labels[known].unique())
+    size = PER_CLASS * min(classes, HEAD_BATCH // PER_CLASS)
+    rows = iter(DistributedMPerClassSampler(labels, PER_CLASS, size, steps * size))
+    for _ in range(steps):
+        yield torch.tensor([next(rows) for _ in range(size)])
 
 
 def batches_of_rows(rows: int, size: int = 1024) -> Iterator[tuple]:
@@ -178,6 +231,7 @@ def read_vectors(path: str | Path, images: ImageSet) -> torch.Tensor:
     if not path.is_file():
         raise ValueError(f"There is no file {path} of teacher embeddings.")
     ids: list[str] | None = None
+    vectors: Any
     content = np.load(path, allow_pickle=False)
     if isinstance(content, np.lib.npyio.NpzFile):
         if not {"embeddings", "ids"} <= set(content):

@@ -29,7 +29,7 @@ from ..trainers import DistillationTrainer
 from ..utils.distributed import in_first_process, num_processes, process_rank
 from ..utils.files import whole_file
 from ..utils.modules import eval_mode
-from .settings import PER_CLASS, RAMP, SHRINKING
+from .settings import PER_CLASS, SHRINKING
 from .views import loader_of
 
 WEIGHTS, CURVE, CHECKPOINT = "weights.safetensors", "curve.json", "checkpoint.pth"
@@ -53,7 +53,7 @@ class Machine:
     @torch.no_grad()
     def embed(self, network: nn.Module, images: Dataset, progress: str = "") -> torch.Tensor:
         """Return what a network makes of a dataset of (image, label), on the CPU: embeddings, or codes of -1 and 1."""
-        network.to(self.device)
+        placed(network, self.device)
         with eval_mode(network), torch.autocast(self.device.type, self.amp_dtype, self.amp_dtype is not None):
             loader = loader_of(images, self.batch_size, self.workers, progress)
             outputs = torch.cat(
@@ -76,6 +76,7 @@ class Training:
         distillation: on the teacher's outputs; None for none.
         teacher: called on the data.
         validate: what is drawn as learning curve; None for nothing.
+        fade: share of the training after which a distillation beside a metric loss has faded out; None for never.
         keep_flops: share of the trunk's FLOPs that shall remain; None for all.
         image_shape: (C, H, W), to count them.
     """
@@ -91,6 +92,7 @@ class Training:
     distillation: nn.Module | None = None
     teacher: Any = None
     validate: Callable[[EmbeddingNetwork], float] | None = None
+    fade: float | None = None
     keep_flops: float | None = None
     image_shape: tuple[int, ...] = ()
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -108,7 +110,7 @@ class Training:
 
             in_first_process(save)
         self.curve = json.loads((self.folder / CURVE).read_text(encoding="utf-8"))
-        return load_compact(weights, self.network).to(self.machine.device)  # type: ignore[return-value]
+        return placed(load_compact(weights, self.network), self.machine.device)
 
     def checkpoint(self, rank: int) -> Path:
         """Return where a process keeps its state."""
@@ -121,8 +123,7 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         network = copy.deepcopy(self.network)
         torch.manual_seed(self.seed)
-        trainer: Any = self.trainer(network)
-        trainer.all_steps = self.epochs * trainer.iterations_per_epoch
+        trainer = self.trainer(network)
         path = self.checkpoint(process_rank())
         start = 1
         if path.exists():
@@ -161,7 +162,7 @@ class Training:
         device, processes = self.machine.device, num_processes()
         if self.keep_flops:
             insert_compactors(network.trunk)
-        network.to(device).requires_grad_(True).train()
+        placed(network, device).requires_grad_(True).train()
         models: dict[str, nn.Module] = {"trunk": network.trunk, "embedder": network.embedder}
         models = {key: model for key, model in models.items() if list(model.parameters())}
         loss_funcs = {"metric_loss": self.metric_loss, "distillation_loss": self.distillation}
@@ -182,12 +183,13 @@ class Training:
             budget = SizeBudget(flops=self.keep_flops, steps=max(1, round(SHRINKING * total)))
             CapacityDynamics(models["trunk"], optimizers["trunk_optimizer"], self.image_shape, budget=budget)
         torch.manual_seed(self.seed + process_rank())
-        return RampedTrainer(
+        return DistillationTrainer(
             models=models,
             optimizers=optimizers,
             batch_size=batch_size,
             loss_funcs=losses,
             loss_weights=dict.fromkeys(losses, 1.0),
+            loss_weight_ramps={"distillation_loss": self.fading} if len(losses) == 2 and self.fade else None,
             dataset=self.views,
             sampler=sampler,
             iterations_per_epoch=steps,
@@ -197,6 +199,10 @@ class Training:
             data_device=device,
             dataloader_num_workers=self.machine.workers,
         )
+
+    def fading(self, progress: float) -> float:
+        """Return the share of the distillation's weight: the teacher first, the labels have the last word."""
+        return max(0.0, 1 - progress / (self.fade or 1))
 
     def batches(self) -> tuple[Any, int, int]:
         """Return the sampler of a process, the size of its batches and their number in an epoch."""
@@ -221,14 +227,14 @@ class Training:
         return MixedSampler(labels, per_class, batch_size, fraction, length), batch_size, length // batch_size
 
 
-class RampedTrainer(DistillationTrainer):
-    """Brings the distillation in beside a metric loss, see ``LossWeightRamp``."""
+def placed(network: Any, device: torch.device) -> Any:
+    """Move a network to a device, in the layout that convolutions are fast in, and return it.
 
-    def update_loss_weights(self) -> None:
-        """Set the weight of the teacher's loss for this step."""
-        if len(self.loss_funcs) == 2:
-            progress = self.get_global_iteration() / self.all_steps
-            self.loss_weights["distillation_loss"] = min(1, max(0, (progress - RAMP[0]) / (RAMP[1] - RAMP[0])))
+    In torch 2.14 with AVX2 the backward pass of a strided 1x1 convolution of few channels breaks the memory in it.
+    """
+    convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+    few = any(min(part.in_channels, part.out_channels) < 8 and part.kernel_size == (1, 1) for part in convolutions)
+    return network.to(device, memory_format=torch.contiguous_format if few else torch.channels_last)
 
 
 def new_metric_loss(name: str) -> nn.Module | None:

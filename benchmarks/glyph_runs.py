@@ -17,9 +17,9 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN, FaissKMeans
 from torch import nn
 
-from .datasets import Digits, Glyphs
-from .evaluation import asymmetric_accuracy, model_cost, neighbor_agreement
-from .losses import (
+from pml_distill.datasets import Digits, Glyphs
+from pml_distill.evaluation import asymmetric_accuracy, model_cost, neighbor_agreement
+from pml_distill.losses import (
     AbsoluteTeacherLoss,
     AsymmetricRegressionLoss,
     BaseDistillationLoss,
@@ -42,11 +42,11 @@ from .losses import (
     SimilarityRegressionLoss,
     catalogue,
 )
-from .models import SmallResNet
-from .teachers import FrozenTeacher
-from .teachers.fingerprint import digest_of
-from .trainers import DistillationWithClassifier, LossWeightRamp
-from .utils.files import whole_file
+from pml_distill.models import SmallResNet
+from pml_distill.teachers import FrozenTeacher
+from pml_distill.teachers.fingerprint import digest_of
+from pml_distill.trainers import DistillationWithClassifier, LossWeightRamp
+from pml_distill.utils.files import whole_file
 
 EMBEDDING_SIZE = 128
 BATCH_SIZE = 128
