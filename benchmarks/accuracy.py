@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from comparison import complete, finished, without_row
+from glyph_runs import DATASETS, EMBEDDING_SIZE, LOSSES, Demo, DemoConfig, Distillation, Supervision
 from pytorch_metric_learning.losses import (
     ArcFaceLoss,
     ContrastiveLoss,
@@ -40,7 +41,6 @@ from pytorch_metric_learning.miners import TripletMarginMiner
 from torch import nn
 
 from pml_distill.datasets import FROM_PML, Digits
-from glyph_runs import DATASETS, EMBEDDING_SIZE, LOSSES, Demo, DemoConfig, Distillation, Supervision
 from pml_distill.utils.files import whole_file
 
 NONE, TEACHER = "none", "teacher"

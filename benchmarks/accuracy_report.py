@@ -14,8 +14,8 @@ from statistics import fmean
 
 import numpy as np
 from comparison import finished
-
 from glyph_runs import LOSSES
+
 from pml_distill.utils.report import format_table, mean_and_error, shown
 
 NONE, TEACHER, MAP = "none", "teacher", "mean_average_precision_at_r"

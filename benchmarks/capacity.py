@@ -38,6 +38,7 @@ from pathlib import Path
 
 import torch
 from comparison import claim, finished
+from glyph_runs import layout_for
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
 from pytorch_metric_learning.utils import common_functions as c_f
@@ -57,7 +58,6 @@ from pml_distill.capacity import (
 )
 from pml_distill.datasets import Glyphs
 from pml_distill.datasets.items import UNLABELED
-from glyph_runs import layout_for
 from pml_distill.distances import EuclideanDistance
 from pml_distill.evaluation import model_cost
 from pml_distill.losses import MutualDistanceLoss

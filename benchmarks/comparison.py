@@ -12,8 +12,8 @@ from textwrap import fill
 from typing import Any
 
 import torch
-
 from glyph_runs import Demo, DemoConfig
+
 from pml_distill.utils.report import format_table, mean_and_error, shown
 
 METRICS = ("precision_at_1", "mean_average_precision_at_r", "asymmetric_map_at_r", "neighbor_agreement")

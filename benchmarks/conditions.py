@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from comparison import METRICS, GlyphsDemo, by_seed, complete, options
+from glyph_runs import EMBEDDING_SIZE, LOSSES
 from torch import nn
 
-from glyph_runs import EMBEDDING_SIZE, LOSSES
 from pml_distill.evaluation import neighbor_agreement
 from pml_distill.losses import catalogue
 from pml_distill.utils.report import format_table, shown

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from comparison import GlyphsDemo, complete, options, report
+from glyph_runs import Distillation
 
 from pml_distill.datasets import CrossQuality
-from glyph_runs import Distillation
 from pml_distill.evaluation import asymmetric_accuracy, neighbor_agreement
 from pml_distill.losses import AbsoluteTeacherLoss
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from comparison import GlyphsDemo, complete, options, report
+from glyph_runs import Distillation
 from pytorch_metric_learning.losses import ContrastiveLoss, MultiSimilarityLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import BaseMiner, MultiSimilarityMiner, TripletMarginMiner
 from torch import nn
 
-from glyph_runs import Distillation
 from pml_distill.losses import RelativeTeacherLoss
 from pml_distill.miners import BaseTeacherMiner, TeacherMiner, TeacherNeighborMiner, TeacherRankMiner
 

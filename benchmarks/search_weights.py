@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from comparison import complete
-
 from glyph_runs import LOSSES, Demo, DemoConfig, Distillation
+
 from pml_distill.losses import DarkRankLoss, RelativeTeacherLoss
 
 WEIGHTS = {

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from comparison import GlyphsDemo, complete, options, report
+from glyph_runs import BATCH_SIZE, Distillation
 
 from pml_distill.datasets import PartiallyLabeled
-from glyph_runs import BATCH_SIZE, Distillation
 from pml_distill.losses import AbsoluteTeacherLoss
 from pml_distill.samplers import MixedSampler
 

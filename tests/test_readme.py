@@ -24,7 +24,8 @@ def test_every_example_runs_as_it_stands(tmp_path, monkeypatch):
 def test_the_map_names_what_there_is():
     import importlib
 
-    packages = "losses miners distances regularizers samplers teachers testers trainers datasets models capacity evaluation utils".split()
+    packages = "losses miners distances regularizers samplers teachers testers trainers datasets models recipe".split()
+    packages += ["capacity", "evaluation", "utils"]
     for package in packages:
         for name in importlib.import_module(f"pml_distill.{package}").__all__:
             assert f"`{name}`" in README or name in ("BaseDistillationTrainer", "ModelCost"), name

@@ -94,6 +94,7 @@ def from_timm(name: str, pretrained: bool, weights: Any, image_size: int | None)
         if pretrained and config is not None and config.hf_hub_id and not in_hub_cache(config.hf_hub_id):
             announce(name)
     if weights is not None:
+        # timm converts older files, and the positions of a ViT for images of another size.
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
     try:
         network = timm.create_model(model, pretrained=pretrained or weights is not None, num_classes=0, **options)
@@ -101,6 +102,8 @@ def from_timm(name: str, pretrained: bool, weights: Any, image_size: int | None)
         if weights is not None:
             raise ValueError(f"The weights {weights} do not fit {name}: {first_line(error)}") from error
         raise not_to_be_had(name, error) from error
+    if weights is not None:
+        check_complete(network, read_weights(weights), weights)
     config = timm.data.resolve_model_data_config(network)
     channels, *size = config["input_size"]
     preprocessing = Preprocessing(tuple(size), config["interpolation"], config["mean"][:channels], config["std"])
@@ -128,11 +131,11 @@ def from_torchvision(name: str, pretrained: bool, weights: Any) -> NamedNetwork:
         raise not_to_be_had(name, error) from error
     if options:
         network.aux_logits, network.AuxLogits, network.aux1, network.aux2 = False, None, None, None
-    if weights is not None:
-        load_weights(network, weights)
     head = [key for key, part in network.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))][-1]
     parent, _, last = head.rpartition(".")
     setattr(network.get_submodule(parent), last, nn.Identity())
+    if weights is not None:
+        load_weights(network, weights, (f"{head}.", "AuxLogits.", "aux1.", "aux2."))
     transforms = own.transforms()
     (size,) = transforms.crop_size
     values = transforms.interpolation.value, tuple(transforms.mean), tuple(transforms.std)
@@ -178,8 +181,20 @@ def with_width(named: NamedNetwork) -> NamedNetwork:
     return named
 
 
-def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
-    """Load a file of weights; ``ValueError`` if it does not fit."""
+def load_weights(network: nn.Module, path: str | os.PathLike, spare: tuple[str, ...] = ()) -> None:
+    """Load a file of weights, but for those that begin with ``spare``; ``ValueError`` if it does not fit."""
+    state = {key: value for key, value in read_weights(path).items() if not key.startswith(spare or "\n")}
+    check_complete(network, state, path)
+    try:
+        unknown = network.load_state_dict(state, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise ValueError(f"The weights {path} do not fit: {first_line(error)}") from error
+    if unknown:
+        raise ValueError(f"The weights {path} are of another network: it has no {', '.join(unknown[:3])}.")
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Return the weights in a file by name."""
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -189,9 +204,18 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
         while isinstance(state, dict) and ("state_dict" in state or "model" in state):
             state = state["state_dict"] if "state_dict" in state else state["model"]
-        network.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+        return {key.removeprefix("module."): value for key, value in state.items()}
     except Exception as error:
-        raise ValueError(f"The weights {path} do not fit: {first_line(error)}") from error
+        raise ValueError(f"The weights {path} cannot be read: {first_line(error)}") from error
+
+
+def check_complete(network: nn.Module, state: dict[str, torch.Tensor], path: Any) -> None:
+    """Raise ``ValueError`` if a file lacks weights of a network; it may lack counters of batches."""
+    missing = [key for key in network.state_dict() if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(
+            f"The weights {path} do not fit: {len(missing)} of the network are not there, such as {missing[0]}."
+        )
 
 
 def known_to(library: str) -> list[str]:

@@ -73,8 +73,12 @@ class Job:
         train = images["train"]
         self.labeled = train.at((train.labels != UNLABELED).nonzero().flatten().tolist())
         for name in ("bits", "tune_teacher", "baseline"):
-            if getattr(settings, name) and not (len(self.labeled) and images["val"].labeled):
-                raise ValueError(f"{usual.flag(name)} needs labels to train on and to validate on, and there are none.")
+            if getattr(settings, name) and not len(self.labeled):
+                raise ValueError(f"{usual.flag(name)} needs labels, but the images to train on have none.")
+        if settings.tune_teacher and not images["val"].labeled:
+            raise ValueError(
+                "--tune-teacher needs labels of validation images, to tell whether it helps; there are none."
+            )
         # Codes are learned from labels after the teacher's features without.
         self.metric_loss = settings.metric_loss if len(self.labeled) and not settings.bits else "none"
         self.width = self.checked_width()

@@ -194,7 +194,10 @@ def test(
         images: see ``find_images``. Of a folder that one of the networks was trained on, the part to test on; of
             others all, or what is given as ``test``.
         networks: names, run folders or networks.
-        device, workers, batch_size, skip_broken: as in ``distill``.
+        device: where to run; None: the GPU, if there is one.
+        workers: processes that read images; None: by the number of cores.
+        batch_size: images at a time.
+        skip_broken: leave out images that cannot be read.
         **options: of ``network_by_name``.
 
     Returns:
@@ -249,7 +252,10 @@ def embed(
         images: see ``find_images``.
         network: a name, a run folder or a network.
         out: folder to write to.
-        device, workers, batch_size, skip_broken: as in ``distill``.
+        device: where to run; None: the GPU, if there is one.
+        workers: processes that read images; None: by the number of cores.
+        batch_size: images at a time.
+        skip_broken: leave out images that cannot be read.
         **options: of ``network_by_name``.
 
     Returns:

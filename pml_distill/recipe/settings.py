@@ -90,8 +90,8 @@ class Settings:
         teacher_embeddings: the file of given embeddings.
         losses: ``name`` or ``name:weight``; empty for the defaults. Without a weight it is chosen.
         metric_loss: ``"multi_similarity"``, or ``"none"`` to learn from the teacher alone.
-        tune_teacher: epochs of training the teacher on the labels. None: only the rotation of its outputs is tuned, or all
-            of it if it starts from random weights; 0: nothing is.
+        tune_teacher: epochs of training the teacher on the labels. None: the rotation of its outputs alone is tuned, or
+            all of it if it starts from random weights; 0: nothing is.
         views: augmented views of each image, of which the teacher's outputs are stored.
         width: of the student's embeddings; None: at most 128.
         epochs, batch_size, seed: of the training.

@@ -15,7 +15,6 @@ from torch import nn
 from ..datasets import SeededViews
 from ..datasets.items import UNLABELED
 from ..models import EmbeddingNetwork, NamedNetwork
-from ..samplers import DistributedMPerClassSampler
 from ..teachers import CachedTeacher, FrozenTeacher, StandardizedTeacher, TeacherCache
 from ..utils.distributed import in_first_process, num_processes, process_rank
 from ..utils.files import whole_file, write_json
@@ -126,7 +125,9 @@ class NetworkTeaching(Teaching):
 
         Args:
             views: of the training images with labels, as the teacher sees them.
-            epochs, rate, seed: of the training.
+            epochs: of the training.
+            rate: highest learning rate.
+            seed: of the training.
             val: the validation images.
 
         Returns:
@@ -203,13 +204,11 @@ class SampleRows(nn.Module):
 
 
 def batches_by_class(labels: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
-    """Yield rows of labelled samples, several of each class."""
-    known = (labels != UNLABELED).nonzero().flatten()
-    classes = len(labels[known].unique())
-    size = PER_CLASS * min(classes, HEAD_BATCH // PER_CLASS)
-    rows = iter(DistributedMPerClassSampler(labels, PER_CLASS, size, steps * size))
+    """Yield rows of labelled samples, several of each of some classes."""
+    classes = [(labels == label).nonzero().flatten() for label in labels[labels != UNLABELED].unique()]
     for _ in range(steps):
-        yield torch.tensor([next(rows) for _ in range(size)])
+        drawn = torch.randperm(len(classes))[: HEAD_BATCH // PER_CLASS].tolist()
+        yield torch.cat([classes[c][torch.randint(len(classes[c]), (PER_CLASS,))] for c in drawn])
 
 
 def batches_of_rows(rows: int, size: int = 1024) -> Iterator[tuple]:

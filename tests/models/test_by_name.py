@@ -97,8 +97,15 @@ def test_a_file_of_weights_stands_in(tmp_path):
             next(model.parameters()).fill_(0.25)
         torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "weights.pth")
         assert (next(network_by_name(name, weights=tmp_path / "weights.pth").network.parameters()) == 0.25).all()
-        with pytest.raises(ValueError, match=r"The weights .*weights.pth do not fit"):
-            network_by_name("torchvision/resnet18", weights=tmp_path / "weights.pth")
+        for other in ("torchvision/resnet18", "timm/resnet18"):
+            with pytest.raises(ValueError, match=r"The weights .*weights.pth do not fit"):
+                network_by_name(other, weights=tmp_path / "weights.pth")
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("classifier.3")}
+    torch.save({k: v for k, v in state.items() if "num_batches" not in k}, tmp_path / "features.pth")
+    network_by_name("torchvision/mobilenet_v3_small", weights=tmp_path / "features.pth")
+    (tmp_path / "text.pth").write_text("not weights")
+    with pytest.raises(ValueError, match=r"The weights .*text.pth cannot be read"):
+        network_by_name("torchvision/resnet18", weights=tmp_path / "text.pth")
     with pytest.raises(ValueError, match="There is no weights file"):
         network_by_name("timm/resnet18", weights=tmp_path / "none.pth")
 
