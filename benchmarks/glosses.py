@@ -91,7 +91,7 @@ SEARCH = {
     ],
     ("static", BOTH): [
         *(Setting("supcon", loss, "pca", w, 3e-3) for loss in ("cosine", "rkd") for w in (3, 10)),
-        *(Setting("supcon", "rkd", "pca", *setting) for setting in ((3, 1e-2), (10, 1e-2), (10, 3e-2))),
+        *(Setting("supcon", "rkd", "pca", weight, 1e-2) for weight in (10, 100, 1000)),
     ],
     ("cut", LABELS): [
         Setting("ms", rate=1e-4),
@@ -101,9 +101,9 @@ SEARCH = {
         *(Setting("", "cosine", "pca", 1, rate) for rate in (3e-4, 1e-3)),
         *(Setting("", "rkd", "pca", 1, rate) for rate in (3e-4, 1e-3)),
     ],
-    ("cut", BOTH): [Setting("supcon", "cosine", "pca", weight, 3e-4) for weight in (1, 5)],
+    ("cut", BOTH): [Setting("supcon", "rkd", "pca", weight, 3e-4) for weight in (30, 300)],
     ("teacher", "tuned on the labels"): [BEST["teacher", "tuned on the labels"]],
-    ("static", TUNED): [Setting("", "rkd", "pca", 1, 1e-2), Setting("supcon", "rkd", "pca", 3, 1e-2)],
+    ("static", TUNED): [Setting("", "rkd", "pca", 1, 1e-2), Setting("supcon", "rkd", "pca", 100, 1e-2)],
 }
 
 
