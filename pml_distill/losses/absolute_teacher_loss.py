@@ -12,8 +12,7 @@ class AbsoluteTeacherLoss(BaseDistillationLoss):
     Source: Yu et al., "Learning Metrics from Teachers", CVPR 2019, whose scale this is, with weights of 1.0 (CUB),
     1.5 (Cars) and 2.0 (SOP) beside a triplet loss at B = 32.
 
-    Shapes:
-        embeddings and ref_emb: (B, D). One value per sample (``element``).
+    Shapes: embeddings and ref_emb (B, D). One value per sample (``element``).
 
     Raises:
         ValueError: ``distance`` is a dot product of embeddings that are not normalised, which falls without end.

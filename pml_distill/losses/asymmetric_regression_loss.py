@@ -22,9 +22,8 @@ class AsymmetricRegressionLoss(BaseDistillationLoss):
         student_weight: lambda_2, not negative.
         **kwargs: as in ``BaseDistillationLoss``.
 
-    Shapes:
-        embeddings and ref_emb: (B, D). ``absolute``: one value per sample (``element``); the others: one per ordered
-        pair (``pos_pair``).
+    Shapes: embeddings and ref_emb (B, D). ``absolute``: one value per sample (``element``); the others: one per
+    ordered pair (``pos_pair``).
     """
 
     equal_widths = True

@@ -22,8 +22,7 @@ class CollaborativeRankLoss(BaseGalleryLoss):
         beta: weight of the ranks, not negative.
         **kwargs: as in ``BaseGalleryLoss``.
 
-    Shapes:
-        embeddings and ref_emb: (B, D). Two times one value per query (``element``).
+    Shapes: embeddings and ref_emb (B, D). Two times one value per query (``element``).
     """
 
     def __init__(self, topk: int = 10, alpha: float = 1.0, beta: float = 1.0, **kwargs):

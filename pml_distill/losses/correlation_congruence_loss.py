@@ -21,8 +21,7 @@ class CorrelationCongruenceLoss(BaseDistillationLoss):
         order: P, the order of the series, at least 1.
         **kwargs: as in ``BaseDistillationLoss``.
 
-    Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``).
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).
     """
 
     def __init__(self, gamma: float = 0.4, order: int = 2, **kwargs):

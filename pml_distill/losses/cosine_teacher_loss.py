@@ -11,8 +11,7 @@ class CosineTeacherLoss(BaseDistillationLoss):
 
     Source: Budnik and Avrithis, "Asymmetric metric learning for knowledge transfer", CVPR 2021.
 
-    Shapes:
-        embeddings and ref_emb: (B, D). One value per sample (``element``).
+    Shapes: embeddings and ref_emb (B, D). One value per sample (``element``).
     """
 
     equal_widths = True

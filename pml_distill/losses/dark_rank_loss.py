@@ -45,8 +45,7 @@ class DarkRankLoss(BaseDistillationLoss):
         tail: whether the rest of the batch competes in every denominator.
         **kwargs: as in ``BaseDistillationLoss``.
 
-    Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). One value per query (``element``).
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per query (``element``).
 
     Raises:
         ValueError: an argument is none of these, or the list is too long for the soft loss.

@@ -27,9 +27,8 @@ class DecoupledDifferentialLoss(BaseGalleryLoss):
         gamma: weight of the rightly ordered pairs, not negative.
         **kwargs: as in ``BaseGalleryLoss``.
 
-    Shapes:
-        embeddings and ref_emb: (B, D). ``feature``: a scalar (``already_reduced``); the others: one value per query
-        (``element``).
+    Shapes: embeddings and ref_emb (B, D). ``feature``: a scalar (``already_reduced``); the others: one value per query
+    (``element``).
     """
 
     def __init__(self, topk: int = 10, alpha: float = 100, beta: float = 5, gamma: float = 1, **kwargs):

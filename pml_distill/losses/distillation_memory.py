@@ -27,9 +27,8 @@ class DistillationMemory(BaseDistillationLoss):
         miner: a miner of ``pml_distill.miners`` that needs no labels, run on the joined rows; of its pairs those count
             whose anchor is in the batch. Without it all pairs of the batch with all rows count.
 
-    Shapes:
-        embeddings: (B, ``embedding_size``), ref_emb: (B, ``ref_size``). ``indices_tuple`` restricts the pairs in the
-        batch.
+    Shapes: embeddings (B, ``embedding_size``), ref_emb (B, ``ref_size``). ``indices_tuple`` restricts the pairs in
+    the batch.
 
     Raises:
         ValueError: ``loss`` is no distillation loss on pairs; ``miner`` needs labels; a size is below 1 or another.

@@ -22,8 +22,7 @@ class HintLoss(BaseFeatureLoss):
         teacher_channels: channels of the teacher's maps.
         **kwargs: as in ``BaseFeatureLoss``.
 
-    Shapes:
-        student_maps and teacher_maps: lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
+    Shapes: student_maps and teacher_maps lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
 
     Raises:
         ValueError: the channels do not go in pairs or are not those of the maps.

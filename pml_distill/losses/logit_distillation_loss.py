@@ -16,8 +16,7 @@ class LogitDistillationLoss(BaseDistillationLoss):
         temperature: T, a positive number; larger values soften both distributions.
         **kwargs: as in ``BaseDistillationLoss``.
 
-    Shapes:
-        embeddings and ref_emb: (B, C) logits of the same classes. One value per sample (``element``).
+    Shapes: embeddings and ref_emb (B, C) logits of the same classes. One value per sample (``element``).
     """
 
     equal_widths = True

@@ -23,8 +23,7 @@ class MutualDistanceLoss(BaseGalleryLoss):
         beta: weight of the distances to the others, not negative.
         **kwargs: as in ``BaseGalleryLoss``; ``distance`` is ``EuclideanDistance()`` by default and no similarity.
 
-    Shapes:
-        embeddings and ref_emb: (B, D). Two times one value per query (``element``).
+    Shapes: embeddings and ref_emb (B, D). Two times one value per query (``element``).
     """
 
     needs_proper_distance = True

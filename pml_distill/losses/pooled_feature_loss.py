@@ -14,8 +14,7 @@ class PooledFeatureLoss(BaseFeatureLoss):
     Image Retrieval", CVPR 2023, with weight 0.5. They take the normalisation of each block's 3x3 convolution: with
     compactors inserted, ``"layer1.0.bn2.0"`` of the student and ``"layer1.0.bn2"`` of the teacher, and so on.
 
-    Shapes:
-        student_maps and teacher_maps: lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
+    Shapes: student_maps and teacher_maps lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
 
     Raises:
         ValueError: the channels of a pair differ.

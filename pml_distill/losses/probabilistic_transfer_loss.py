@@ -16,8 +16,7 @@ class ProbabilisticTransferLoss(BaseDistillationLoss):
     Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018.
     Divide by B for their mean over all B^2 entries: their weight of 30000 is 30000 / B here.
 
-    Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). One value per query (``element``).
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per query (``element``).
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):

@@ -28,8 +28,7 @@ class RankPreservationLoss(BaseGalleryLoss):
         rank_weight: rho, how much more the near ones weigh.
         **kwargs: as in ``BaseGalleryLoss``.
 
-    Shapes:
-        embeddings and ref_emb: (B, D). One value per query (``element``).
+    Shapes: embeddings and ref_emb (B, D). One value per query (``element``).
     """
 
     def __init__(self, topk: int = 32, temperature: float = 0.1, rank_weight: float = 0.2, **kwargs):

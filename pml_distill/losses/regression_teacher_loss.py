@@ -23,8 +23,7 @@ class RegressionTeacherLoss(BaseDistillationLoss):
         penalty: ``"mse"``: squared difference; ``"smooth_l1"``: smooth L1 with its turn at 1.
         **kwargs: as in ``BaseDistillationLoss``.
 
-    Shapes:
-        embeddings and ref_emb: (B, D). One value per sample (``element``).
+    Shapes: embeddings and ref_emb (B, D). One value per sample (``element``).
     """
 
     equal_widths = True

@@ -22,9 +22,8 @@ class RelativeTeacherLoss(BaseDistillationLoss):
             ``"frobenius"``: the root of the sum of squares over all pairs, a single value.
         **kwargs: as in ``BaseDistillationLoss``.
 
-    Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``); with ``"frobenius"`` one in
-        all (``already_reduced``).
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``); with ``"frobenius"`` one
+    in all (``already_reduced``).
 
     Example:
         >>> import torch

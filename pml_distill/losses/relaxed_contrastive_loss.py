@@ -23,8 +23,7 @@ class RelaxedContrastiveLoss(BaseDistillationLoss):
         delta: margin of the relative distances, positive.
         **kwargs: as in ``BaseDistillationLoss``; ``distance`` is no similarity.
 
-    Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``).
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).
     """
 
     needs_proper_distance = True

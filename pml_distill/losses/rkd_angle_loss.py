@@ -26,8 +26,7 @@ class RKDAngleLoss(BaseDistillationLoss):
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by ((B - 1) / B)^2 for their mean over
     all B^3 triplets.
 
-    Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). One value per vertex (``element``).
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per vertex (``element``).
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):

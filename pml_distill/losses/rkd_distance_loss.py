@@ -19,8 +19,7 @@ class RKDDistanceLoss(BaseDistillationLoss):
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by (B - 1) / B for their mean over
     B^2 entries; their embeddings are not normalised: ``distance=LpDistance(normalize_embeddings=False)``.
 
-    Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``).
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).
 
     Raises:
         ValueError: the distance is a similarity, which has no mean to divide by.

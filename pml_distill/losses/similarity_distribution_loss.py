@@ -33,8 +33,7 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
         student_width: width of the student's embeddings, for a second queue; None for one queue.
         **kwargs: as in ``BaseDistillationLoss``.
 
-    Shapes:
-        embeddings: (B, ``student_width`` or ``width``), ref_emb: (B, ``width``). One value per query (``element``).
+    Shapes: embeddings (B, ``student_width`` or ``width``), ref_emb (B, ``width``). One value per query (``element``).
 
     Example:
         >>> import torch

@@ -15,8 +15,7 @@ class SimilarityPreservingLoss(BaseDistillationLoss):
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, whose scale this is; they use
     weight 3000, for classification.
 
-    Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). One value per query (``element``).
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per query (``element``).
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):

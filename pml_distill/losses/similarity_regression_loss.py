@@ -17,8 +17,7 @@ class SimilarityRegressionLoss(BaseDistillationLoss):
         beta: power of the distance, positive.
         **kwargs: as in ``BaseDistillationLoss``.
 
-    Shapes:
-        embeddings: (B, Ds), ref_emb: (B, Dt). One value per ordered pair (``pos_pair``).
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).
     """
 
     def __init__(self, alpha: float = 1.0, beta: float = 2.0, **kwargs):

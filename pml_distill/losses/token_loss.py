@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import unit_rows
+from .base_distillation_loss import cut_zero_rows
 from .base_feature_loss import BaseFeatureLoss, Maps
 from .channel_regressors import ChannelRegressors
 
@@ -30,8 +30,7 @@ class TokenLoss(BaseFeatureLoss):
         smooth_l1_weight: beta.
         **kwargs: as in ``BaseFeatureLoss``.
 
-    Shapes:
-        student_maps and teacher_maps: lists of (B, N, C) or (B, C, H, W). One value per sample (``element``).
+    Shapes: student_maps and teacher_maps lists of (B, N, C) or (B, C, H, W). One value per sample (``element``).
 
     Raises:
         ValueError: the channels do not go in pairs or are not those of the tokens.
@@ -53,8 +52,10 @@ class TokenLoss(BaseFeatureLoss):
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
         losses = []
         for found, teacher in zip(self.regressors(student_maps, teacher_maps), teacher_maps):
-            expected = F.layer_norm(teacher.movedim(1, -1), teacher.shape[1:2]).movedim(-1, 1)
-            cosine = 1 - (unit_rows(found) * unit_rows(expected)).sum(dim=1)
+            variance, mean = torch.var_mean(teacher, dim=1, correction=0, keepdim=True)
+            expected = (teacher - mean) * (variance + 1e-5).rsqrt()
+            lengths = torch.linalg.vector_norm(found, dim=1) * torch.linalg.vector_norm(expected, dim=1)
+            cosine = 1 - (cut_zero_rows(found) * expected).sum(dim=1) / lengths.clamp(min=1e-12)
             penalty = F.smooth_l1_loss(found, expected, reduction="none").mean(dim=1)
             losses.append((self.cosine_weight * cosine + self.smooth_l1_weight * penalty).mean(dim=(1, 2)))
         return torch.stack(losses).sum(dim=0)

@@ -33,9 +33,8 @@ class UnambiguousGranularityLoss(BaseFeatureLoss):
         grids: cells along each side of the image.
         **kwargs: as in ``BaseFeatureLoss``.
 
-    Shapes:
-        student_maps and teacher_maps: lists of one (B, C, H, W) or (B, N, C). labels: (B,). For each grid, as sub-loss
-        ``grid_4`` and so on, one value per cell (``element``).
+    Shapes: student_maps and teacher_maps lists of one (B, C, H, W) or (B, N, C). labels: (B,). For each grid, as
+    sub-loss ``grid_4`` and so on, one value per cell (``element``).
 
     Raises:
         ValueError: labels are None; there is more than one pair of maps; the teacher's head is in train mode.
