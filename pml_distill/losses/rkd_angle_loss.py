@@ -47,7 +47,8 @@ def arms(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Ten
     # The difference of nearly equal inner products needs the digits; these are B^2 entries of the B^3. Around the mean
     # a single far sample would leave none for the others.
     centred = embeddings.double()
-    centred = centred - centred.median(dim=0).values
+    # By sorting, because median() has no deterministic form on CUDA.
+    centred = centred - centred.detach().sort(dim=0).values[centred.shape[0] // 2]
     gram = centred @ centred.t()
     squares = gram.diagonal()
     radii = squares[:, None] + squares
