@@ -4,7 +4,8 @@
 
 embeds nothing: it draws clustered embeddings of length 1, searches the ten nearest of some queries, and writes
 search.csv and search.md into the folder. search_memory.csv has the peak memory of the mean average precision over a
-database of packed codes, beyond these. If sentence-transformers is installed, its search with rescoring runs on the same vectors.
+database of packed codes, beyond these. If sentence-transformers is installed, its search with rescoring runs on the
+same vectors.
 """
 
 import argparse

@@ -23,9 +23,6 @@ def accuracy_by_width(
         gallery_labels: (N,).
         **settings: as in ``retrieval_accuracy``, such as ``metrics``.
 
-    Raises:
-        ValueError: a width is below 1 or more than there are coordinates.
-
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.5], [1.0, -0.5], [1.0, 0.4], [1.0, -0.4]])
         >>> found = accuracy_by_width(embeddings, torch.tensor([0, 1, 0, 1]), (1, 2), metrics=("recall_at_1",))

@@ -18,9 +18,6 @@ def bootstrap_interval(
         resamples: how many times as many queries (or groups) are drawn, with replacement.
         seed: of the draws.
 
-    Raises:
-        ValueError: no query counts; ``groups`` has another length; ``level`` is not between 0 and 1.
-
     Example:
         >>> low, high = bootstrap_interval(torch.tensor([0.0, 1.0]).repeat(50))
         >>> round(low, 1), round(high, 1)

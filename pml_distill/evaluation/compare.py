@@ -49,14 +49,11 @@ def compare(
         gallery_a: what ``a`` searches; None: the queries themselves.
         gallery_b: what ``b`` searches; None: ``gallery_a``.
         gallery_labels: of both, as in ``retrieval_accuracy``.
-        groups: (Q,), drawn as a whole, as in ``bootstrap_interval``.
+        groups: (Q,), drawn as a whole; this and the next three as in ``bootstrap_interval``.
         level: of the interval.
         resamples: how many.
         seed: of the draws.
         **settings: as in ``retrieval_accuracy``.
-
-    Raises:
-        ValueError: ``a`` and ``b`` have different numbers of rows; those of the two functions.
 
     Example:
         >>> labels = torch.arange(20) // 2

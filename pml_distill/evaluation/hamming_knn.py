@@ -71,11 +71,7 @@ class HammingKNN:
         self.parts = [database]
 
     def __call__(
-        self,
-        query: torch.Tensor,
-        k: int,
-        reference: Codes | None = None,
-        ref_includes_query: bool = False,
+        self, query: torch.Tensor, k: int, reference: Codes | None = None, ref_includes_query: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Search the k nearest.
 

@@ -123,15 +123,9 @@ class HashAccuracyCalculator(AccuracyCalculator):
     ) -> dict[str, float]:
         """Return the value of each metric by name.
 
-        Args:
-            query: outputs or codes.
-            query_labels: their labels.
-            reference: the database, which may be packed; None: the queries themselves, each without itself.
-            reference_labels: its labels.
-            ref_includes_query: whether row i of the database is query i, perhaps as another network sees it. Its row
-                is then left out.
-            include: fewer metrics than those of the calculator.
-            exclude: metrics to leave out.
+        Without ``reference`` the queries search each other. ``ref_includes_query`` says that row i of the database is
+        query i, perhaps as another network sees it; it is then left out. ``include`` and ``exclude`` choose among the
+        calculator's metrics.
         """
         arguments = self.prepared(query, query_labels, reference, reference_labels, ref_includes_query)
         query, query_labels, reference, reference_labels, own = arguments

@@ -29,9 +29,6 @@ def quantize(
         layout: of which store.
         calibration: (M, D) rows for ranges and means; None: the embeddings themselves. Values beyond are cut off.
 
-    Raises:
-        ValueError: the store has no such layout; values are not finite.
-
     Example:
         >>> rows = torch.tensor([[1.0, -2.0, 0.5], [0.0, 2.0, -0.5]])
         >>> quantize(rows, bits=1, layout="pgvector")

@@ -36,9 +36,6 @@ class QuantizedKNN:
     Attributes:
         originals: (N, D) embeddings in the order of the database, such as ``np.load(path, mmap_mode="r")``, or None.
 
-    Raises:
-        ValueError: ``bits``, ``rescore`` or ``rescore_with`` is none of these.
-
     Example:
         >>> embeddings = torch.nn.functional.normalize(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)))
         >>> knn = QuantizedKNN(bits=1, rescore=8)
@@ -156,10 +153,6 @@ class QuantizedKNN:
 
         Returns:
             Squared distances (Q, k), ascending, and indices (Q, k), on the query's device.
-
-        Raises:
-            ValueError: there is no database, or fewer than k rows; widths differ; values are not finite; what
-                ``rescore_with`` names is not there.
         """
         if reference is not None:
             search = QuantizedKNN(self.bits, self.rescore, self.rescore_with)
