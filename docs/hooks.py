@@ -7,11 +7,9 @@ A page holds one line per thing to be written:
 - ``<!-- table: demo.csv | name | precision_at_1 flops -->``: figures of ``benchmarks/results/demo.csv``, one row for
   each value of the columns between the bars, mean ± standard error over its lines, and a link to the file. With
   ``batch=512`` among those columns only the lines with that value count. Without columns the file is shown as it is;
-- ``<!-- made: accuracy_report.markdown | accuracy.csv -->``: what a function of a script in ``benchmarks`` makes of a
-  recorded result;
 - ``<!-- results -->``: a link to each file in ``benchmarks/results``.
 
-A subpackage without a page in ``docs`` gets one: its docstring and what it exports.
+Each subpackage has a page in the reference: its docstring and what it exports.
 """
 
 import csv
@@ -67,7 +65,7 @@ def catalogue_table() -> str:
     return markdown_table(["loss", "family", "needs", "takes", "aligned", "cost", "weight", "source"], rows)
 
 
-def csv_table(name: str, keys: list[str], columns: list[str]) -> str:
+def csv_table(name: str, keys: list[str], columns: list[str], up: str = "") -> str:
     """Return the figures of a recorded result: mean ± standard error of ``columns`` for each value of ``keys``."""
     wanted = [key.split("=") for key in keys if "=" in key]
     keys = [key for key in keys if "=" not in key]
@@ -84,7 +82,7 @@ def csv_table(name: str, keys: list[str], columns: list[str]) -> str:
             [*map(shown, group), str(len(members)), *(mean_and_error([m[c] for m in members]) for c in columns)]
             for group, members in groups.items()
         ]
-    return markdown_table([title.replace("_", " ") for title in header], rows) + f"\n\n{source(name)}"
+    return markdown_table([title.replace("_", " ") for title in header], rows) + f"\n\n{source(name, up)}"
 
 
 def mean_and_error(values: list[str]) -> str:
@@ -113,24 +111,14 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def made_by(function: str, name: str) -> str:
-    """Return what ``module.function`` of the benchmarks makes of the rows of a recorded result."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    from comparison import finished
-
-    module, _, attribute = function.partition(".")
-    return f"{getattr(importlib.import_module(module), attribute)(finished(RESULTS / name))}\n\n{source(name)}"
+def source(name: str, up: str) -> str:
+    """Return a sentence that links a recorded result from a page ``up`` folders below the top."""
+    return f"From [`benchmarks/results/{name}`]({up}results/{name})."
 
 
-def source(name: str) -> str:
-    """Return a sentence that links a recorded result."""
-    return f"From [`benchmarks/results/{name}`](results/{name})."
-
-
-def result_links() -> str:
+def result_links(up: str) -> str:
     """Return a list of links to all recorded results."""
-    return "\n".join(f"- [`benchmarks/results/{path.name}`](results/{path.name})" for path in result_files())
+    return "\n".join(f"- [`benchmarks/results/{path.name}`]({up}results/{path.name})" for path in result_files())
 
 
 def result_files() -> list[Path]:
@@ -138,15 +126,14 @@ def result_files() -> list[Path]:
     return sorted(RESULTS.glob("*.csv"))
 
 
-def expand(markdown: str) -> str:
+def expand(markdown: str, up: str = "") -> str:
     """Return a page with what its lines ask for."""
     markdown = re.sub(r"<!-- api: (\S+) -->", lambda m: api_blocks(m[1]), markdown)
     markdown = re.sub(r"<!-- catalogue -->", lambda m: catalogue_table(), markdown)
-    markdown = re.sub(r"<!-- made: (\S+) \| (\S+) -->", lambda m: made_by(m[1], m[2]), markdown)
-    markdown = re.sub(r"<!-- results -->", lambda m: result_links(), markdown)
+    markdown = re.sub(r"<!-- results -->", lambda m: result_links(up), markdown)
     return re.sub(
         r"<!-- table: (\S+)(?: \| ([^|\n]*) \| ([^|\n]*))? -->",
-        lambda m: csv_table(m[1], (m[2] or "").split(), (m[3] or "").split()),
+        lambda m: csv_table(m[1], (m[2] or "").split(), (m[3] or "").split(), up),
         markdown,
     )
 
@@ -158,36 +145,32 @@ def packages() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(pml_distill.__path__) if module.ispkg]
 
 
-def packages_without_page() -> list[str]:
-    """Return the names of the subpackages that nobody has written a page for."""
-    return [name for name in packages() if not (ROOT / "docs" / f"{name}.md").exists()]
-
-
 def package_page(name: str) -> str:
-    """Return a page of what a subpackage says of itself."""
+    """Return the reference page of a subpackage: what it says of itself, and all that it exports."""
     package = f"pml_distill.{name}"
     docstring = (importlib.import_module(package).__doc__ or "").replace("``", "`").strip()
-    return f"# {name.capitalize()}\n\n{docstring}\n\n<!-- api: {package} -->\n"
+    catalogue = "\n\n<!-- catalogue -->" if name == "losses" else ""
+    return f"# {name.capitalize()}\n\n{docstring}{catalogue}\n\n<!-- api: {package} -->\n"
 
 
 def on_config(config):
-    """Mkdocs calls this first: pages that nobody has written follow the losses."""
-    place = [*map(list, config.nav)].index(["Losses"]) + 1
-    config.nav[place:place] = [{name.capitalize(): f"{name}.md"} for name in packages_without_page()]
+    """Mkdocs calls this first: the reference has a page for each subpackage."""
+    group = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
+    group[:] = [{name.capitalize(): f"reference/{name}.md"} for name in packages()]
     return config
 
 
 def on_files(files, config):
-    """Mkdocs calls this once: the recorded results and the pages that nobody has written become files of the site."""
+    """Mkdocs calls this once: the recorded results and the reference become files of the site."""
     from mkdocs.structure.files import File
 
     for path in result_files():
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
-    for name in packages_without_page():
-        files.append(File.generated(config, f"{name}.md", content=package_page(name)))
+    for name in packages():
+        files.append(File.generated(config, f"reference/{name}.md", content=package_page(name)))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     """Mkdocs calls this for each page."""
-    return expand(markdown)
+    return expand(markdown, "../" * page.file.src_uri.count("/"))
