@@ -2,7 +2,7 @@
 
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..datasets.items import read_item
 from ..utils.modules import eval_mode
 from .array_folder import PIXELS, ArrayFolder
 from .ask import ask
-from .fingerprint import code_digest, code_of, differences, flat, shows_the_teacher, versions
+from .fingerprint import code_of, differences, digest_of, shows_the_teacher, versions
 
 NUM_SAMPLES, FEW = 32, 4
 
@@ -30,11 +30,8 @@ class TeacherItems(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple]:
         """Return several items at once."""
-        contents = [self.dataset.content(row % len(self.dataset)) for row in rows]
-        return [
-            (item, signature(item[0]), np.frombuffer(content, dtype="<u8"))
-            for item, content in zip(self.dataset.read(rows), contents)
-        ]
+        hashes = [np.frombuffer(self.dataset.content(row % len(self.dataset)), dtype="<u8") for row in rows]
+        return [(item, signature(item[0]), own) for item, own in zip(self.dataset.read(rows), hashes)]
 
 
 class TeacherBatch:
@@ -48,16 +45,16 @@ class TeacherBatch:
         self.collate_fn = collate_fn
 
     def __call__(self, parts: list[tuple]) -> tuple:
-        """Return what the teacher sees, the rows, the signatures and the hashes."""
-        items, signatures, contents = zip(*parts)
-        if self.collate_fn is None:
+        """Return the parts of the batch."""
+        items, signatures, hashes = zip(*parts)
+        if self.collate_fn is not None:
+            data = Views.of(read_item(self.collate_fn(list(items)))[0]).teacher
+        else:
             try:
                 data = default_collate([Views.of(data).teacher for data, _, _ in items])
             except RuntimeError as error:
                 raise ValueError(f"Samples cannot be stacked to a batch ({error}). Give a collate_fn.") from error
-        else:
-            data = Views.of(read_item(self.collate_fn(list(items)))[0]).teacher
-        return data, torch.tensor([row for _, _, row in items]), np.stack(signatures), np.stack(contents)
+        return data, torch.tensor([row for _, _, row in items]), np.stack(signatures), np.stack(hashes)
 
 
 def signature(data: Any) -> np.ndarray:
@@ -65,7 +62,18 @@ def signature(data: Any) -> np.ndarray:
     values = flat(Views.of(data).teacher)
     if not len(values):
         return np.zeros(4)
-    return np.asarray([values.mean(dtype=np.float64), *values[[len(values) // k for k in (2, 3, 5)]]], dtype=np.float64)
+    return np.array([values.mean(dtype=np.float64), *values[[len(values) // k for k in (2, 3, 5)]]], dtype=np.float64)
+
+
+def flat(data: Any) -> np.ndarray:
+    """Return all numbers of a sample, be it a tensor, an array, an image, a text, or several of these."""
+    if isinstance(data, str):
+        data = np.frombuffer(data.encode(), dtype=np.uint8)
+    if isinstance(data, Mapping):
+        data = list(data.values())
+    if isinstance(data, (tuple, list)) or data is None:
+        return np.concatenate([np.zeros(0), *map(flat, data or ())])
+    return np.asarray(data.float() if getattr(data, "dtype", None) == torch.bfloat16 else data).reshape(-1)
 
 
 def signatures(dataset: SeededViews, rows: Sequence[int]) -> np.ndarray:
@@ -73,19 +81,14 @@ def signatures(dataset: SeededViews, rows: Sequence[int]) -> np.ndarray:
     return np.stack([signature(data) for data, _, _ in dataset.read(rows)])
 
 
-def signatures_in_a_worker(dataset: SeededViews, rows: Sequence[int], settings: dict[str, Any]) -> np.ndarray:
+def signatures_in_a_worker(dataset: SeededViews, rows: Sequence[int], start: Any = None) -> np.ndarray:
     """Return what ``signatures`` does, but from a worker, if the dataset can be sent to one."""
-    loader: DataLoader = DataLoader(
-        TeacherItems(dataset),
-        batch_sampler=[list(rows)],
-        num_workers=1,
-        collate_fn=only_signatures,
-        # The global one is left as it is.
-        generator=torch.Generator(),
-        multiprocessing_context=settings.get("multiprocessing_context"),
-    )
+    settings: dict[str, Any] = {"num_workers": 1, "collate_fn": only_signatures, "multiprocessing_context": start}
     try:
-        return next(iter(loader))
+        # A generator of its own leaves the global one as it is.
+        return next(
+            iter(DataLoader(TeacherItems(dataset), batch_sampler=[rows], generator=torch.Generator(), **settings))
+        )
     except (pickle.PicklingError, AttributeError, TypeError):
         return signatures(dataset, rows)
 
@@ -106,28 +109,29 @@ def spread(rows: np.ndarray, count: int) -> list[int]:
     return sorted({int(rows[round(place)]) for place in np.linspace(0, len(rows) - 1, count)}) if len(rows) else []
 
 
-def check_repeats(dataset: SeededViews) -> None:
-    """Raise ``ValueError`` if a sample is not the same when read twice."""
-    rows = spread(np.arange(dataset.num_rows), NUM_SAMPLES)
-    same = alike(signatures(dataset, rows), signatures(dataset, rows), 0)
+def check_repeats(dataset: SeededViews, in_a_worker: bool = False, start: Any = None) -> None:
+    """Raise ``ValueError`` if a sample is not the same when it is read twice, the second time perhaps in a worker."""
+    rows = spread(np.arange(dataset.num_rows), 2 * FEW if in_a_worker else NUM_SAMPLES)
+    again = signatures_in_a_worker(dataset, rows, start) if in_a_worker else signatures(dataset, rows)
+    same = alike(signatures(dataset, rows), again, 0)
+    sample = rows[same.argmin()] % len(dataset)
+    if not same.all() and in_a_worker:
+        raise ValueError(
+            f"dataset yields other data for sample {sample} in a worker of a DataLoader: something in it reads "
+            "torch.initial_seed() or the worker's number. Give SeededViews reseed=, a function that sets its generator "
+            "itself, such as albumentations' Compose.set_random_state."
+        )
     if not same.all():
         raise ValueError(
-            f"dataset yields other data each time sample {rows[same.argmin()] % len(dataset)} is read, though "
-            "SeededViews has seeded random, np.random and torch: something in it has a random generator of its own. "
-            "Give SeededViews reseed=, a function that seeds it, such as albumentations' Compose.set_random_seed."
+            f"dataset yields other data each time sample {sample} is read, though SeededViews has seeded random, "
+            "np.random and torch: something in it has a random generator of its own. Give SeededViews reseed=, a "
+            "function that seeds it, such as albumentations' Compose.set_random_seed."
         )
 
 
-def check_workers(dataset: SeededViews, settings: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if a sample is not the same when it is read in a worker."""
-    rows = spread(np.arange(dataset.num_rows), 2 * FEW)
-    same = alike(signatures(dataset, rows), signatures_in_a_worker(dataset, rows, settings), 0)
-    if not same.all():
-        raise ValueError(
-            f"dataset yields other data for sample {rows[same.argmin()] % len(dataset)} in a worker of a DataLoader: "
-            "something in it reads torch.initial_seed() or the worker's number. Give SeededViews reseed=, a function "
-            "that sets its generator itself, such as albumentations' Compose.set_random_state."
-        )
+def code_digest(code: dict[str, str], state: Sequence[str]) -> str:
+    """Return a hash of the code of a teacher without the attributes that change while it runs, such as counters."""
+    return digest_of(sorted((name, text) for name, text in code.items() if name not in state))
 
 
 def disagreements(
@@ -150,30 +154,25 @@ def disagreements(
         teacher: None not to compare it.
         collate_fn: makes a batch of items for it.
     """
-    manifest, shown = file.manifest, shows_the_teacher(dataset)
-    lines = differences(fingerprint, manifest, shown)
-    there = np.flatnonzero((places >= 0) & (places < len(file.arrays[PIXELS])))
+    shows_teacher, pixels = shows_the_teacher(dataset), file.arrays[PIXELS]
+    lines = differences(fingerprint, file.manifest, shows_teacher)
+    there = np.flatnonzero((places >= 0) & (places < len(pixels)))
     there = there[~file.missing(places[there])]
-    # Vectors that were imported have been computed from something else.
-    there = there[~np.isnan(file.arrays[PIXELS][places[there], 0])]
-    if not shown or not len(there):
+    if not shows_teacher or not len(there):
         return lines
     rows = spread(there, NUM_SAMPLES)
-    same = alike(signatures(dataset, rows), file.arrays[PIXELS][places[rows]])
+    same = alike(signatures(dataset, rows), pixels[places[rows]])
     if not same.all():
         others = [str(row) for row, agrees in zip(rows, same) if not agrees]
         more = " and others" if len(others) > 5 else ""
         lines.append(f"samples: what the dataset yields for the rows {', '.join(others[:5])}{more}")
-    if lines:
+    changed, (state, digest) = differences(versions(), file.manifest["versions"]), file.manifest["code"]
+    if lines or not changed and (teacher is None or digest == code_digest(code_of(teacher), state)):
         return lines
-    changed = differences(versions(), manifest["versions"])
-    state, digest = manifest["code"]
-    if not changed and (teacher is None or digest == code_digest(code_of(teacher), state)):
-        return []
     few = [row for row in spread(there, FEW) if not file.damaged(places[[row]])[0]]
-    if changed and not alike(signatures_in_a_worker(dataset, few, {}), file.arrays[PIXELS][places[few]]).all():
+    if changed and not alike(signatures_in_a_worker(dataset, few), pixels[places[few]]).all():
         return [*changed, "samples: what the dataset yields in a worker of a DataLoader"]
-    if teacher is not None:
+    if teacher is not None and few:
         data, index, _, _ = TeacherBatch(collate_fn)(TeacherItems(dataset).__getitems__(few))
         with eval_mode(teacher):
             embeddings = ask(teacher, data, index).float().cpu().numpy()
@@ -181,9 +180,8 @@ def disagreements(
         if embeddings.shape != stored.shape or not alike(stored, embeddings).all():
             return [*changed, "embedding: what the teacher returns for samples that are stored"]
     if changed:
-        warnings.warn(
-            f"The teacher cache in {file.folder} was written with other libraries, but what was computed again agrees: "
-            f"{'; '.join(changed)}.",
-            stacklevel=4,
+        told = (
+            f"The teacher cache in {file.folder} was written with other libraries, but what was computed again agrees"
         )
+        warnings.warn(f"{told}: {'; '.join(changed)}.", stacklevel=4)
     return []

@@ -1,9 +1,10 @@
 import errno
+import io
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ FORMAT = "pml-distill teacher outputs 3"
 MANIFEST, ROWS, LOCK, NEXT = "manifest.json", "rows.jsonl", "lock", "next"
 #: How outputs are stored; NumPy has no bfloat16, whose bits stand in a uint16.
 STORED = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<u2"}
-#: What stands beside the outputs: the mean and a few values of what the teacher saw, and a hash of the file.
+#: Beside the outputs: signatures of what the teacher saw, hashes of files, and checksums of the outputs.
 PIXELS, CONTENT, FINISHED = "pixels", "content", "finished"
 #: The folders that this process holds: POSIX's locks keep only others out, and end when any file on them is closed.
 HELD: set[Path] = set()
@@ -26,13 +27,13 @@ CHUNK = 1 << 24
 
 
 class ArrayFolder:
-    """The outputs of a teacher: a ``.npy`` file for each, (views, rows, width), and what tells rows and teacher.
+    """The outputs of a teacher: for each an ``.npy`` file (views, rows, width), and what tells rows and teacher.
 
     ``manifest.json`` says what they are of. Line i of ``rows.jsonl`` has the key of row i, with size and time of its
     file. ``finished.npy`` has a checksum for each row of each output, written after the row, and 0 where it is missing:
-    what was cut short by a kill counts as missing. All is written with ``pwrite`` and not into a memory map, where a
-    full disk would end the process. Larger files are made in the folder ``next`` and take the places of the old ones
-    when they are whole; ``settle`` goes on with that after a kill.
+    what was cut short by a kill counts as missing. All is written with ``pwrite``: in a memory map a full disk would
+    end the process. Files that grow are made in the folder ``next`` and take the places of the old ones when they are
+    whole; ``settle`` goes on with that after a kill.
 
     Args:
         folder: what ``create`` has made.
@@ -42,53 +43,45 @@ class ArrayFolder:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        self.views, self.num_rows = self.manifest["views"], self.manifest["rows"]
-        self.widths, self.batch_size = self.manifest["outputs"], self.manifest["batch_size"]
+        self.folder, self.manifest = Path(folder), read_manifest(Path(folder))
+        self.views, self.num_rows, self.batch_size = (self.manifest[k] for k in ("views", "rows", "batch_size"))
+        self.widths: dict[str, int] = self.manifest["outputs"]
         self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
-        self.arrays = {}
-        for name, (width, kind) in layout(self.widths, self.dtype).items():
-            path, header = self.folder / f"{name}.npy", npy_header((self.views, self.num_rows, width), kind)
-            size, length = len(header) + self.views * self.num_rows * width * np.dtype(kind).itemsize, 0
-            if path.exists():
-                length = path.stat().st_size
+        places, self.arrays = self.views * self.num_rows, {}
+        for name, (width, kind, header) in layout(self.manifest).items():
+            path = self.folder / f"{name}.npy"
+            size, length = len(header) + places * width * kind.itemsize, path.stat().st_size if path.exists() else 0
             if length != size or path.open("rb").read(len(header)) != header:
                 raise ValueError(
                     f"{path} has {length:,} bytes, but the cache needs {size:,} and a header of its own: the file has "
                     "been truncated or replaced, or rows were being added. Call TeacherCache.write() again, and if "
                     "that is refused too, delete the folder."
                 )
-            self.arrays[name] = np.memmap(path, kind, "r", len(header), (self.views * self.num_rows, width))
-        self.verified = np.zeros((self.views * self.num_rows, len(self.widths)), dtype=bool)
+            self.arrays[name] = np.memmap(path, kind, "r", len(header), (places, width))
+        self.verified = {name: np.zeros(places, dtype=bool) for name in self.widths}
 
     @classmethod
-    def create(cls, folder: Path, keys: list, manifest: dict[str, Any], old: "ArrayFolder | None" = None) -> None:
+    def create(cls, folder: Path, keys: Any, manifest: dict[str, Any], old: "ArrayFolder | None" = None) -> None:
         """Make the files for these keys, without any row but those of ``old``, whose keys come first.
 
         Raises:
             OSError: the disk has less room than they need, or is full.
         """
         folder.mkdir(exist_ok=True)
-        views, rows, dtype = manifest["views"], len(keys), getattr(torch, manifest["dtype"])
-        files = layout(manifest["outputs"], dtype)
-        bytes_of = {name: width * np.dtype(kind).itemsize for name, (width, kind) in files.items()}
-        needed, free = views * rows * sum(bytes_of.values()), shutil.disk_usage(folder).free
+        manifest = manifest | {"rows": len(keys)}
+        places, files = manifest["views"] * len(keys), layout(manifest)
+        needed = places * sum(width * kind.itemsize for width, kind, _ in files.values())
+        free = shutil.disk_usage(folder).free
         if free < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"The teacher cache needs {needed / 2**30:.2f} GiB, free are {free / 2**30:.2f}",
-                str(folder),
-            )
-        for name, (width, kind) in files.items():
-            header = npy_header((views, rows, width), kind)
+            told = f"The teacher cache needs {needed / 2**30:.2f} GiB, free are {free / 2**30:.2f}"
+            raise OSError(errno.ENOSPC, told, str(folder))
+        for name, (width, kind, header) in files.items():
+            row_bytes = width * kind.itemsize
             with open(folder / f"{name}.npy", "wb") as file:
                 file.write(header)
-                file.truncate(len(header) + views * rows * bytes_of[name])
-            for view in range(0 if old is None else views):
-                assert old is not None
-                content = old.arrays[name][view * old.num_rows : (view + 1) * old.num_rows].reshape(-1).view(np.uint8)
-                start = len(header) + view * rows * bytes_of[name]
+                file.truncate(len(header) + places * row_bytes)
+            for view, array in enumerate(() if old is None else np.split(old.arrays[name], old.views)):
+                content, start = array.reshape(-1).view(np.uint8), len(header) + view * len(keys) * row_bytes
                 for place in range(0, len(content), CHUNK):
                     write_at(folder / f"{name}.npy", start + place, content[place : place + CHUNK])
         write_keys(folder, keys, manifest)
@@ -103,14 +96,12 @@ class ArrayFolder:
     def keys(self) -> Keys:
         """Return the keys of all rows."""
         lines = self.lines()
-        numbered = isinstance(lines[0], int)
-        return Keys(np.asarray(lines) if numbered else [line[0] for line in lines], None, len(lines))
+        return Keys([line[0] for line in lines] if isinstance(lines[0], list) else np.array(lines), None, len(lines))
 
     def find(self, keys: Keys, rename: bool = False) -> np.ndarray:
         """Return the row of each sample by its key, or else by the content of its file; -1 where there is none.
 
-        A file that has another size or time than before is taken for another one until its content is known. With
-        ``rename`` the new names of rows are written down.
+        A file with another size or time than before is known only by its content. ``rename`` writes new names down.
         """
         lines = self.lines()
         if isinstance(lines[0], list) == keys.are_numbers:
@@ -119,52 +110,46 @@ class ArrayFolder:
             order = np.argsort(lines)
             places = order[np.searchsorted(lines, keys.names, sorter=order).clip(max=len(lines) - 1)]
             return np.where(np.asarray(lines)[places] == keys.names, places, -1)
-        stamps = lines_of(keys)
-        known = {tuple(line): row for row, line in enumerate(lines)}
-        found = np.array([known.get(stamp, known.get((stamp[0], None, None), -1)) for stamp in stamps])
+        ours, known = lines_of(keys), {tuple(line): row for row, line in enumerate(lines)}
+        found = np.array([known.get(line, known.get((line[0], None, None), -1)) for line in ours])
         taken = set(found.tolist())
-        left = {line[1] for row, line in enumerate(lines) if row not in taken} - {None}
-        asked = [sample for sample, stamp in enumerate(stamps) if found[sample] < 0 and stamp[1] in left]
-        if asked:
-            contents = self.arrays[CONTENT][: self.num_rows]
-            by_content = {content.tobytes(): row for row, content in enumerate(contents) if content.any()}
-            for sample in asked:
-                row = found[sample] = by_content.get(keys.content(sample), -1)
-                if row >= 0:
-                    lines[row] = list(stamps[sample])
-            if rename:
-                shutil.rmtree(self.folder / NEXT, ignore_errors=True)
-                (self.folder / NEXT).mkdir()
-                write_keys(self.folder / NEXT, lines, self.manifest | {"as_written": False})
-                settle(self.folder)
-                self.manifest = read_manifest(self.folder)
+        sizes = {line[1] for row, line in enumerate(lines) if row not in taken} - {None}
+        asked = [sample for sample, line in enumerate(ours) if found[sample] < 0 and line[1] in sizes]
+        contents = enumerate(self.arrays[CONTENT][: self.num_rows] if asked else ())
+        by_content = {content.tobytes(): row for row, content in contents if content.any()}
+        for sample in asked:
+            row = found[sample] = by_content.get(keys.content(sample), -1)
+            if row >= 0:
+                lines[row] = ours[sample]
+        if rename and (found[asked] >= 0).any():
+            (self.folder / NEXT).mkdir()
+            write_keys(self.folder / NEXT, lines, self.manifest | {"as_written": False})
+            settle(self.folder)
+            self.manifest = read_manifest(self.folder)
         return found
 
-    def write(
-        self, places: np.ndarray, outputs: Mapping[str, torch.Tensor], pixels: np.ndarray, content: np.ndarray
-    ) -> None:
-        """Write rows at these places, ``view * num_rows + row``: for each output a tensor (len(places), width).
+    def write(self, places: np.ndarray, outputs: Mapping[str, torch.Tensor], pixels: Any, content: Any) -> None:
+        """Write rows at increasing places, ``view * num_rows + row``: for each output a tensor (len(places), width).
 
         Raises:
             ValueError: an output has another shape; a value is not finite in the precision of the folder.
             OSError: the disk is full.
         """
-        values = {name: self.stored(name, outputs[name], places) for name in self.widths}
+        values: dict[str, Any] = {name: self.stored(name, outputs[name], places) for name in self.widths}
         checks = np.stack([checksums(value) for value in values.values()], axis=1)
         try:
-            # The checksums come last.
+            # The checksums come last. Rows behind one another are written at once.
             for name, value in {**values, PIXELS: pixels, CONTENT: content, FINISHED: checks}.items():
-                self.write_array(name, places, value)
+                array = self.arrays[name]
+                for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(places) != 1) + 1):
+                    part = np.ascontiguousarray(value[run], dtype=array.dtype)
+                    write_at(self.folder / f"{name}.npy", array.offset + int(places[run[0]]) * array.strides[0], part)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                done = int(np.count_nonzero(np.asarray(self.arrays[FINISHED]).all(axis=1)))
-                raise OSError(
-                    error.errno,
-                    f"The disk is full: {done} of {len(self.verified)} rows are written and kept. Make room and write "
-                    "again to go on",
-                    str(self.folder),
-                ) from error
-            raise
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            done, total = np.count_nonzero((self.arrays[FINISHED] != 0).all(axis=1)), self.views * self.num_rows
+            told = f"The disk is full: {done} of {total} rows are written and kept. Make room and write again to go on"
+            raise OSError(error.errno, told, str(self.folder)) from error
 
     def stored(self, name: str, output: torch.Tensor, places: np.ndarray) -> np.ndarray:
         """Return an output as it stands in its file."""
@@ -174,29 +159,19 @@ class ArrayFolder:
             raise ValueError(f"{of_rows} must have the shape {shape}, but have {tuple(given.shape)}.")
         if not given.isfinite().all():
             raise ValueError(f"{of_rows} are NaN or infinite.")
-        values = given.to(self.dtype)
+        values = given.to(self.dtype).contiguous()
         if not values.isfinite().all():
             raise ValueError(
-                f"{of_rows} are not finite in {self.dtype}; torch.bfloat16 and torch.float32 reach further than "
-                "torch.float16."
+                f"{of_rows} are not finite in {self.dtype}; torch.bfloat16 and torch.float32 reach further."
             )
-        bits = values.contiguous().view(torch.int16) if self.dtype == torch.bfloat16 else values
-        return bits.numpy().view(STORED[self.dtype])
-
-    def write_array(self, name: str, places: np.ndarray, values: np.ndarray) -> None:
-        """Write rows of one file, those behind one another at once."""
-        array = self.arrays[name]
-        order = np.argsort(places, kind="stable")
-        for run in np.split(order, np.flatnonzero(np.diff(places[order]) != 1) + 1):
-            start = array.offset + int(places[run[0]]) * array.strides[0]
-            write_at(self.folder / f"{name}.npy", start, np.ascontiguousarray(values[run], dtype=array.dtype))
+        return (values.view(torch.int16) if self.dtype == torch.bfloat16 else values).numpy().view(STORED[self.dtype])
 
     def missing(self, places: np.ndarray) -> np.ndarray:
         """Return which of the places have no finished row."""
         return (self.arrays[FINISHED][places] == 0).any(axis=1)
 
     def damaged(self, places: np.ndarray) -> np.ndarray:
-        """Return which of the places have a row whose checksum differs, after reading all of them."""
+        """Return which of the places have a finished row that differs from its checksum, after reading all of them."""
         wrong = np.zeros(len(places), dtype=bool)
         step = max(1, CHUNK // (4 * max(self.widths.values())))
         for start in range(0, len(places), step):
@@ -207,50 +182,45 @@ class ArrayFolder:
         return wrong
 
     def read(self, name: str, places: np.ndarray) -> torch.Tensor:
-        """Return rows of an output, (len(places), width), in the order of ``places``.
-
-        They are read in the order of the file. A row's checksum is verified when it is first read.
+        """Return rows of an output, (len(places), width), in the order of ``places``, but read in that of the file.
 
         Raises:
-            ValueError: a row is not written or does not have its checksum.
+            ValueError: a row is not written or, when it is first read, does not have its checksum.
         """
-        order, output = np.argsort(places, kind="stable"), list(self.widths).index(name)
+        order, array, verified = np.argsort(places, kind="stable"), self.arrays[name], self.verified[name]
         places = places[order]
-        values = np.empty((len(places), self.widths[name]), dtype=self.arrays[name].dtype)
-        values[order] = rows = self.arrays[name][places]
-        if not self.verified[places, output].all():
-            wrong = places[checksums(rows) != self.arrays[FINISHED][places, output]]
+        rows = np.asarray(array[places])
+        if not verified[places].all():
+            wrong = places[checksums(rows) != self.arrays[FINISHED][places, list(self.widths).index(name)]]
             if len(wrong):
                 raise ValueError(
                     f"Row {wrong[0]} of {self.folder / name}.npy (view {wrong[0] // self.num_rows}, line "
                     f"{wrong[0] % self.num_rows + 1} of {ROWS}) and {len(wrong) - 1} others do not have their "
                     "checksum: the file is damaged. TeacherCache.write() computes damaged rows again."
                 )
-            self.verified[places, output] = True
-        tensor = torch.from_numpy(values.view(np.int16) if self.dtype == torch.bfloat16 else values)
-        return tensor.view(self.dtype)
+            verified[places] = True
+        values = np.empty_like(rows)
+        values[order] = rows
+        return torch.from_numpy(values.view(np.int16) if self.dtype == torch.bfloat16 else values).view(self.dtype)
 
 
-def layout(outputs: Mapping[str, int], dtype: torch.dtype) -> dict[str, tuple[int, str]]:
-    """Return width and kind of number of each file."""
-    beside = {PIXELS: (4, "<f4"), CONTENT: (2, "<u8"), FINISHED: (len(outputs), "<u8")}
-    return {name: (width, STORED[dtype]) for name, width in outputs.items()} | beside
-
-
-def npy_header(shape: Sequence[int], kind: str) -> bytes:
-    """Return what an ``.npy`` file begins with."""
-    from io import BytesIO
-
-    file = BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": tuple(shape)})
-    return file.getvalue()
+def layout(manifest: Mapping[str, Any]) -> dict[str, tuple[int, np.dtype, bytes]]:
+    """Return width, kind of number and header of each file."""
+    outputs, kind = manifest["outputs"], STORED[getattr(torch, manifest["dtype"])]
+    widths = {name: (width, kind) for name, width in outputs.items()}
+    widths |= {PIXELS: (4, "<f4"), CONTENT: (2, "<u8"), FINISHED: (len(outputs), "<u8")}
+    files = {}
+    for name, (width, kind) in widths.items():
+        header, shape = io.BytesIO(), (manifest["views"], manifest["rows"], width)
+        np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
+        files[name] = width, np.dtype(kind), header.getvalue()
+    return files
 
 
 def checksums(values: np.ndarray) -> np.ndarray:
     """Return a checksum for each row, never 0: the sum of its 64-bit words, each times an odd number of its own."""
     rows = np.ascontiguousarray(values).view(np.uint8)
-    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8)))
-    words = padded.view(np.uint64)
+    words = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.uint64)
     factors = np.cumprod(np.full(words.shape[1], 0x9E3779B97F4A7C15, dtype=np.uint64))
     return np.maximum((words * factors).sum(axis=1, dtype=np.uint64) + np.uint64(0x5851F42D4C957F2D), np.uint64(1))
 
@@ -265,26 +235,18 @@ def lines_of(keys: Keys) -> list:
 
 def new_manifest(views: int, outputs: dict[str, int], dtype: torch.dtype, batch_size: int) -> dict[str, Any]:
     """Return what a manifest says of the files."""
-    return {
-        "format": FORMAT,
-        "views": views,
-        "outputs": outputs,
-        "dtype": str(dtype).removeprefix("torch."),
-        "stored_as": STORED[dtype],
-        "batch_size": batch_size,
-        "as_written": True,
-        "imported": False,
-    }
+    told = {"dtype": str(dtype).removeprefix("torch."), "stored_as": STORED[dtype], "batch_size": batch_size}
+    return {"format": FORMAT, "views": views, "outputs": outputs, **told, "as_written": True, "imported": False}
 
 
-def write_keys(folder: Path, keys: list, manifest: dict[str, Any]) -> None:
+def write_keys(folder: Path, keys: Any, manifest: dict[str, Any]) -> None:
     """Write the keys of the rows, then the manifest: where there is one, all is there."""
-    text = "\n".join(str(key) if isinstance(key, int) else json.dumps(key) for key in keys).encode() + b"\n"
-    manifest = manifest | {"rows": len(keys), "rows_crc32": zlib.crc32(text)}
-    manifest.pop("checksum", None)
-    for name, content in ((ROWS, text), (MANIFEST, json.dumps(manifest | {"checksum": crc_of(manifest)}, indent=1))):
+    text = "\n".join(str(key) if isinstance(key, int) else json.dumps(key) for key in keys) + "\n"
+    manifest = manifest | {"rows": len(keys), "rows_crc32": zlib.crc32(text.encode())}
+    manifest = manifest | {"checksum": crc_of(manifest)}
+    for name, content in ((ROWS, text), (MANIFEST, json.dumps(manifest, indent=1))):
         with whole_file(folder / name) as unfinished:
-            unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
+            unfinished.write_bytes(content.encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -319,9 +281,8 @@ def settle(folder: Path) -> None:
 
 def write_at(path: Path, offset: int, content: np.ndarray) -> None:
     """Write into a file that is long enough already."""
-    descriptor = os.open(path, os.O_WRONLY)
+    descriptor, rest = os.open(path, os.O_WRONLY), memoryview(content.data).cast("B")
     try:
-        rest = memoryview(content.data).cast("B")
         while rest:
             written = os.pwrite(descriptor, rest, offset)
             rest, offset = rest[written:], offset + written
@@ -337,7 +298,7 @@ def locked(folder: Path) -> Iterator[None]:
         RuntimeError: another process holds it, or another writer of this one.
         OSError: the file system knows no locks.
     """
-    import fcntl
+    import fcntl  # not on Windows, where caches can be read
 
     folder = folder.resolve()
     if folder in HELD:
@@ -349,9 +310,8 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            raise RuntimeError(
-                f"Another process is writing the teacher cache in {folder}; wait for it or choose another folder."
-            ) from error
+            told = f"Another process is writing the teacher cache in {folder}; wait for it or choose another folder."
+            raise RuntimeError(told) from error
         HELD.add(folder)
         try:
             yield

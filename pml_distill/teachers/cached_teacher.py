@@ -11,7 +11,7 @@ from ..datasets import SeededViews
 from .agreement import disagreements
 from .array_folder import ArrayFolder
 from .ask import checked_rows, device_of
-from .fingerprint import chain, dataset_fingerprint, differences, module_fingerprint, refuse, shows_the_teacher
+from .fingerprint import dataset_fingerprint, differences, module_fingerprint, parts_of, refuse, shows_the_teacher
 
 
 class CachedTeacher:
@@ -52,9 +52,8 @@ class CachedTeacher:
         strict: bool = True,
     ):
         if dataset is not None and not isinstance(dataset, SeededViews):
-            raise ValueError(
-                f"dataset must be the SeededViews that the cache was written for, but is a {type(dataset).__name__}."
-            )
+            kind = type(dataset).__name__
+            raise ValueError(f"dataset must be the SeededViews that the cache was written for, but is a {kind}.")
         folders = [folder] if isinstance(folder, (str, os.PathLike)) else list(folder)
         self.files = [ArrayFolder(each) for each in folders]
         self.taps: list[CachedTap] = []
@@ -65,84 +64,68 @@ class CachedTeacher:
                     f"All folders must hold the same outputs, but {first.folder} has {first.widths} in {first.dtype} "
                     f"and {file.folder} has {file.widths} in {file.dtype}."
                 )
-        if dataset is None:
-            if len(self.files) > 1 or not first.manifest["as_written"]:
-                raise ValueError("dataset must be given for several folders, and where samples were added or renamed.")
-            self.described, self.rows = {**first.manifest, "keys": first.keys().digest}, np.arange(first.num_rows)
+        #: Of each sample its row, and the number of the folder that has it.
+        self.folder_of, self.rows = np.zeros(1, dtype=np.int8), np.arange(first.num_rows)
+        self.strict, self.described = strict, first.manifest
+        if dataset is not None:
+            self.described = dataset_fingerprint(dataset) | {"keys": dataset.keys.digest}
+            self.folder_of, self.rows = np.zeros(len(dataset), dtype=np.int8), np.full(len(dataset), -1)
+            for number, file in enumerate(self.files):
+                left = np.flatnonzero(self.rows < 0)
+                self.rows[left], self.folder_of[left] = file.find(dataset.keys)[left], number
+        elif len(self.files) > 1 or not first.manifest["as_written"]:
+            raise ValueError("dataset must be given for several folders, and where samples were added or renamed.")
         else:
-            self.described = {**dataset_fingerprint(dataset), "keys": dataset.keys.digest}
-            self.rows = first.find(dataset.keys)
-        self.views: int = self.described["views"]
-        #: The folder that has each sample, whose row in there is in ``rows``.
-        self.folder_of = np.zeros(len(self.rows), dtype=np.int8)
-        for number, file in enumerate(self.files[1:] if dataset else (), start=1):
-            assert dataset is not None
-            left = np.flatnonzero(self.rows < 0)
-            self.rows[left] = file.find(dataset.keys)[left]
-            self.folder_of[left] = number
-        self.described["transform"] = list(dict.fromkeys(t for file in self.files for t in file.manifest["transform"]))
-        self.compare(dataset, teacher, collate_fn, strict)
-
-    def compare(
-        self,
-        dataset: SeededViews | None,
-        teacher: torch.nn.Module | None,
-        collate_fn: Callable[[list], Any] | None,
-        strict: bool,
-    ) -> None:
-        """Raise ``ValueError`` if the folders are not of this dataset and teacher, or rows are missing."""
+            self.described = first.manifest | {"keys": first.keys().digest}
+        self.views = first.views if dataset is None else dataset.views
+        # Joined datasets may each have transforms of its own.
+        transforms = list(dict.fromkeys(text for file in self.files for text in file.manifest["transform"]))
         ours = {} if dataset is None else dataset_fingerprint(dataset)
-        if set(ours.get("transform", ())) == set(self.described["transform"]):
-            # Joined datasets may each have a transform of its own.
+        if set(ours.get("transform", ())) == set(transforms):
             ours.pop("transform", None)
-        if teacher is not None:
-            ours["teacher"] = module_fingerprint(teacher)
-        total, missing = self.views * len(self.rows), 0
+        ours |= {} if teacher is None else {"teacher": module_fingerprint(teacher)}
+        total = missing = self.views * len(self.rows)
         for number, file in enumerate(self.files):
             places = self.places(np.arange(total), number)
-            if not file.manifest["imported"]:
-                refuse(
-                    file.folder,
-                    differences(ours, file.manifest)
-                    if dataset is None
-                    else disagreements(file, dataset, places, ours, teacher, collate_fn),
-                    strict,
-                )
-            missing += int(file.missing(places[places >= 0]).sum())
-        absent = np.flatnonzero(self.rows < 0)
-        missing += self.views * len(absent)
+            if dataset is None:
+                refuse(file.folder, differences(ours, file.manifest), strict)
+            elif not file.manifest["imported"]:
+                refuse(file.folder, disagreements(file, dataset, places, ours, teacher, collate_fn), strict)
+            missing -= int((~file.missing(places[places >= 0])).sum())
         if missing:
+            absent = np.flatnonzero(self.rows < 0)
             such = f", not such as {dataset.keys.names[absent[0]]}" if dataset and len(absent) else ""
             raise ValueError(
-                f"The teacher cache in {self.files[0].folder} is incomplete: {total - missing} of {total} rows are "
-                f"written{such}. TeacherCache.write() goes on with the others."
+                f"The teacher cache in {first.folder} is incomplete: {total - missing} of {total} rows are written{such}. "
+                "TeacherCache.write() goes on with the others."
             )
+        self.described = self.described | {"transform": transforms}
 
     def places(self, rows: np.ndarray, number: int) -> np.ndarray:
         """Return where a folder has these rows of the dataset, -1 for those that it has not."""
         file, (view, sample) = self.files[number], np.divmod(rows, len(self.rows))
         # Vectors that were imported know of no views.
         start = 0 if file.manifest["imported"] and file.views == 1 else view * file.num_rows
-        there = (self.folder_of[sample] == number) & (self.rows[sample] >= 0)
-        return np.where(there, start + self.rows[sample], -1)
+        own = self.rows[sample]
+        return np.where((own >= 0) & (self.folder_of[sample % len(self.folder_of)] == number), start + own, -1)
 
     def read(self, name: str, rows: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
         """Return rows of an output, on a device."""
-        file = self.files[0]
-        values = torch.empty(len(rows), file.widths[name], dtype=file.dtype)
-        for number, each in enumerate(self.files):
-            places = self.places(rows, number)
-            own = np.flatnonzero(places >= 0)
-            if len(own):
-                values[torch.from_numpy(own)] = each.read(name, places[own])
+        if len(self.files) == 1:
+            values = self.file.read(name, self.places(rows, 0))
+        else:
+            values = torch.empty(len(rows), self.file.widths[name], dtype=self.file.dtype)
+            for number, file in enumerate(self.files):
+                places = self.places(rows, number)
+                own = np.flatnonzero(places >= 0)
+                values[own] = file.read(name, places[own])
         if device is not None and device.type == "cuda":
             return values.pin_memory().to(device, non_blocking=True)
         return values.to(device)
 
     def __call__(self, data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return the embeddings of the rows in ``index``."""
-        rows = checked_rows(index, data, self.views * len(self.rows))
-        device = device_of(data)
+        rows, device = checked_rows(index, data, self.views * len(self.rows)), device_of(data)
         for tap in self.taps:
             tap.features = [self.read(f"features.{name}", rows, device)[:, :, None, None] for name in tap.names]
         return self.read("embeddings", rows, device)
@@ -171,20 +154,13 @@ class CachedTeacher:
     def __getstate__(self) -> dict[str, Any]:
         # In the dataset's order, as most are, the rows need not be carried along.
         rows = self.rows if (self.rows != np.arange(len(self.rows))).any() else len(self.rows)
-        return self.__dict__ | {
-            "files": [file.folder for file in self.files],
-            "taps": [],
-            "rows": rows,
-            "folder_of": self.folder_of if self.folder_of.any() else len(self.rows),
-        }
+        folder_of = self.folder_of if self.folder_of.any() else self.folder_of[:1]
+        files = [file.folder for file in self.files]
+        return self.__dict__ | {"files": files, "taps": [], "rows": rows, "folder_of": folder_of}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.files = [ArrayFolder(folder) for folder in state["files"]]
-        if isinstance(self.rows, int):
-            self.rows = np.arange(self.rows)
-        if isinstance(self.folder_of, int):
-            self.folder_of = np.zeros(self.folder_of, dtype=np.int8)
+        rows = np.arange(state["rows"]) if isinstance(state["rows"], int) else state["rows"]
+        self.__dict__.update(state, files=[ArrayFolder(folder) for folder in state["files"]], rows=rows)
 
     def tap(self, names: Sequence[str]) -> "CachedTap":
         """Return what takes the pooled outputs of the teacher's modules, as ``FeatureTap`` does of a network's.
@@ -197,20 +173,19 @@ class CachedTeacher:
     def check_dataset(self, dataset: Any) -> None:
         """Raise ``ValueError`` if what a dataset yields are not the rows of this cache."""
         # The rows are those of the outermost.
-        views = next((part for part in chain(dataset) if isinstance(part, SeededViews)), None)
+        views = next((part for part in parts_of(dataset) if isinstance(part, SeededViews)), None)
         lines: list[str] = []
         if views is not None:
-            ours = {**dataset_fingerprint(views), "keys": views.keys.digest}
-            own = all(file.manifest["imported"] for file in self.files)
-            wanted = {name: ours[name] for name in (("keys", "views") if own else ours)}
+            ours = dataset_fingerprint(views) | {"keys": views.keys.digest}
+            compared = self.strict and not self.file.manifest["imported"]
+            wanted = ours if compared else {name: ours[name] for name in ("keys", "views")}
             lines = differences(wanted, self.described, shows_the_teacher(views))
-            for number, file in enumerate(self.files if not lines and not own else ()):
-                rows = np.arange(self.views * len(self.rows))
-                lines += disagreements(file, views, self.places(rows, number), {})
+            for number, file in enumerate(self.files if compared and not lines else ()):
+                lines += disagreements(file, views, self.places(np.arange(views.num_rows), number), {})
         if views is None or lines:
             cached = {"length": len(self.rows)} | {name: self.described[name] for name in ("seed", "views")}
             raise ValueError(
-                f"dataset is {' of '.join(type(part).__name__ for part in chain(dataset))}, but the teacher reads a "
+                f"dataset is {' of '.join(type(part).__name__ for part in parts_of(dataset))}, but the teacher reads a "
                 f"cache of SeededViews with {cached}; its rows mean nothing for another dataset."
                 + "".join(f"\n  {line}" for line in lines)
             )

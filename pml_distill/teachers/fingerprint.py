@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..datasets import SeededViews
@@ -17,7 +16,7 @@ from ..datasets import SeededViews
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "albumentations")
 #: What tells which samples a dataset holds where these have no keys.
 IDENTITIES = ("labels", "targets")
-PLAIN = (bool, int, float, str, type(None), torch.dtype)
+PLAIN = (bool, int, float, str, tuple, list, dict, torch.dtype)
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
@@ -31,14 +30,13 @@ def module_fingerprint(module: torch.nn.Module) -> str:
         own = f"{type(part).__name__}({part.extra_repr()})" if list(part.children()) else repr(part)
         digest.update(without_addresses(f"{name} {own}").encode())
         for number, teacher in enumerate([*getattr(part, "teachers", ()), getattr(part, "teacher", None)]):
-            if teacher is None or isinstance(teacher, torch.nn.Module):
-                continue
-            if not hasattr(teacher, "fingerprint"):
-                raise ValueError(
-                    f"teachers[{number}] of the ensemble is a {type(teacher).__name__}, and what it returns "
-                    "cannot be told from what another does; use modules and CachedTeacher."
-                )
-            digest.update(f"{number} {teacher.fingerprint}".encode())
+            if teacher is not None and not isinstance(teacher, torch.nn.Module):
+                if not hasattr(teacher, "fingerprint"):
+                    raise ValueError(
+                        f"teachers[{number}] of the ensemble is a {type(teacher).__name__}, and what it returns cannot "
+                        "be told from what another does; use modules and CachedTeacher."
+                    )
+                digest.update(f"{number} {teacher.fingerprint}".encode())
     # Means and standard deviations of images are often buffers that no state dict holds.
     for name, value in sorted((dict(module.named_buffers()) | module.state_dict()).items()):
         digest.update(uncompiled(name).encode())
@@ -51,36 +49,22 @@ def code_of(module: torch.nn.Module) -> dict[str, str]:
     """Return the code and the plain attributes of a module, by name: what may change its outputs, and need not."""
     found = {}
     for name, part in modules_of(module):
-        found[f"{name} forward"] = plain(type(part).forward)
-        own = {f"{name} {k}": plain(v) for k, v in vars(part).items() if k[0] != "_" and k != "training"}
-        found |= {k: text for k, text in own.items() if text}
+        for key, value in {**vars(part), "forward": type(part).forward}.items():
+            code = getattr(value, "__code__", None)
+            if key[0] != "_" and key != "training" and (code or isinstance(value, PLAIN)):
+                text = repr((code.co_code, code.co_names, code.co_consts) if code else value)
+                found[f"{name} {key}"] = without_addresses(text)
     return found
 
 
 def modules_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield the modules in a module and their names, without the wrappers of ``torch.compile``."""
-    for name, part in module.named_modules():
-        if not hasattr(part, "_orig_mod"):
-            yield uncompiled(name), part
+    return ((uncompiled(name), part) for name, part in module.named_modules() if not hasattr(part, "_orig_mod"))
 
 
 def uncompiled(name: str) -> str:
     """Return the name that a module or a weight has without ``torch.compile``."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def plain(value: Any) -> str:
-    """Return a text of numbers, texts, functions and collections of these; none of other objects."""
-    if isinstance(value, PLAIN):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        return f"[{' '.join(map(plain, value))}]"
-    if isinstance(value, dict):
-        return f"[{' '.join(f'{plain(k)}:{plain(v)}' for k, v in value.items())}]"
-    code = getattr(value, "__code__", value)
-    if hasattr(code, "co_code"):
-        return f"{code.co_code.hex()} {code.co_names} {plain(code.co_consts)}"
-    return ""
 
 
 def content(value: Any) -> Iterator[Any]:
@@ -97,83 +81,59 @@ def content(value: Any) -> Iterator[Any]:
 
 
 def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
-    """Return seed, views and the transforms that the teacher sees; for samples without keys what tells these."""
-    found: dict[str, Any] = {"seed": dataset.seed, "views": dataset.views, "transform": transforms_of(dataset)}
-    if dataset.keys.are_numbers:
-        parts = [part for part in parts_of(dataset) if not hasattr(part, "indices")]
-        found["length"] = dataset.keys.total
-        found["dataset"] = [type(part).__name__ for part in parts]
-        found["labels"] = [
-            f"{name} of {type(part).__name__}: {digest_of(vars(part)[name])}"
-            for part in parts
-            for name in IDENTITIES
-            if name in getattr(part, "__dict__", {})
-        ]
-    return found
+    """Return seed, views and the transforms that the teacher sees; for samples without keys what tells these.
 
-
-def transforms_of(dataset: Any) -> list[str]:
-    """Return the attributes of a dataset and of those in it that are named for a transform or for the teacher.
-
-    Those for the student or for labels (``student_transform``, ``target_transform``) are left out.
+    Transforms are the attributes named for one or for the teacher, in any dataset in this one, but for those named
+    for the student or for labels, as ``student_transform``.
     """
-    found = [
-        f"{name}: {described(value)}"
-        for part in parts_of(dataset)
-        for name, value in getattr(part, "__dict__", {}).items()
-        if value is not None
-        and ("transform" in name or "teacher" in name)
-        and not ("student" in name or "target" in name or name == "transforms" and hasattr(part, "transform"))
-    ]
-    return list(dict.fromkeys(found))
+    transforms, labels, kinds = [], [], []
+    for part in parts_of(dataset):
+        kinds += [] if hasattr(part, "indices") else [type(part).__name__]
+        for name, value in getattr(part, "__dict__", {}).items():
+            # torchvision has ``transform`` in ``transforms`` once more.
+            seen = name != "transforms" or not hasattr(part, "transform")
+            if (
+                value is not None
+                and seen
+                and re.search("transform|teacher", name)
+                and not re.search("student|target", name)
+            ):
+                transforms.append(f"{name}: {described(value)}")
+            elif name in IDENTITIES:
+                labels.append(f"{name} of {type(part).__name__}: {digest_of(value)}")
+    found = {"seed": dataset.seed, "views": dataset.views, "transform": list(dict.fromkeys(transforms))}
+    if not dataset.keys.are_numbers:
+        return found
+    return found | {"length": dataset.keys.total, "dataset": kinds, "labels": labels}
 
 
 def shows_the_teacher(dataset: Any) -> bool:
     """Whether items hold what the teacher sees; a dataset whose attribute ``teacher`` is None says that they do not."""
-    return all(vars(part).get("teacher", part) is not None for part in parts_of(dataset) if hasattr(part, "__dict__"))
+    return all(getattr(part, "__dict__", {}).get("teacher", part) is not None for part in parts_of(dataset))
 
 
-def differences(ours: dict[str, Any], stored: dict[str, Any], shown_to_teacher: bool = True) -> list[str]:
+def differences(ours: dict[str, Any], stored: dict[str, Any], shows_teacher: bool = True) -> list[str]:
     """Return a line for each part of our fingerprint that differs from what is stored."""
     return [
         f"{name}: {shown(stored.get(name))} in the cache, {shown(value)} now"
         for name, value in ours.items()
         if value != stored.get(name)
-        # Of what only the teacher sees there is nothing then.
-        and not (name == "transform" and not shown_to_teacher and set(value) <= set(stored[name]))
+        # Of transforms that only the teacher sees there are none then.
+        and not (name == "transform" and not shows_teacher and set(value) <= set(stored[name]))
     ]
 
 
-def versions() -> dict[str, Any]:
+def versions() -> dict[str, str | None]:
     """Return the versions of the libraries that can change pixels."""
     return {f"version of {name}": version(name) for name in LIBRARIES}
 
 
-def code_digest(code: dict[str, str], state: Sequence[str]) -> str:
-    """Return a hash of the code of a teacher without the attributes that change while it runs, such as counters."""
-    return digest_of(sorted((name, text) for name, text in code.items() if name not in state))
-
-
-def flat(data: Any) -> np.ndarray:
-    """Return all numbers of a sample, be it a tensor, an array, an image, a text, or several of these."""
-    if data is None:
-        return np.zeros(0)
-    if isinstance(data, torch.Tensor) and data.dtype == torch.bfloat16:
-        data = data.float()
-    if isinstance(data, str):
-        data = np.frombuffer(data.encode(), dtype=np.uint8)
-    if isinstance(data, dict):
-        data = list(data.values())
-    if isinstance(data, (tuple, list)):
-        return np.concatenate([flat(part) for part in data] or [np.zeros(0)])
-    return np.asarray(data).reshape(-1)
-
-
-def chain(dataset: Any) -> Iterator[Any]:
-    """Yield a dataset, the one it wraps, and so on."""
-    while dataset is not None:
-        yield dataset
-        dataset = getattr(dataset, "dataset", None)
+def version(name: str) -> str | None:
+    """Return the version of an installed library without its build, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def parts_of(dataset: Any) -> Iterator[Any]:
@@ -203,14 +163,6 @@ def digest_of(values: Any) -> str:
     return hashlib.sha256(without_addresses(text).encode()).hexdigest()[:16]
 
 
-def version(name: str) -> str | None:
-    """Return the version of an installed library without its build, None where it is not installed."""
-    try:
-        return importlib.metadata.version(name).partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def without_addresses(text: str) -> str:
     """Drop the addresses of objects, which change from run to run."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
@@ -224,10 +176,9 @@ def shown(value: Any) -> str:
 
 def refuse(folder: Path, lines: Sequence[str], strict: bool = True) -> None:
     """Raise ``ValueError`` if there are differences to name; warn of them if it is not to be strict."""
-    if not lines:
-        return
     text = f"The teacher cache in {folder} belongs to something else:\n  " + "\n  ".join(lines)
     # Rows of another number of views are nowhere.
-    if strict or any(line.startswith("views: ") for line in lines):
-        raise ValueError(f"{text}\nChoose another folder, or delete this one; with strict=False it is used as it is.")
-    warnings.warn(text, stacklevel=3)
+    if lines and (strict or any(line.startswith("views: ") for line in lines)):
+        raise ValueError(f"{text}\nChoose another folder, or delete this one; strict=False uses it as it is.")
+    if lines:
+        warnings.warn(text, stacklevel=3)

@@ -14,17 +14,15 @@ from tqdm import tqdm
 from ..datasets import SeededViews
 from ..utils.distributed import in_first_process, num_processes, process_rank
 from ..utils.modules import eval_mode
-from .agreement import TeacherBatch, TeacherItems, check_repeats, check_workers, disagreements
+from .agreement import TeacherBatch, TeacherItems, check_repeats, code_digest, disagreements
 from .array_folder import (
-    CONTENT,
-    FINISHED,
     LOCK,
     MANIFEST,
     NEXT,
-    PIXELS,
     ROWS,
     STORED,
     ArrayFolder,
+    layout,
     lines_of,
     locked,
     new_manifest,
@@ -32,15 +30,7 @@ from .array_folder import (
 )
 from .ask import ask
 from .cached_teacher import caches
-from .fingerprint import (
-    code_digest,
-    code_of,
-    dataset_fingerprint,
-    differences,
-    module_fingerprint,
-    refuse,
-    versions,
-)
+from .fingerprint import code_of, dataset_fingerprint, differences, module_fingerprint, refuse, versions
 from .frozen_teacher import FrozenTeacher
 
 
@@ -153,10 +143,9 @@ class TeacherCache:
             RuntimeError: another writer is at work in the folder; a sample cannot be read.
             OSError: the disk is too small or full; what is written stays.
         """
-        rank, processes = process_rank(), num_processes()
         if "collate_fn" in loader:
             self.collate = TeacherBatch(loader.pop("collate_fn"))
-        settings = {"num_workers": num_workers, **loader}
+        rank, processes, settings = process_rank(), num_processes(), {"num_workers": num_workers, **loader}
         with ExitStack() as stack, eval_mode(self.teacher):
 
             def begin() -> None:
@@ -164,7 +153,7 @@ class TeacherCache:
                     return
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.folder))
-                self.open_or_create(processes, settings)
+                self.open_or_create(processes, settings.get("multiprocessing_context"))
 
             in_first_process(begin)
             file = ArrayFolder(self.folder)
@@ -184,74 +173,74 @@ class TeacherCache:
         places = self.places(file)
         return places.min() >= 0 and not file.missing(places).any()
 
-    def open_or_create(self, processes: int, settings: dict[str, Any]) -> None:
+    def open_or_create(self, processes: int, start: Any = None) -> None:
         """Check the cache in the folder and make room for new samples, or begin one, for so many processes to write."""
         settle(self.folder)
-        keys, lines = self.dataset.keys, lines_of(self.dataset.keys)
-        if (self.folder / MANIFEST).exists():
-            file = ArrayFolder(self.folder)
-            self.check(file)
-            found = file.find(keys, rename=True)
-            new = list(dict.fromkeys(line for line, row in zip(lines, found) if row < 0))
-            if new:
-                check_workers(self.dataset, settings)
-                ArrayFolder.create(
-                    self.folder / NEXT, file.lines() + new, file.manifest | {"as_written": False}, old=file
-                )
-                settle(self.folder)
-            return
+        lines = lines_of(self.dataset.keys)
+        if not (self.folder / MANIFEST).exists():
+            return self.create(lines, processes, start)
+        file = ArrayFolder(self.folder)
+        self.check(file)
+        new = dict.fromkeys(line for line, row in zip(lines, file.find(self.dataset.keys, rename=True)) if row < 0)
+        if new:
+            check_repeats(self.dataset, in_a_worker=True, start=start)
+            manifest = file.manifest | {"as_written": False}
+            ArrayFolder.create(self.folder / NEXT, [*file.lines(), *new], manifest, old=file)
+            settle(self.folder)
+
+    def create(self, lines: list, processes: int, start: Any) -> None:
+        """Make the files for samples with these lines, and write the first batch, whose time tells that of all."""
+        first_of = {line: sample for sample, line in reversed(list(enumerate(lines)))}
+        unique, views = list(dict.fromkeys(lines)), self.dataset.views
+        manifest = new_manifest(views, {name: 0 for name in self.names}, self.dtype, self.batch_size) | self.fingerprint
         # A kill leaves unfinished files under other names.
         others = {path.name for path in self.folder.iterdir() if not path.name.endswith(".tmp")}
-        others -= {LOCK, ROWS, *(f"{name}.npy" for name in (*self.names, PIXELS, CONTENT, FINISHED))}
+        others -= {LOCK, ROWS, *(f"{name}.npy" for name in layout(manifest | {"rows": 0}))}
         if others:
             raise ValueError(f"folder {self.folder} is not empty and holds no teacher cache, but {sorted(others)[:5]}.")
-        check_workers(self.dataset, settings)
-        first_of = {line: sample for sample, line in reversed(list(enumerate(lines)))}
-        unique, views, size = list(dict.fromkeys(lines)), self.dataset.views, len(lines)
-        num_rows, start, before = views * len(unique), time.perf_counter(), code_of(self.teacher)
+        check_repeats(self.dataset, in_a_worker=True, start=start)
+        num_rows, begun, before = views * len(unique), time.perf_counter(), code_of(self.teacher)
         places = np.arange(min(self.batch_size, num_rows))
-        rows = [size * (place // len(unique)) + first_of[unique[place % len(unique)]] for place in places.tolist()]
+        rows = [p // len(unique) * len(lines) + first_of[unique[p % len(unique)]] for p in places.tolist()]
         batch = self.collate(TeacherItems(self.dataset).__getitems__(rows))
         read = time.perf_counter()
         # On the CPU they are there; on a GPU they may only be under way.
         outputs = {name: values.cpu() for name, values in self.compute(batch).items()}
-        seconds = [s * num_rows / len(rows) / processes for s in (read - start, time.perf_counter() - read)]
+        seconds = [s * num_rows / len(rows) / processes for s in (read - begun, time.perf_counter() - read)]
         for name, values in outputs.items():
             if values.ndim != 2 or len(values) != len(rows):
                 raise ValueError(
                     f"The teacher's {name} of {len(rows)} samples must have the shape ({len(rows)}, width), but have "
                     f"{tuple(values.shape)}."
                 )
-        widths, code = {name: values.shape[1] for name, values in outputs.items()}, code_of(self.teacher)
-        # What running the teacher changes, such as a counter, does not tell it from another.
-        state = sorted(name for name in code if code[name] != before.get(name))
+            manifest["outputs"][name] = values.shape[1]
+        size = num_rows * sum(manifest["outputs"].values()) * self.dtype.itemsize / 2**20
         tqdm.write(
-            f"Teacher cache {self.folder}: {num_rows:,} rows, "
-            f"{num_rows * sum(widths.values()) * self.dtype.itemsize / 2**20:,.1f} MiB; about {seconds[0]:,.0f} s of "
-            f"reading, shared by the workers, and {seconds[1]:,.0f} s of the teacher.",
+            f"Teacher cache {self.folder}: {num_rows:,} rows, {size:,.1f} MiB; about {seconds[0]:,.0f} s of reading, "
+            f"shared by the workers, and {seconds[1]:,.0f} s of the teacher.",
             file=sys.stderr,
         )
-        manifest = new_manifest(views, widths, self.dtype, self.batch_size) | self.fingerprint
+        code = code_of(self.teacher)
+        # What running the teacher changes, such as a counter, does not tell it from another.
+        state = sorted(name for name in code if code[name] != before.get(name))
         manifest |= {"versions": versions(), "code": [state, code_digest(code, state)]}
         ArrayFolder.create(self.folder, unique, manifest)
         ArrayFolder(self.folder).write(places, outputs, *batch[2:])
 
     def places(self, file: ArrayFolder) -> np.ndarray:
-        """Return the place of each row of the dataset in the folder, below 0 for those that are not there."""
+        """Return the place of each row of the dataset in the folder, -1 for those that are not there."""
         found = file.find(self.dataset.keys)
         starts = file.num_rows * np.arange(self.dataset.views)[:, None]
         return np.where(found < 0, -1, starts + found).reshape(-1)
 
     def check(self, file: ArrayFolder) -> None:
         """Raise ``ValueError`` if a cache is not of this teacher, dataset and precision, and of these outputs."""
-        lines = []
-        for name, cached, ours in (("arrays", list(file.widths), self.names), ("dtype", file.dtype, self.dtype)):
-            if cached != ours:
-                lines.append(f"{name}: {cached} in the cache, {ours} now")
+        kinds = (("arrays", list(file.widths), self.names), ("dtype", file.dtype, self.dtype))
+        lines = [f"{name}: {cached} in the cache, {ours} now" for name, cached, ours in kinds if cached != ours]
         if lines:
             refuse(self.folder, [*differences(self.fingerprint, file.manifest), *lines])
-        args = self.places(file), self.fingerprint, self.teacher, self.collate.collate_fn
-        refuse(self.folder, disagreements(file, self.dataset, *args), self.strict)
+        told = self.places(file), self.fingerprint, self.teacher, self.collate.collate_fn
+        refuse(self.folder, disagreements(file, self.dataset, *told), self.strict)
 
     def write_rows(self, file: ArrayFolder, rank: int, processes: int, settings: dict[str, Any]) -> None:
         """Write this process' share of the rows that are missing or damaged, in batches."""
@@ -260,8 +249,8 @@ class TeacherCache:
         own = batches % processes == rank
         places, rows, batches = places[own], rows[own], batches[own]
         # The batch of a damaged row is computed as a whole, so that it has the same bits.
-        todo = file.missing(places) | np.isin(batches, batches[file.damaged(places)])
-        parts = np.split(np.flatnonzero(todo), np.flatnonzero(np.diff(batches[todo])) + 1) if todo.any() else []
+        todo = np.flatnonzero(file.missing(places) | np.isin(batches, batches[file.damaged(places)]))
+        parts = np.split(todo, np.flatnonzero(np.diff(batches[todo])) + 1) if len(todo) else []
         loader: DataLoader = DataLoader(
             TeacherItems(self.dataset),
             batch_sampler=[rows[part].tolist() for part in parts],
@@ -270,9 +259,8 @@ class TeacherCache:
             generator=torch.Generator(),
             **settings,
         )
-        with tqdm(
-            total=len(rows), initial=len(rows) - int(todo.sum()), unit="row", desc="teacher cache", disable=rank > 0
-        ) as bar:
+        done = len(rows) - len(todo)
+        with tqdm(total=len(rows), initial=done, unit="row", desc="teacher cache", disable=rank > 0) as bar:
             for part, batch in zip(parts, loader):
                 file.write(places[part], self.compute(batch), *batch[2:])
                 bar.update(len(part))

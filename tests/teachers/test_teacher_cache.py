@@ -196,7 +196,7 @@ def test_the_callers_random_numbers_go_on_as_if_nothing_was_written(tmp_path, nu
 def test_the_time_of_the_first_batch_tells_that_of_all(tmp_path, monkeypatch, capsys, batch_size, processes, times):
     clock = iter([0, 10, 40])
     monkeypatch.setattr(teacher_cache, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    TeacherCache(tmp_path, make_teacher(), make_dataset(), batch_size=batch_size).open_or_create(processes, {})
+    TeacherCache(tmp_path, make_teacher(), make_dataset(), batch_size=batch_size).open_or_create(processes)
     told = capsys.readouterr().err
     assert f"about {10 * times} s of reading, shared by the workers, and {30 * times} s of the teacher" in told
 
