@@ -84,11 +84,10 @@ def signatures(dataset: SeededViews, rows: Sequence[int]) -> np.ndarray:
 def signatures_in_a_worker(dataset: SeededViews, rows: Sequence[int], start: Any = None) -> np.ndarray:
     """Return what ``signatures`` does, but from a worker, if the dataset can be sent to one."""
     settings: dict[str, Any] = {"num_workers": 1, "collate_fn": only_signatures, "multiprocessing_context": start}
+    # A generator of its own leaves the global one as it is.
+    settings |= {"batch_sampler": [list(rows)], "generator": torch.Generator()}
     try:
-        # A generator of its own leaves the global one as it is.
-        return next(
-            iter(DataLoader(TeacherItems(dataset), batch_sampler=[rows], generator=torch.Generator(), **settings))
-        )
+        return next(iter(DataLoader(TeacherItems(dataset), **settings)))
     except (pickle.PicklingError, AttributeError, TypeError):
         return signatures(dataset, rows)
 

@@ -95,9 +95,9 @@ class CachedTeacher:
         if missing:
             absent = np.flatnonzero(self.rows < 0)
             such = f", not such as {dataset.keys.names[absent[0]]}" if dataset and len(absent) else ""
+            told = f"incomplete: {total - missing} of {total} rows are written{such}"
             raise ValueError(
-                f"The teacher cache in {first.folder} is incomplete: {total - missing} of {total} rows are written{such}. "
-                "TeacherCache.write() goes on with the others."
+                f"The teacher cache in {first.folder} is {told}. TeacherCache.write() goes on with the others."
             )
         self.described = self.described | {"transform": transforms}
 
