@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..datasets import Views
+from ..datasets.items import read_item
 from ..losses.hash_centers import hadamard
 from ..utils.distributed import gathered
 from ..utils.tensors import in_float32
@@ -94,7 +95,7 @@ class StandardizedTeacher(torch.nn.Module):
         """
         moments = None
         for batch in loader:
-            data, _, index = (*batch, None, None)[:3] if type(batch) in (tuple, list) else (batch, None, None)
+            data, _, index = read_item(batch)
             embeddings = ask(self.teacher, Views.of(data).teacher, index)
             if embeddings.ndim != 2 or not embeddings.isfinite().all():
                 raise ValueError(

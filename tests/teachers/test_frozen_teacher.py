@@ -49,7 +49,7 @@ def test_a_teacher_without_parameters_reads_arrays_of_numpy():
 
 
 def test_what_is_no_network_is_refused():
-    with pytest.raises(ValueError, match="trunk must be a torch.nn.Module, but is a str"):
+    with pytest.raises(ValueError, match="'resnet50' is no network: write timm/NAME"):
         FrozenTeacher("resnet50")
     with pytest.raises(ValueError, match="embedder must be a torch.nn.Module, but is a function"):
         FrozenTeacher(network(), lambda x: x)
@@ -81,3 +81,13 @@ def test_a_network_of_several_outputs_is_named():
 
     with pytest.raises(ValueError, match="must return one tensor of embeddings, but returned a tuple"):
         FrozenTeacher(Two())(torch.zeros(2, 4))
+
+
+def test_a_network_by_name_brings_its_preprocessing():
+    pytest.importorskip("timm")
+    teacher = FrozenTeacher("timm/test_resnet", pretrained=False)
+    side = teacher.preprocessing.size
+    assert teacher(torch.zeros(2, 3, *side)).ndim == 2
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    with pytest.raises(ValueError, match="timm/no_such_network"):
+        FrozenTeacher("timm/no_such_network", pretrained=False)
