@@ -14,7 +14,7 @@ from ..utils.modules import eval_mode, unwrapped
 from ..utils.report import write
 from .compactor import find_compactors
 from .correspondence import check_networks
-from .export import export
+from .export import export, rounded
 from .export_meter import ExportedCost, ExportMeter
 from .group_lasso import add_lasso_gradient, shrink_rows
 from .history import block_table, history_table, plot_history
@@ -117,6 +117,7 @@ class CapacityDynamics:
         self.weights = [compactor.weight for compactor in self.compactors.values()]
         self.threshold, self.proximal = threshold, proximal
         self.lasso_weight, self.epoch, self.steps = lasso_weight, 1, 0
+        self.multiple_of = budget.multiple_of if budget else 1
         self.history: list[dict[str, Any]] = []
         self.check_optimizer(optimizer)
         self.budget = None if budget is None else BudgetSchedule(budget, self.compactors, self.meter, threshold)
@@ -196,7 +197,10 @@ class CapacityDynamics:
         broken = [name for name, whole in zip(self.compactors, finite) if not whole]
         if broken:
             raise ValueError(f"the compactors behind {broken} have values that are not finite.")
-        return {name: max(1, width) for name, width in zip(self.compactors, widths)}
+        chains = [compactor.chain for compactor in self.compactors.values()]
+        return {
+            name: rounded(width, chain, self.multiple_of) for name, chain, width in zip(self.compactors, chains, widths)
+        }
 
     def end_epoch(self) -> None:
         """Enter the sizes into the history and go on to the next epoch."""
@@ -272,7 +276,7 @@ class CapacityDynamics:
     def export(self, fold_norms: bool = False) -> nn.Module:
         """Return the small plain network, see ``export``; the student stays as it is."""
         with eval_mode(self.student):
-            return export(self.student, self.threshold, fold_norms)
+            return export(self.student, self.threshold, fold_norms, self.multiple_of)
 
     def close(self) -> None:
         """Remove all hooks from both networks and the optimizer."""

@@ -87,19 +87,20 @@ class Resetting:
             trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights)
             return self.active() and student.training and trained
 
-        self.student_tap = PassTap(student, dict(compactors), learning)
+        last = {name: compactor.chain.last for name, compactor in compactors.items()}
+        self.student_tap = PassTap(student, dict(compactors), last, learning)
         # The teacher may be first, but then the student follows.
         self.teacher_tap = PassTap(
             self.teacher,
             {name: trunk.get_submodule(name) for name in compactors},
+            last,
             lambda: self.active() and student.training and not trunk.training,
             lambda done: any(done.images is own.images for own in self.student_tap.passes),
         )
 
     def close(self) -> None:
         """Take all hooks away."""
-        for handle in self.student_tap.handles + self.teacher_tap.handles:
-            handle.remove()
+        self.student_tap.close(), self.teacher_tap.close()
 
     def forget(self) -> None:
         """Drop the passes that were heard."""
@@ -120,9 +121,21 @@ class Resetting:
             with eval_mode(self.teacher):
                 for done in self.student_tap.passes:
                     self.teacher(done.images)
+        if any(
+            len(p.features) < len(self.compactors) for tap in (self.student_tap, self.teacher_tap) for p in tap.passes
+        ):
+            raise RuntimeError(
+                "not all compactors were heard in a pass, as when a network was compiled before CapacityDynamics: compile "
+                "it afterwards, or call torch.compiler.reset() once."
+            )
         sides = self.student_tap.take(), self.teacher_tap.take()
         features = [torch.cat([p.features[name] for p in side]) for name in self.compactors for side in sides]
         # All side by side, so that processes talk once.
+        chains = [compactor.chain for compactor in self.compactors.values() for _ in sides]
+        # Channels that go together count together.
+        features = [
+            f if c.units == f.shape[1] else f.unflatten(1, (c.units, -1)).norm(dim=2) for f, c in zip(features, chains)
+        ]
         parts = gathered(torch.cat(features, dim=1)).split([part.shape[1] for part in features], dim=1)
         for weight, reset, own, other in zip(self.weights, self.resets, parts[::2], parts[1::2]):
             mask = reset.update(own, other)
