@@ -68,6 +68,7 @@ class CapacityDynamics:
         budget: the target and the steps to it; None to go on shrinking.
         threshold: rows shorter than this count as gone.
         proximal: which form the lasso has.
+        example_inputs: instead of ``image_shape``, for a network that takes something else, see ``ExportMeter``.
 
     Attributes:
         history: one entry per epoch: epoch, lasso weight, parameters, flops, and of each block by name its parameters,
@@ -87,17 +88,18 @@ class CapacityDynamics:
         self,
         student: nn.Module,
         optimizer: torch.optim.Optimizer,
-        image_shape: tuple[int, ...],
+        image_shape: tuple[int, ...] | None = None,
         lasso_weight: float = 0.004,
         reset: RetrievalReset | None = None,
         budget: SizeBudget | None = None,
         threshold: float = 1e-5,
         proximal: bool = True,
+        example_inputs: Any = None,
     ):
         for name, given, kind in (("reset", reset, RetrievalReset), ("budget", budget, SizeBudget)):
             if not isinstance(given, kind | None):
                 raise ValueError(f"{name} must be a {kind.__name__} or None, but is a {type(given).__name__}.")
-        check_networks(student, reset and reset.teacher)
+        check_networks(student, None if reset is None else reset.teacher)
         for name, value, good, expected in (
             ("lasso_weight", lasso_weight, 0 <= lasso_weight < math.inf, "finite and at least 0"),
             ("threshold", threshold, 0 < threshold < 1, "above 0 and below 1, the length at which rows begin"),
@@ -113,7 +115,7 @@ class CapacityDynamics:
         if id(self.student) in ATTACHED:
             raise ValueError("student must have no other CapacityDynamics, but has one: call close() on that first.")
         self.compactors = find_compactors(self.student)
-        self.meter = ExportMeter(self.student, image_shape)
+        self.meter = ExportMeter(self.student, image_shape, example_inputs)
         self.weights = [compactor.weight for compactor in self.compactors.values()]
         self.threshold, self.proximal = threshold, proximal
         self.lasso_weight, self.epoch, self.steps = lasso_weight, 1, 0
@@ -273,10 +275,11 @@ class CapacityDynamics:
         """Draw the width of each compactor, and the size of the network, over the epochs; needs matplotlib."""
         plot_history(self.history, self.meter, path)
 
-    def export(self, fold_norms: bool = False) -> nn.Module:
-        """Return the small plain network, see ``export``; the student stays as it is."""
-        with eval_mode(self.student):
-            return export(self.student, self.threshold, fold_norms, self.multiple_of)
+    def export(self, fold_norms: bool = False, average: nn.Module | None = None) -> nn.Module:
+        """Return the small plain network, see ``export``, or that of a moving average, with the student's widths."""
+        model = self.student if average is None else average
+        with eval_mode(model):
+            return export(model, self.threshold, fold_norms, self.multiple_of, self.student)
 
     def close(self) -> None:
         """Remove all hooks from both networks and the optimizer."""
@@ -293,6 +296,7 @@ class CapacityDynamics:
         return {
             "widths": {name: len(compactor.weight) for name, compactor in self.compactors.items()},
             "resets": self.resetting.resets.state_dict() if self.resetting else {},
+            "teacher": self.resetting.teacher.state_dict() if self.resetting and self.resetting.own_teacher else None,
             "lasso_weight": self.lasso_weight,
             "epoch": self.epoch,
             "steps": self.steps,
@@ -314,15 +318,17 @@ class CapacityDynamics:
             with_one, without = ("state", "dynamics") if self.budget is None else ("dynamics", "state")
             raise ValueError(f"the {with_one} has a budget, but the {without} has none.")
         shapes, own_shapes = ({key: part.shape for key, part in each["resets"].items()} for each in (state, own))
-        if shapes != own_shapes:
+        if shapes != own_shapes or (state["teacher"] is None) != (own["teacher"] is None):
             raise ValueError(
-                "the state was taken with another queue_size, or with reset where there is none now, or the other way "
-                "round."
+                "the state was taken with another queue_size or kind of teacher, or with reset where there is none "
+                "now, or the other way round."
             )
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
         if self.resetting:
             self.resetting.resets.load_state_dict(state["resets"])
+            if self.resetting.own_teacher:
+                self.resetting.teacher.load_state_dict(state["teacher"])
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.history = list(state["history"])
 

@@ -198,17 +198,16 @@ class Walk:
     def refuse(self, node: fx.Node, reason: str) -> None:
         """Raise the reason, with the name of what stands there."""
         module = self.net.module(node)
-        what = f"{self.net.names[module]} ({type(module).__name__})" if module is not None else str(node.target)
-        what = getattr(node.target, "__name__", what) if module is None else what
+        what = name_of(node) if module is None else f"{self.net.names[module]} ({type(module).__name__})"
         raise Refused(f"{what} {reason}")
 
     def follow(self, node: fx.Node, sources: list[fx.Node]) -> None:
         """Let one node that reads the channels be a consumer, a carrier or a plain function, or refuse it."""
         module, tag = self.net.module(node), self.tags[sources[0]]
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        name = name_of(node)
         if node.op == "output":
             self.refuse(node, "of the network are these channels")
-        if module is None and (name in SHAPES or (name == "getattr" and node.args[1] in SHAPES)):
+        if reads_shape(node):
             return
         if name in ("mul", "imul", "add", "iadd") and len(node.all_input_nodes) == 2 and module is None:
             self.join(node, sources, name.lstrip("i"))
@@ -284,7 +283,7 @@ class Walk:
         path = [other]
         while True:
             current = path[-1]
-            if sum(user.op != "call_method" or user.target not in SHAPES for user in current.users) != 1:
+            if sum(not reads_shape(user) for user in current.users) != 1:
                 self.refuse(node, "multiplies with a tensor that is used elsewhere, too")
             module = self.net.module(current)
             if type(module) in (nn.Conv2d, nn.Linear):
@@ -296,7 +295,7 @@ class Walk:
                 if module not in self.companions:
                     self.companions.append(module)
                 return
-            name = current.target if isinstance(current.target, str) else getattr(current.target, "__name__", "")
+            name = name_of(current)
             plain = module is not None and not any(True for _ in module.parameters())
             single = module is None and len([a for a in current.args if isinstance(a, fx.Node)]) == 1
             if not (plain or single or name in RESHAPES) or not current.args or width in current.args[1:]:
@@ -472,18 +471,26 @@ def registered_chains(
 
 
 def stem_of(net: "Net", model: nn.Module) -> set[nn.Module]:
-    """Return, in a network with shortcuts, the layer that reads the image and those in one sequence with it."""
+    """Return, in a network with shortcuts, the layer that alone reads the image, and those in one sequence with it."""
     nodes = list(net.graph.nodes)
-    sums = any(
-        node.op.startswith("call_") and "add" in str(getattr(node.target, "__name__", node.target)) for node in nodes
-    )
-    if net.root is not model or not sums:
+    if net.root is not model or not any(name_of(node).lstrip("i") == "add" for node in nodes):
         return set()
-    first = [net.module(node) for node in nodes if any(source.op == "placeholder" for source in node.all_input_nodes)]
-    stem = {module for module in first if module is not None}
-    return stem | {
-        part for s in model.modules() if type(s) is nn.Sequential and stem & set(s._modules.values()) for part in s
-    }
+    readers = [user for node in nodes if node.op == "placeholder" for user in node.users if not reads_shape(user)]
+    stem = {net.module(node) for node in readers} - {None} if len(readers) == 1 else set()
+    sequences = [s for s in model.modules() if type(s) is nn.Sequential and stem & set(s)]
+    return stem.union(*sequences)
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def reads_shape(node: fx.Node) -> bool:
+    """Whether a node only asks for the shape or the type of a tensor."""
+    return node.op != "call_module" and (
+        name_of(node) in SHAPES or name_of(node) == "getattr" and node.args[1] in SHAPES
+    )
 
 
 def register_block(
@@ -536,8 +543,7 @@ def squeezes(net: Net, chain: Chain) -> bool:
         node: Any = net.calls[consumer][0]
         while node.op != "output" and len(node.users) == 1 and len(node.all_input_nodes) == 1:
             node = next(iter(node.users))
-        product = "mul" in str(getattr(node.target, "__name__", node.target))
-        if not product or any(is_parameter(other) for other in node.all_input_nodes):
+        if name_of(node).lstrip("i") != "mul" or any(is_parameter(other) for other in node.all_input_nodes):
             return False
     return True
 
@@ -584,7 +590,7 @@ def describe(walk: Walk, node: fx.Node, model: nn.Module) -> Chain:
             steps.append(Step(function, tuple(values[source] for source in inputs)))
             values[later] = len(steps)
     read = {module: values[reading.args[0]] for reading, module in walk.reads.items() if reading.args[0] in values}
-    direct = is_batch_norm(place) and node.args[0] in net.calls[walk.producer]
+    direct = is_batch_norm(place) and not is_norm_act(place) and node.args[0] in net.calls[walk.producer]
     full = type(walk.producer) is nn.Conv2d and direct and walk.units == walk.width
     tag = walk.tags[node]
     names = [net.names[m].split(".") for m in (walk.producer, place, *walk.consumers)]

@@ -152,7 +152,6 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
     """
     if positions not in ("inner", "all"):
         raise ValueError(f'positions must be "inner" or "all", but is {positions!r}.')
-    check_model(model)
     if existing := find_compactors(model):
         raise ValueError(f"cannot put a compactor behind {next(iter(existing))}: there is one already.")
     refuse_wrappers(model)
@@ -200,18 +199,20 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def find_compactors(model: nn.Module) -> dict[str, Any]:
     """Return the compactors of a network as ``insert_compactors`` did, or an empty dictionary."""
-    check_model(model)
     return {
         name.removesuffix(".1"): module
-        for name, module in model.named_modules()
+        for name, module in check_model(model).named_modules()
         if isinstance(module, Compactor | ChannelGate) and module.chain is not None
     }
 
 
-def check_model(model: Any) -> None:
-    """Raise ValueError for what is no network."""
+def check_model(model: Any) -> nn.Module:
+    """Return the network, out of its wrapper or moving average, or raise ValueError for what is none."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a network, but is a {type(model).__name__}.")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    inside = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+    return check_model(inside) if isinstance(inside, nn.Module) else model
 
 
 def refuse_wrappers(model: nn.Module) -> None:

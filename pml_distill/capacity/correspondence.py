@@ -1,3 +1,4 @@
+import sys
 from itertools import zip_longest
 from typing import Any
 
@@ -18,12 +19,23 @@ def check_networks(student: Any, teacher: Any) -> None:
             f"student must be the network itself, or in DistributedDataParallel, but is of type "
             f"{type(student).__name__}, behind which its passes cannot be seen."
         )
+    if any(is_sharded(parameter) for parameter in student.parameters()):
+        raise ValueError(
+            "student is sharded by fully_shard, so that no process holds whole rows of its compactors: train it in "
+            "DistributedDataParallel instead."
+        )
     if not isinstance(teacher, nn.Module | None):
         raise ValueError(f"teacher must be a network, a FrozenTeacher or None, but is a {type(teacher).__name__}.")
     if isinstance(teacher, EnsembleTeacher):
         raise ValueError("teacher must be a single network, but is an EnsembleTeacher: give one of its teachers.")
     if teacher is not None and any(module is unwrapped(student) for module in teacher.modules()):
         raise ValueError("teacher is the student; give it a network of its own.")
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether a parameter is spread over processes."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(parameter, tensor.DTensor)
 
 
 def check_correspondence(student: nn.Module, teacher: nn.Module) -> None:

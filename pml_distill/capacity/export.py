@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from .chain import Chain, Refused, is_batch_norm, is_global_response_norm, is_norm_act
-from .compactor import Compacted, find_compactors, replace_module
+from .compactor import Compacted, check_model, find_compactors, replace_module
 from .tracing import Tracer, forget_hooks, shrunk
 
 
@@ -55,6 +55,7 @@ def export(
         >>> export(model).layer1[0].conv1
         Conv2d(8, 3, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
+    model = check_model(model)
     check_compactors(model, threshold)
     judges = find_compactors(model if rows_of is None else rows_of)
     merged: dict[int, Any] = {}
@@ -88,7 +89,7 @@ def shrink(chain: Chain, compactor: Any, rows: torch.Tensor, merged: dict[int, A
     factors = None if chain.full else compactor.weight[rows].expand(-1, chain.width // chain.units).reshape(-1)
     if chain.full:
         merged[id(chain.producer)] = merge(now(chain.producer), chain.place, compactor.weight[rows])
-        merged[id(chain.place)] = copy.deepcopy(chain.place.act) if is_norm_act(chain.place) else nn.Identity().eval()
+        merged[id(chain.place)] = nn.Identity().eval()
     else:
         out = chain.channels(rows, len(chain.producer.weight))
         scale = factors if chain.place is chain.producer else None
@@ -260,6 +261,6 @@ def fold(model: nn.Module) -> None:
         names = str(source.target), str(node.target)
         conv, norm = modules[names[0]], modules[names[1]]
         once = calls.count(source.target) == calls.count(node.target) == 1 and len(source.users) == 1
-        if type(conv) is nn.Conv2d and is_batch_norm(norm) and once:
+        if type(conv) is nn.Conv2d and is_batch_norm(norm) and not is_norm_act(norm) and once:
             replace_module(model, names[0], merge(conv, norm))
-            replace_module(model, names[1], norm.act if is_norm_act(norm) else nn.Identity().eval())
+            replace_module(model, names[1], nn.Identity().eval())

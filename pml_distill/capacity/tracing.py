@@ -65,6 +65,14 @@ def trace(model: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
     return graphs + [found for part in parts for found in trace(part)]
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Return a frozen copy without forward hooks."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        forget_hooks(module, memo)
+    return copy.deepcopy(model, memo).requires_grad_(False)
+
+
 def forget_hooks(module: nn.Module, memo: dict[int, Any]) -> None:
     """Let a deep copy find no forward hooks: they serve the network they were put on, and may hold much more."""
     for name, hooks in vars(module).items():
