@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .chain import Chain, Refused, find_chains, is_norm_act
+from .chain import Chain, find_chains
 from .group_lasso import row_lengths
+from .tracing import is_norm_act
+from .walk import Refused
 
 
 class Compactor(nn.Conv2d):
@@ -108,7 +110,8 @@ class Compacted(nn.Sequential):
         if plain and not any(key.startswith((f"{prefix}0.", f"{prefix}1.")) for key in plain):
             for key in plain:
                 state_dict[f"{prefix}0.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-            state_dict[f"{prefix}1.weight"] = self[1].identity()
+            compactor: Any = self[1]
+            state_dict[f"{prefix}1.weight"] = compactor.identity()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -6,8 +6,9 @@ from torch import nn
 
 from ..teachers import EnsembleTeacher
 from ..utils.modules import unwrapped
-from .chain import Chain, find_chains, is_norm_act
+from .chain import Chain, find_chains
 from .compactor import find_compactors
+from .tracing import is_norm_act
 
 
 def check_networks(student: Any, teacher: Any) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .chain import Chain, Refused, is_batch_norm, is_global_response_norm, is_norm_act
+from .chain import Chain
 from .compactor import Compacted, check_model, find_compactors, replace_module
-from .tracing import Tracer, forget_hooks, shrunk
+from .tracing import Tracer, forget_hooks, is_batch_norm, is_global_response_norm, is_norm_act, shrunk
+from .walk import Refused
 
 
 def export(

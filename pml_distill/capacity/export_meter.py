@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ..utils.modules import eval_mode
-from .chain import is_norm_act
 from .compactor import find_compactors
 from .export import kept_rows
+from .tracing import is_norm_act
 
 
 @dataclass
@@ -106,7 +106,7 @@ class ExportMeter:
         if (
             not isinstance(image_shape, Sequence)
             or len(image_shape) != 3
-            or not all(isinstance(size, Integral) and size > 0 for size in image_shape)
+            or not all(isinstance(size, Integral) and int(size) > 0 for size in image_shape)
         ):
             raise ValueError(f"image_shape must be (C, H, W), three positive whole numbers, but is {image_shape!r}.")
         parameter = next(self.model.parameters())

@@ -64,15 +64,14 @@ class PassTap:
                 self.passes.append(self.current)
             self.current = None
 
-        self.listening = [module for module in modules.values() if hasattr(module, "listener")]
+        self.listening: list[Any] = [module for module in modules.values() if hasattr(module, "listener")]
         self.handles = [entry.register_forward_pre_hook(start, with_kwargs=True), entry.register_forward_hook(finish)]
         for name, module in modules.items():
+            hear = functools.partial(collect, name)
             if hasattr(module, "listener"):
-                module.listener = functools.partial(collect, name)
+                setattr(module, "listener", hear)  # noqa: B010
             else:
-                self.handles.append(
-                    module.register_forward_hook(lambda _m, _i, output, name=name: collect(name, output))
-                )
+                self.handles.append(module.register_forward_hook(lambda _m, _i, output, hear=hear: hear(output)))
 
     def close(self) -> None:
         """Hear nothing more."""

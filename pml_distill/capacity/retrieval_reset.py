@@ -104,7 +104,8 @@ class Resetting:
 
     def close(self) -> None:
         """Take all hooks away."""
-        self.student_tap.close(), self.teacher_tap.close()
+        self.student_tap.close()
+        self.teacher_tap.close()
 
     def forget(self) -> None:
         """Drop the passes that were heard."""

@@ -75,7 +75,7 @@ def origins(student: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return the student's parameter in whose place each parameter of the exported network belongs."""
     old, found = dict(student.named_parameters()), {}
     modules = {module: name for name, module in student.named_modules()}
-    moved = {}
+    moved: dict[str, str] = {}
     for place, compactor in find_compactors(student).items():
         chain = compactor.chain
         # What was wrapped is at its own name again, and a merged convolution has the bias of its normalisation.

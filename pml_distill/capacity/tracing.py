@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,7 +88,8 @@ def shrunk(module: nn.Module, index: torch.Tensor, width: int, memo: dict[int, A
         forget_hooks(part, memo)
     small = copy.deepcopy(module, memo)
     for part in small.modules():
-        for tensors in (part._parameters, part._buffers):
+        stores: Any = (part._parameters, part._buffers)
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.ndim and len(tensor) == width:
                     few = tensor.detach()[index].clone()
@@ -97,3 +99,23 @@ def shrunk(module: nn.Module, index: torch.Tensor, width: int, memo: dict[int, A
             if getattr(part, name, None) == width:
                 setattr(part, name, len(index))
     return small
+
+
+def is_batch_norm(module: Any) -> bool:
+    """Return whether a module is a scale and a shift per channel in eval mode; subclasses may be more than that."""
+    misc = sys.modules.get("torchvision.ops.misc")
+    frozen = misc is not None and type(module) is misc.FrozenBatchNorm2d
+    known = frozen or type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_norm_act(module)
+    return known and module.running_mean is not None
+
+
+def is_norm_act(module: Any) -> bool:
+    """Return whether a module is timm's batch norm with an activation inside."""
+    timm = sys.modules.get("timm.layers")
+    return timm is not None and type(module) in (timm.BatchNormAct2d, timm.SyncBatchNormAct)
+
+
+def is_global_response_norm(module: Any) -> bool:
+    """Return whether a module is the global response normalisation of ConvNeXt V2."""
+    timm = sys.modules.get("timm.layers.grn")
+    return timm is not None and type(module) is timm.GlobalResponseNorm
