@@ -12,7 +12,9 @@ of the channels, or its error, stands beside. A run that was stopped goes on whe
 
 import argparse
 import csv
+import gc
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -97,6 +99,8 @@ def build(name: str) -> tuple[nn.Module, int]:
             nn.init.normal_(module.bias, 0, 0.1)
         if isinstance(getattr(module, "gamma", None), nn.Parameter):
             nn.init.ones_(module.gamma)  # a layer scale of 1e-6 would hide the block
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, 0, 0.02)
         if isinstance(getattr(module, "layer_scale", None), nn.Parameter):
             nn.init.ones_(module.layer_scale)
     return model.eval(), size
@@ -125,6 +129,8 @@ def peer(name: str) -> str:
     model, size = build(name)
     images = torch.randn(1, 3, size, size)
     heads = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("no end within 30 seconds")))
+    signal.alarm(30)
     try:
         before, _ = torch_pruning.utils.count_ops_and_params(model, images)
         importance = torch_pruning.importance.MagnitudeImportance(p=2)
@@ -135,6 +141,8 @@ def peer(name: str) -> str:
         after, _ = torch_pruning.utils.count_ops_and_params(model, images)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:80]
+    finally:
+        signal.alarm(0)
     return f"{1 - after / before:.2f}"
 
 
@@ -204,6 +212,7 @@ def main() -> None:
     done = {one["network"] for one in rows}
     for name in (name for name in options.names if name not in done):
         beside = peer(name) if options.peer else ""
+        gc.collect()
         rows += [row(name, positions) | {"peer": beside} for positions in ("inner", "all")]
         write(rows, options.out)
         print(*rows[-2:], sep="\n", flush=True)

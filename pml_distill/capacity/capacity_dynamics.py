@@ -45,29 +45,24 @@ class CapacityDynamics:
     ``dynamics.end_epoch()``. The optimizer's state dict carries the progress, so that a checkpoint resumes it.
 
     Rows begin at length 1 and shrink by the sum of learning rate times ``lasso_weight`` over all steps: the paper's
-    0.004 sums to 1.6 over its 40,000 steps at 0.01. Without a budget a shorter training wants a larger weight. Give
-    the compactors a parameter group with ``weight_decay=0``, since decay shortens all rows alike, and keep them in
-    float32: in bfloat16 a row of length 1 does not feel a step below 0.002.
-
-    ``proximal=False`` is the authors' form: lasso_weight * w / ||w|| is added to the gradient. Its rows never reach
-    zero but swing around it, and Adam divides the pull away.
-
-    While it is attached neither network can be pickled as a whole; ``close()`` first, also before another one is
-    attached. Under ``DistributedDataParallel`` all processes need as many images in each step (``drop_last=True``).
+    0.004 sums to 1.6 over its 40,000 steps at 0.01. Give the compactors a parameter group with ``weight_decay=0``,
+    since decay shortens all rows alike, and keep them in float32: in bfloat16 a row of length 1 does not feel a step
+    below 0.002. While it is attached neither network can be pickled as a whole; ``close()`` first. Of several processes
+    all need as many images in each step (``drop_last=True``).
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
     CVPR 2023; the defaults are its settings.
 
     Args:
         student: a network with compactors, see ``insert_compactors``; may be inside of DistributedDataParallel.
-            ``torch.compile`` comes afterwards.
         optimizer: the one that trains the compactors.
         image_shape: (C, H, W), for the FLOPs.
         lasso_weight: how strong the lasso is; with a budget the first weight, which then adapts.
         reset: the teacher, and how it guides the resetting of gradients; None for plain group lasso.
         budget: the target and the steps to it; None to go on shrinking.
         threshold: rows shorter than this count as gone.
-        proximal: which form the lasso has.
+        proximal: False for the authors' form of the lasso, lasso_weight * w / ||w|| in the gradient: its rows never
+            reach zero but swing around it, and Adam divides the pull away.
         example_inputs: instead of ``image_shape``, for a network that takes something else, see ``ExportMeter``.
 
     Attributes:
@@ -75,11 +70,9 @@ class CapacityDynamics:
             flops and the widths behind its compactors; all as if the network were exported then.
 
     Raises:
-        ValueError: the student is no network, compiled or in ``DataParallel``, has another CapacityDynamics, no
-            compactors, or one that the optimizer does not train; the teacher is no single network, is the student, or
-            has other blocks or widths than the student; a number out of range; an image shape that the student does
-            not take; a budget out of reach or with ``proximal=False``; in a step: a compactor with values that are not
-            finite, a block that runs more than once in a pass.
+        ValueError: the student cannot be driven (wrapped, sharded, no compactors, not trained by the optimizer), the
+            teacher has other blocks or widths, a number is out of range, a budget out of reach; in a step: a compactor
+            with values that are not finite, a block that runs more than once in a pass.
         RuntimeError: in ``optimizer.step()`` of a resetting epoch, when compactors have gradients but no pass of the
             student in training mode was heard.
     """

@@ -21,7 +21,7 @@ class Chain:
         block: the smallest module around it.
         producer: the convolution or linear layer whose outputs shrink.
         place: the module behind which the compactor stands: its normalisation, a grouped convolution, or itself.
-        carriers: the modules between that hold something for each channel.
+        carriers: the modules between that hold something for each channel, with their widths.
         companions: layers whose outputs are multiplied with the channels, as in squeeze-and-excitation.
         consumers: the layers whose inputs shrink.
         units: how many rows the compactor has: channels, or groups of them.
@@ -36,7 +36,7 @@ class Chain:
     block: nn.Module
     producer: Any
     place: Any
-    carriers: list[Any]
+    carriers: dict[Any, int]
     companions: list[Any]
     consumers: list[Any]
     units: int
@@ -279,7 +279,7 @@ def described(walk: Walk, node: fx.Node, model: nn.Module) -> Chain:
         block=model.get_submodule(".".join(prefix)),
         producer=producer,
         place=place,
-        carriers=list(walk.carriers),
+        carriers=walk.carriers,
         companions=list(walk.companions),
         consumers=list(walk.consumers),
         units=walk.units,

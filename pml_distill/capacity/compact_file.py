@@ -84,8 +84,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
 def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     """Return the network that ``save_compact`` wrote, on the CPU, in eval mode.
 
-    Convolutions, linear layers, batch norms and identities are rebuilt, other modules are compared by what they print.
-    A setting that a module of your own does not print goes unnoticed: give a ``model`` that has the right one.
+    Layers whose widths differ are rebuilt, other modules are compared by what they print.
 
     Args:
         path: the file.
@@ -93,9 +92,7 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
             for networks that are not plain ResNets of torchvision or timm.
 
     Raises:
-        ValueError: for a file that is not of this format, for one of another architecture than ``model``, or with
-            other settings in a layer that is not rebuilt; for one that names no architecture when ``model`` is not
-            given; for a ``model`` that is no network.
+        ValueError: the file is of another format, of another architecture than ``model``, or names none.
     """
     if not isinstance(model, nn.Module | None):
         raise ValueError(f"model must be a network or None, but is a {type(model).__name__}.")

@@ -42,9 +42,8 @@ def export(
         rows_of: the network whose compactors decide which rows stay; for a moving average of a student, the student.
 
     Raises:
-        ValueError: for what is no network, in training mode, without compactors, for a compactor with values that are
-            not finite, for a module that has learned to lift zeros or to mix channels, or was replaced after the
-            insertion, for a threshold below 0 or above all rows of several compactors, unless they are all zero, for
+        ValueError: for a network in training mode, without compactors or with values that are not finite; a module that
+            has learned to lift zeros or was replaced after the insertion; a threshold below 0 or above all rows;
             ``fold_norms`` of a network that cannot be traced.
 
     Example:
@@ -95,20 +94,20 @@ def shrink(chain: Chain, compactor: Any, rows: torch.Tensor, merged: dict[int, A
         out = chain.channels(rows, len(chain.producer.weight))
         scale = factors if chain.place is chain.producer else None
         merged[id(chain.producer)] = with_rows(now(chain.producer), out, scale)
-    for module in chain.carriers:
-        if chain.full and module is chain.place:
+    for module, width in chain.carriers.items():
+        index, here = chain.channels(rows, width), module is chain.place
+        if chain.full and here:
             continue
-        width = width_of(module)
-        index = chain.channels(rows, width)
         if type(module) is nn.Conv2d:
             groups = module.groups * len(rows) // chain.units
-            small: Any = with_rows(now(module), index, factors if module is chain.place else None, groups)
+            small: Any = with_rows(now(module), index, factors if here else None, groups)
         else:
-            inside = chain.place.drop if is_norm_act(chain.place) and module is chain.place else None
-            small = shrunk(module, index, width, None if inside is None else {id(inside): inside[0]})
+            small = shrunk(
+                module, index, width, {id(module.drop): module.drop[0]} if here and is_norm_act(module) else {}
+            )
             small._load_state_dict_pre_hooks.clear()
-            if module is chain.place:
-                scale_norm(small, factors)
+            for tensor in (small.weight, small.bias) if here else ():
+                tensor.copy_(tensor.double() * factors)
             if is_global_response_norm(module):
                 # Its mean is over fewer channels.
                 small.weight.mul_(width / len(index))
@@ -121,30 +120,11 @@ def shrink(chain: Chain, compactor: Any, rows: torch.Tensor, merged: dict[int, A
     for module in chain.consumers:
         layer, width = now(module), module.weight.shape[1]
         index, bias = chain.channels(rows, width), layer.bias
-        constant = constants.get(module)
-        if constant is not None:
+        if module in constants:
             dead = chain.channels(gone.nonzero().flatten(), width)
-            read = (
-                layer.weight[:, dead].double().flatten(2).sum(2)
-                if layer.weight.ndim > 2
-                else layer.weight[:, dead].double()
-            )
-            bias = layer.bias + (read @ constant[dead].double()).to(layer.bias)
+            kernel = layer.weight[:, dead].double().reshape(len(bias), len(dead), -1).sum(2)
+            bias = bias + (kernel @ constants[module][dead].double()).to(bias)
         merged[id(module)] = with_values(layer, layer.weight[:, index], bias)
-
-
-def width_of(module: Any) -> int:
-    """Return how many channels a carrier has."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return next(len(tensor) for tensor in tensors if tensor.ndim)
-
-
-def scale_norm(norm: Any, factors: Any) -> None:
-    """Multiply what a normalisation returns."""
-    for name in ("weight", "bias"):
-        tensor = getattr(norm, name)
-        if tensor is not None:
-            tensor.copy_(tensor.double() * factors.double())
 
 
 def check_compactors(model: nn.Module, threshold: float) -> None:

@@ -68,7 +68,7 @@ class ExportMeter:
         with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
             try:
                 model(*args, **kwargs)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError, TypeError) as error:
                 given = f"image_shape must be a shape that {type(model).__name__} takes, but is {image_shape}"
                 if example_inputs is not None:
                     given = f"example_inputs must be what {type(model).__name__} takes"

@@ -24,10 +24,7 @@ class PassTap:
         modules: modules inside of it, by name.
         last: whether their channels are the last dimension of the output, or the second.
         wanted: asked at the beginning of a pass whether to keep it.
-        still_wanted: asked then about each pass that is kept.
-
-    Attributes:
-        passes: those kept since the last ``take``.
+        still_wanted: asked then about each of the ``passes`` that are kept until the next ``take``.
     """
 
     def __init__(

@@ -52,14 +52,7 @@ class RetrievalReset:
 
 
 class Resetting:
-    """Applies ``RetrievalReset`` to a student: hears both networks, keeps the queues and zeroes gradients.
-
-    Args:
-        settings: what to apply.
-        student: the network, without wrapper.
-        compactors: its compactors by name.
-        epoch: the current one.
-    """
+    """Applies ``RetrievalReset`` to a student: hears both networks, keeps the queues and zeroes gradients."""
 
     def __init__(
         self, settings: RetrievalReset, student: nn.Module, compactors: dict[str, Compactor], epoch: Callable[[], int]

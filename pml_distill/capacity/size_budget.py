@@ -66,12 +66,6 @@ class BudgetSchedule:
     as that row is behind or ahead. When the target is met or the time is over, the shortest rows that are still too
     many go, and from then on those that are zero stay zero.
 
-    Args:
-        settings: the target.
-        compactors: by name, as ``find_compactors`` returns them.
-        meter: of the network.
-        threshold: rows shorter than this count as gone.
-
     Raises:
         ValueError: the target is out of reach.
     """
@@ -109,13 +103,7 @@ class BudgetSchedule:
             weight.mul_(alive)
 
     def follow(self, step: int, widths: dict[str, int], before: list[torch.Tensor]) -> float:
-        """Return by what to multiply the lasso weight, or settle what stays.
-
-        Args:
-            step: how many have been taken.
-            widths: the rows of each compactor that are left.
-            before: the weights as they were before the last shrinking.
-        """
+        """Return by what to multiply the lasso weight, or settle what stays; ``before`` is as before the shrinking."""
         size = self.size(widths)
         if size <= self.target or step >= self.steps:
             if size < self.target:

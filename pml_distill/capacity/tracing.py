@@ -83,7 +83,7 @@ def forget_hooks(module: nn.Module, memo: dict[int, Any]) -> None:
 
 def shrunk(module: nn.Module, index: torch.Tensor, width: int, memo: dict[int, Any] | None = None) -> Any:
     """Return a copy, without hooks, of a module that treats each channel alone, with some of its ``width`` channels."""
-    memo = {} if memo is None else memo
+    memo = memo or {}
     for part in module.modules():
         forget_hooks(part, memo)
     small = copy.deepcopy(module, memo)

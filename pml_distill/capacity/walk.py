@@ -85,7 +85,7 @@ class Walk:
         self.functions: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         self.reads: dict[Any, Any] = {}
         self.places: list[fx.Node] = []
-        self.carriers: dict[Any, None] = {}
+        self.carriers: dict[Any, int] = {}
         self.companions: dict[Any, None] = {}
         for node in net.graph.nodes:
             if node in net.calls[producer]:
@@ -132,14 +132,16 @@ class Walk:
                 self.refuse(node, "has groups that cut through these channels")
             self.tags[node], self.functions[node] = (module.out_channels, False), (module, (source,))
             self.places.append(node)
-            self.carriers[module] = None
+            self.carriers[module] = module.out_channels
         else:
             function = Bound(node) if module is None else module
             if not (is_global_response_norm(module) and last == (module.channel_dim == -1)):
                 last = self.probe(node, function, width, last)
             self.tags[node], self.functions[node] = (width, last), (function, (source,))
-            if holds_tensors(module):
-                self.carriers[module] = None
+            if module is not None and any(
+                t.ndim and len(t) == width for t in (*module.parameters(), *module.buffers())
+            ):
+                self.carriers[module] = width
             if is_batch_norm(module) and module.weight is not None:
                 self.places.append(node)
 
@@ -195,9 +197,9 @@ class Walk:
             order = torch.randperm(math.prod(shape), generator=torch.Generator().manual_seed(0))
             x = torch.linspace(-2, 2, len(order), dtype=torch.float64)[order].view(shape)
             try:
-                whole = function(x.clone())
+                whole: Any = function(x.clone())
                 half = small(x.index_select(len(shape) - 1 if last else 1, spread(kept, width // units)))
-                (new,) = (d for d, (a, b) in enumerate(zip(whole.shape, half.shape, strict=True)) if a != b)
+                (new,) = (int(d) for d, (a, b) in enumerate(zip(whole.shape, half.shape, strict=True)) if a != b)
                 same = whole.index_select(new, spread(kept, whole.shape[new] // units))
                 if new in (1, whole.ndim - 1) and torch.allclose(same, half, rtol=1e-9, atol=1e-12):
                     return bool(new == whole.ndim - 1)

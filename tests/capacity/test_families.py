@@ -44,9 +44,10 @@ class Gated(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
         self.d, self.act, self.e = nn.Linear(12, 20), nn.Sigmoid(), nn.Linear(20, 12)
+        self.prelu = nn.PReLU()
 
     def forward(self, x):
-        x = x + self.c(nn.functional.silu(self.a(x)) * self.b(x))
+        x = x + self.c(self.prelu(nn.functional.silu(self.a(x)) * self.b(x)))
         return x + self.e(self.act(self.d(x)))
 
 
