@@ -216,7 +216,7 @@ def spread(rows: torch.Tensor, group: int) -> torch.Tensor:
 def flattens(node: fx.Node) -> bool:
     """Whether this is ``x.view(x.size(0), -1)`` or the like."""
     sizes = node.args[1:]
-    return len(sizes) == 2 and isinstance(sizes[0], fx.Node) and (isinstance(sizes[1], fx.Node) or sizes[1] == -1)
+    return len(sizes) == 2 and isinstance(sizes[0], fx.Node) and (isinstance(sizes[1], fx.Node) or bool(sizes[1] == -1))
 
 
 def holds_tensors(module: Any) -> bool:
