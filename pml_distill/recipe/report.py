@@ -16,6 +16,7 @@ from ..datasets.items import UNLABELED
 from ..evaluation import model_cost, neighbor_agreement, retrieval_accuracy
 from ..models import Preprocessing
 from ..utils.files import whole_file
+from ..utils.report import format_table
 from .images import ImageSet
 
 COLUMNS = {
@@ -58,6 +59,11 @@ def shown_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the figures as text, without columns that are empty."""
     present = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     return [{"network": row["network"]} | {COLUMNS[key]: shown(key, row.get(key)) for key in present} for row in rows]
+
+
+def text_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table for a terminal."""
+    return format_table(shown_table(rows))
 
 
 def shown(key: str, value: Any) -> str:
