@@ -17,7 +17,6 @@ import importlib
 import pkgutil
 import re
 import statistics
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]

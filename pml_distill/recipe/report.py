@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,11 @@ def draw_curves(path: Path, curves: dict[str, list[dict[str, float]]], key: str,
     return True
 
 
-def draw_neighbors(path: Path, images: ImageSet, embeddings: torch.Tensor) -> None:
-    """Draw queries and what is nearest to each: framed green for its class, red for another, grey without labels."""
+def draw_neighbors(path: str | os.PathLike, images: Any, embeddings: torch.Tensor) -> None:
+    """Draw images of a dataset with ``labels``, and to the right of each what is nearest to it.
+
+    The frame is green for the image's own class, red for another, grey without labels.
+    """
     from PIL import Image
 
     count = min(QUERIES, len(images))

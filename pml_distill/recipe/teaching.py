@@ -176,7 +176,10 @@ def read_vectors(path: str | Path, images: ImageSet) -> torch.Tensor:
                 ids = [line["path"] for line in csv.DictReader(file)]
     vectors = torch.as_tensor(np.array(table, dtype=np.float32))
     if vectors.ndim != 2 or len(vectors) != len(ids):
-        raise ValueError(f"{path} must have {len(ids)} rows, one for each image, but has {tuple(vectors.shape)}.")
+        raise ValueError(
+            f"{path} must have {len(ids)} rows, one for each image, but has {tuple(vectors.shape)}. Embed the same "
+            "images again."
+        )
     row_of = {name: row for row, name in enumerate(ids)}
     missing = [name for name in images.names if name not in row_of]
     if missing:
