@@ -94,6 +94,8 @@ def build(name: str) -> tuple[nn.Module, int]:
         if getattr(module, "running_mean", None) is not None:
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.running_var, 0.8, 1.2)
+            if isinstance(module.weight, nn.Parameter):
+                nn.init.uniform_(module.weight, 0.5, 1)  # some begin at zero, which would hide the block
         if type(module).__name__ == "GlobalResponseNorm":
             nn.init.normal_(module.weight, 0, 0.5)
             nn.init.normal_(module.bias, 0, 0.1)
