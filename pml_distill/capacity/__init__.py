@@ -1,9 +1,8 @@
 """A student that shrinks while it learns: compactors, what drives their rows to zero, and the network that is left."""
 
 from .capacity_dynamics import CapacityDynamics
-from .chain import register_block
 from .compact_file import load_compact, save_compact
-from .compactor import ChannelGate, Compactor, find_compactors, insert_compactors
+from .compactor import Compactor, find_compactors, insert_compactors, register_block
 from .export import export
 from .export_meter import ExportMeter
 from .gradient_reset import GradientReset
@@ -13,7 +12,6 @@ from .size_budget import SizeBudget
 
 __all__ = [
     "CapacityDynamics",
-    "ChannelGate",
     "Compactor",
     "ExportMeter",
     "GradientReset",

@@ -1,13 +1,14 @@
-"""What people call: a whole run in a folder that one configuration owns, networks compared, images embedded."""
+"""A run: a folder that one configuration owns, from the images to the files that leave it."""
 
 import csv
+import importlib.metadata
 import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ EXTRA = (
 )
 
 
-class Run(NamedTuple):
+@dataclass
+class Run:
     """A finished run: its folder, the student, the rows of the table, what was noted, and the path of the report."""
 
     out: Path
@@ -59,10 +61,10 @@ def distill(
 ) -> Run:
     """Teach a small network to retrieve like a large one, test it, and write the files to deploy it.
 
-    What the teacher returns for a few augmented views of each image is stored, centred, rotated and whitened; the
-    rotation is tuned on the labels, if there are any. The student learns from that and from the labels, with the weight
-    that is best on the validation images. Called again after an interruption, it continues; after the end, it loads
-    the result.
+    The teacher is tuned on the labels, if there are any. What it returns for a few augmented views of each image is
+    stored, centred, rotated and whitened. The student learns from that and from the labels; the weight of the
+    distillation is the best of a few on the validation images. Called again after an interruption, it continues; after
+    the end, it loads the result.
 
     Args:
         images: see ``find_images``.
@@ -72,7 +74,7 @@ def distill(
         device: where to train; None: the GPU, if there is one.
         workers: processes that read images; None: by the number of cores.
         augmentation: from an image to a random view of it, in place of crops, mirroring and jittered colours.
-        **options: see ``Settings``. ``teacher_embeddings`` may also be an array (N, D).
+        **options: see ``Settings``.
 
     Raises:
         ValueError: images, names or options cannot serve, or ``out`` holds something else.
@@ -82,28 +84,30 @@ def distill(
     require_extra()
     if student is None:
         raise ValueError("Give a student (--student), such as timm/mobilenetv4_conv_small.e2400_r224_in1k.")
-    vectors: Any = options.get("teacher_embeddings")
+    vectors = options.get("teacher_embeddings")
     if vectors is not None and not isinstance(vectors, (str, os.PathLike)):
         vectors = torch.as_tensor(vectors, dtype=torch.float32)
-        options["teacher_embeddings"] = str(tuple(vectors.shape))
-    options["losses"] = tuple(options.get("losses") or ())
-    options |= {key: str(value) for key, value in options.items() if isinstance(value, os.PathLike)}
-    settings = Settings(name_of(teacher), str(name_of(student)), **options)
+        options["teacher_embeddings"] = f"{tuple(vectors.shape)}"
+    else:
+        vectors = None
+    paths = {key: str(value) for key, value in options.items() if isinstance(value, os.PathLike)}
+    settings = Settings(name_of(teacher), str(name_of(student)), **options | paths)
     machine = new_machine(device, workers, settings.batch_size)
-    out, found = Path(out), find_images(images, settings.skip_broken)
-    if isinstance(vectors, torch.Tensor) and (vectors.ndim != 2 or len(vectors) != len(found.all)):
-        raise ValueError(f"teacher_embeddings must be ({len(found.all)}, D), but are {tuple(vectors.shape)}.")
-    source = vectors if teacher is None and isinstance(vectors, torch.Tensor) else teacher
-    job = Job(out, settings, machine, found, source, student, augmentation)
+    found = find_images(images, settings.skip_broken)
+    if vectors is not None and len(vectors) != len(found.all):
+        raise ValueError(f"teacher_embeddings has {len(vectors)} rows, but there are {len(found.all)} images.")
+    out = Path(out)
+    job = Job(out, settings, machine, found, teacher, student, vectors, augmentation)
     claim(out, settings.to_dict() | {"images": found.digest, "augmentation": repr(augmentation)})
-    given = student if isinstance(student, nn.Module) else None
     if not (out / CONFIG).exists():
         job.note(str(found))
         job.teach()
+        job.standardize()
         networks = job.students()
-        in_first_process(lambda: finish(job, networks, given is None))
+        in_first_process(lambda: finish(job, networks, isinstance(student, nn.Module)))
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    return Run(out, load_student(out, given), config["table"], config["notes"], out / REPORT)
+    trained = load_student(out, student if isinstance(student, nn.Module) else None)
+    return Run(out, trained, config["table"], config["notes"], out / REPORT)
 
 
 def claim(out: Path, ours: dict[str, Any]) -> None:
@@ -135,13 +139,15 @@ def claim(out: Path, ours: dict[str, Any]) -> None:
     in_first_process(in_one_process)
 
 
-def finish(job: Job, networks: dict[str, Any], has_name: bool) -> None:
+def finish(job: Job, networks: dict[str, Any], given: bool) -> None:
     """Write the files and try them, test all networks, write the report; the configuration comes last."""
-    out, settings, sees, test = job.out, job.settings, job.student.preprocessing, job.images["test"]
+    out, settings, sees = job.out, job.settings, job.student.preprocessing
+    test = job.images["test"]
     tested = SharedViews(test, None, sees, None)
-    calibration = SharedViews(job.images["train"], None, sees, None) if settings.int8 else None
+    student = networks[DISTILLED]
     again = build_student(job.student, job.width, settings.bits)
-    files = deploy.write_files(out, networks[DISTILLED], again, sees.image_shape, tested, calibration)
+    calibration = SharedViews(job.images["train"], None, sees, None) if settings.int8 else None
+    files = deploy.write_files(out, student, again, sees.image_shape, tested, calibration)
     for name, result in files.items():
         job.notes.append(
             f"{name} was run on {result['images']} test images: largest difference from the student "
@@ -151,27 +157,26 @@ def finish(job: Job, networks: dict[str, Any], has_name: bool) -> None:
     spaces = {"teacher": own}
     rows: list[dict[str, Any]] = [{"network": "teacher"} | report.accuracy(own, test.labels)]
     rows[0] |= report.beside_teacher(gallery, gallery, test.labels)
-    if not isinstance(job.teacher, torch.Tensor):
+    if job.teacher is not None:
         rows[0] |= report.cost(job.teacher.network.to(job.machine.device), job.teacher.preprocessing.image_shape)
     for name, network in networks.items():
-        found = spaces[name] = job.machine.embed(network, tested)
+        found = spaces[name] = job.machine.embed(network.to(job.machine.device), tested)
         figures = report.accuracy(found, test.labels) | report.beside_teacher(found, gallery, test.labels)
         rows.append({"network": name} | figures | report.cost(network, sees.image_shape))
     report.write_csv(out / "results.csv", rows)
     pictures = report.draw(out, job.curves, test, spaces)
     title = f"{settings.student} taught by {settings.teacher or settings.teacher_embeddings}"
     report.write_page(out / REPORT, title, job.notes, rows, pictures, settings.to_dict())
-    student = {"network": settings.student if has_name else None, "image_size": settings.image_size}
-    versions = {name: version(name) for name in ("torch", "torchvision", "onnxruntime")}
-    provenance = {"settings": settings.to_dict(), "images": job.images.digest, "files": files, "versions": versions}
-    config = {
-        "student": student | {"width": job.width, "bits": settings.bits},
-        "preprocessing": sees.to_dict(),
-        "provenance": provenance,
-        "notes": job.notes,
-        "table": rows,
+    known = {
+        "network": None if given else settings.student,
+        "image_size": settings.image_size,
+        "width": job.width,
+        "bits": settings.bits,
     }
-    write_json(out / CONFIG, config)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnxruntime")}
+    provenance = {"settings": settings.to_dict(), "images": job.images.digest, "files": files, "versions": versions}
+    config = {"student": known, "preprocessing": sees.to_dict(), "provenance": provenance}
+    write_json(out / CONFIG, config | {"notes": job.notes, "table": rows})
 
 
 def test(
@@ -202,31 +207,33 @@ def test(
     machine = new_machine(device, workers, batch_size)
     loaded = [find_network(network, **options) for network in networks]
     tested = part_to_test(images, networks, skip_broken)
-    rows: list[dict[str, Any]] = []
-    first = None
+    rows, first = [], None
     for named in loaded:
-        found = machine.embed(named.network, SharedViews(tested, None, named.preprocessing, None), named.name)
+        shown = SharedViews(tested, None, named.preprocessing, None)
+        found = machine.embed(named.network, shown, named.name)
         first = found if first is None else first
-        figures = {"agreement": neighbor_agreement(found, first, min(10, len(found) - 1))}
-        figures |= report.accuracy(found, tested.labels) | report.cost(named.network, named.preprocessing.image_shape)
-        rows.append({"network": named.name} | figures)
+        figures: dict[str, Any] = report.accuracy(found, tested.labels)
+        figures["agreement"] = neighbor_agreement(found, first, min(10, len(found) - 1))
+        rows.append({"network": named.name} | figures | report.cost(named.network, named.preprocessing.image_shape))
     return rows
 
 
 def part_to_test(images: Any, networks: Sequence[str | nn.Module], skip_broken: bool) -> ImageSet:
     """Return the test images of a folder that a run among the networks was trained on, else all."""
-    configs = [Path(network) / CONFIG for network in networks if isinstance(network, str)]
-    digests = {
-        json.loads(path.read_text(encoding="utf-8"))["provenance"]["images"] for path in configs if path.is_file()
-    }
+    digests = set()
+    for network in networks:
+        path = Path(network) / CONFIG if isinstance(network, str) else Path()
+        if path.is_file():
+            digests.add(json.loads(path.read_text(encoding="utf-8"))["provenance"]["images"])
+    found = find_images(images, skip_broken, divide=False)
     if digests:
         try:
             divided = find_images(images, skip_broken)
         except ValueError:
-            divided = None  # what cannot be divided did not train
-        if divided is not None and divided.digest in digests:
-            return divided["test"]
-    return find_images(images, skip_broken, divide=False)["test"]
+            divided = found
+        if divided.digest in digests:
+            found = divided
+    return found["test"]
 
 
 def embed(
@@ -255,18 +262,19 @@ def embed(
         The embeddings, (N, D) float32.
     """
     require_extra()
-    out, names = Path(out), {"vectors.npy", "paths.csv"}
-    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - names):
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"vectors.npy", "paths.csv"}):
         raise ValueError(f"{out} holds other things than embeddings; give --out another name.")
     machine = new_machine(device, workers, batch_size)
     named = find_network(network, **options)
-    found = find_images(images, skip_broken, divide=False).all
-    vectors = machine.embed(named.network, SharedViews(found, None, named.preprocessing, None), named.name).numpy()
+    found = find_images(images, skip_broken, divide=False)
+    shown = SharedViews(found.all, None, named.preprocessing, None)
+    vectors = machine.embed(named.network, shown, named.name).numpy()
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "vectors.npy") as unfinished, open(unfinished, "wb") as file:
         np.save(file, vectors)
     with whole_file(out / "paths.csv") as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([["path"], *([name] for name in found.names)])
+        csv.writer(table).writerows([["path"], *([name] for name in found.all.names)])
     return vectors
 
 
@@ -280,13 +288,15 @@ def new_machine(device: str | torch.device | None, workers: int | None, batch_si
     for name, value, least in (("workers", workers, 0), ("batch-size", batch_size, 1)):
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, but is {value}.")
-    return Machine(usable, min(8, (os.cpu_count() or 1) // 2) if workers is None else workers, batch_size)
+    cores = os.cpu_count() or 1
+    return Machine(usable, min(8, cores // 2) if workers is None else workers, batch_size)
 
 
 def name_of(network: str | nn.Module | None) -> str | None:
     """Return what a network is called in the settings."""
-    named = network is None or isinstance(network, str)
-    return network if named else f"{type(network).__module__}:{type(network).__qualname__}"  # type: ignore[return-value]
+    if network is None or isinstance(network, str):
+        return network
+    return f"{type(network).__module__}:{type(network).__qualname__}"
 
 
 def require_extra() -> None:
