@@ -17,7 +17,6 @@ import importlib
 import pkgutil
 import re
 import statistics
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,11 +43,11 @@ def api_blocks(package: str) -> str:
 def catalogue_table() -> str:
     """Return the table of all losses."""
     from pml_distill.losses import catalogue
-    from pml_distill.recipe.settings import LOSSES
+    from pml_distill.recipe.settings import WEIGHTS, new_loss
 
     weights: dict[str, list[str]] = {}
-    for make, weight in LOSSES.values():
-        weights.setdefault(type(make(128)).__name__, []).append(f"{weight:g}")
+    for name, weight in WEIGHTS.items():
+        weights.setdefault(type(new_loss(name, 128)).__name__, []).append(f"{weight:g}")
     rows = [
         [
             f"[{entry.name}](#pml_distill.losses.{entry.name})",

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pml_distill import cli
 from pml_distill.datasets import Digits
 from pml_distill.recipe.demo import DATASETS, Demo
-from pml_distill.recipe.settings import LOSSES, aligned
+from pml_distill.recipe.settings import WEIGHTS, aligned
 from pml_distill.recipe.training import Training
 
 QUICK = ["demo", "--dataset", "digits", "--epochs", "1", "--device", "cpu", "--losses", "relative_teacher"]
@@ -50,7 +50,7 @@ def test_demo_writes_table_csv_pictures_and_logs(finished):
 
 
 def test_what_aligns_the_spaces_is_known_of_every_loss():
-    names = {name for name in LOSSES if aligned(name)}
+    names = {name for name in WEIGHTS if aligned(name)}
     assert {"absolute_teacher", "cosine_teacher", "mutual_distance", "compress"} <= names
     # A second queue holds the student's own space.
     assert not names & {"relative_teacher", "soft_dark_rank", "compress_two_queues"}

@@ -1,8 +1,9 @@
 """A student that shrinks while it learns: compactors, what drives their rows to zero, and the network that is left."""
 
 from .capacity_dynamics import CapacityDynamics
+from .chain import register_block
 from .compact_file import load_compact, save_compact
-from .compactor import Compactor, find_compactors, insert_compactors, register_block
+from .compactor import ChannelGate, Compactor, find_compactors, insert_compactors
 from .export import export
 from .export_meter import ExportMeter
 from .gradient_reset import GradientReset
@@ -12,6 +13,7 @@ from .size_budget import SizeBudget
 
 __all__ = [
     "CapacityDynamics",
+    "ChannelGate",
     "Compactor",
     "ExportMeter",
     "GradientReset",

@@ -14,7 +14,7 @@ from ..utils.modules import eval_mode, unwrapped
 from ..utils.report import write
 from .compactor import find_compactors
 from .correspondence import check_networks
-from .export import export
+from .export import export, rounded
 from .export_meter import ExportedCost, ExportMeter
 from .group_lasso import add_lasso_gradient, shrink_rows
 from .history import block_table, history_table, plot_history
@@ -45,40 +45,34 @@ class CapacityDynamics:
     ``dynamics.end_epoch()``. The optimizer's state dict carries the progress, so that a checkpoint resumes it.
 
     Rows begin at length 1 and shrink by the sum of learning rate times ``lasso_weight`` over all steps: the paper's
-    0.004 sums to 1.6 over its 40,000 steps at 0.01. Without a budget a shorter training wants a larger weight. Give
-    the compactors a parameter group with ``weight_decay=0``, since decay shortens all rows alike, and keep them in
-    float32: in bfloat16 a row of length 1 does not feel a step below 0.002.
-
-    ``proximal=False`` is the authors' form: lasso_weight * w / ||w|| is added to the gradient. Its rows never reach
-    zero but swing around it, and Adam divides the pull away.
-
-    While it is attached neither network can be pickled as a whole; ``close()`` first, also before another one is
-    attached. Under ``DistributedDataParallel`` all processes need as many images in each step (``drop_last=True``).
+    0.004 sums to 1.6 over its 40,000 steps at 0.01. Give the compactors a parameter group with ``weight_decay=0``,
+    since decay shortens all rows alike, and keep them in float32: in bfloat16 a row of length 1 does not feel a step
+    below 0.002. While it is attached neither network can be pickled as a whole; ``close()`` first. Of several processes
+    all need as many images in each step (``drop_last=True``).
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
     CVPR 2023; the defaults are its settings.
 
     Args:
         student: a network with compactors, see ``insert_compactors``; may be inside of DistributedDataParallel.
-            ``torch.compile`` comes afterwards.
         optimizer: the one that trains the compactors.
         image_shape: (C, H, W), for the FLOPs.
         lasso_weight: how strong the lasso is; with a budget the first weight, which then adapts.
         reset: the teacher, and how it guides the resetting of gradients; None for plain group lasso.
         budget: the target and the steps to it; None to go on shrinking.
         threshold: rows shorter than this count as gone.
-        proximal: which form the lasso has.
+        proximal: False for the authors' form of the lasso, lasso_weight * w / ||w|| in the gradient: its rows never
+            reach zero but swing around it, and Adam divides the pull away.
+        example_inputs: instead of ``image_shape``, for a network that takes something else, see ``ExportMeter``.
 
     Attributes:
         history: one entry per epoch: epoch, lasso weight, parameters, flops, and of each block by name its parameters,
             flops and the widths behind its compactors; all as if the network were exported then.
 
     Raises:
-        ValueError: the student is no network, compiled or in ``DataParallel``, has another CapacityDynamics, no
-            compactors, or one that the optimizer does not train; the teacher is no single network, is the student, or
-            has other blocks or widths than the student; a number out of range; an image shape that the student does
-            not take; a budget out of reach or with ``proximal=False``; in a step: a compactor with values that are not
-            finite, a block that runs more than once in a pass.
+        ValueError: the student cannot be driven (wrapped, sharded, no compactors, not trained by the optimizer), the
+            teacher has other blocks or widths, a number is out of range, a budget out of reach; in a step: a compactor
+            with values that are not finite, a block that runs more than once in a pass.
         RuntimeError: in ``optimizer.step()`` of a resetting epoch, when compactors have gradients but no pass of the
             student in training mode was heard.
     """
@@ -87,17 +81,18 @@ class CapacityDynamics:
         self,
         student: nn.Module,
         optimizer: torch.optim.Optimizer,
-        image_shape: tuple[int, ...],
+        image_shape: tuple[int, ...] | None = None,
         lasso_weight: float = 0.004,
         reset: RetrievalReset | None = None,
         budget: SizeBudget | None = None,
         threshold: float = 1e-5,
         proximal: bool = True,
+        example_inputs: Any = None,
     ):
         for name, given, kind in (("reset", reset, RetrievalReset), ("budget", budget, SizeBudget)):
             if not isinstance(given, kind | None):
                 raise ValueError(f"{name} must be a {kind.__name__} or None, but is a {type(given).__name__}.")
-        check_networks(student, reset and reset.teacher)
+        check_networks(student, None if reset is None else reset.teacher)
         for name, value, good, expected in (
             ("lasso_weight", lasso_weight, 0 <= lasso_weight < math.inf, "finite and at least 0"),
             ("threshold", threshold, 0 < threshold < 1, "above 0 and below 1, the length at which rows begin"),
@@ -113,10 +108,11 @@ class CapacityDynamics:
         if id(self.student) in ATTACHED:
             raise ValueError("student must have no other CapacityDynamics, but has one: call close() on that first.")
         self.compactors = find_compactors(self.student)
-        self.meter = ExportMeter(self.student, image_shape)
+        self.meter = ExportMeter(self.student, image_shape, example_inputs)
         self.weights = [compactor.weight for compactor in self.compactors.values()]
         self.threshold, self.proximal = threshold, proximal
         self.lasso_weight, self.epoch, self.steps = lasso_weight, 1, 0
+        self.multiple_of = budget.multiple_of if budget else 1
         self.history: list[dict[str, Any]] = []
         self.check_optimizer(optimizer)
         self.budget = None if budget is None else BudgetSchedule(budget, self.compactors, self.meter, threshold)
@@ -196,7 +192,10 @@ class CapacityDynamics:
         broken = [name for name, whole in zip(self.compactors, finite) if not whole]
         if broken:
             raise ValueError(f"the compactors behind {broken} have values that are not finite.")
-        return {name: max(1, width) for name, width in zip(self.compactors, widths)}
+        chains = [compactor.chain for compactor in self.compactors.values()]
+        return {
+            name: rounded(width, chain, self.multiple_of) for name, chain, width in zip(self.compactors, chains, widths)
+        }
 
     def end_epoch(self) -> None:
         """Enter the sizes into the history and go on to the next epoch."""
@@ -269,10 +268,11 @@ class CapacityDynamics:
         """Draw the width of each compactor, and the size of the network, over the epochs; needs matplotlib."""
         plot_history(self.history, self.meter, path)
 
-    def export(self, fold_norms: bool = False) -> nn.Module:
-        """Return the small plain network, see ``export``; the student stays as it is."""
-        with eval_mode(self.student):
-            return export(self.student, self.threshold, fold_norms)
+    def export(self, fold_norms: bool = False, average: nn.Module | None = None) -> nn.Module:
+        """Return the small plain network, see ``export``, or that of a moving average, with the student's widths."""
+        model = self.student if average is None else average
+        with eval_mode(model):
+            return export(model, self.threshold, fold_norms, self.multiple_of, self.student)
 
     def close(self) -> None:
         """Remove all hooks from both networks and the optimizer."""
@@ -289,6 +289,7 @@ class CapacityDynamics:
         return {
             "widths": {name: len(compactor.weight) for name, compactor in self.compactors.items()},
             "resets": self.resetting.resets.state_dict() if self.resetting else {},
+            "teacher": self.resetting.teacher.state_dict() if self.resetting and self.resetting.own_teacher else None,
             "lasso_weight": self.lasso_weight,
             "epoch": self.epoch,
             "steps": self.steps,
@@ -310,15 +311,17 @@ class CapacityDynamics:
             with_one, without = ("state", "dynamics") if self.budget is None else ("dynamics", "state")
             raise ValueError(f"the {with_one} has a budget, but the {without} has none.")
         shapes, own_shapes = ({key: part.shape for key, part in each["resets"].items()} for each in (state, own))
-        if shapes != own_shapes:
+        if shapes != own_shapes or (state["teacher"] is None) != (own["teacher"] is None):
             raise ValueError(
-                "the state was taken with another queue_size, or with reset where there is none now, or the other way "
-                "round."
+                "the state was taken with another queue_size or kind of teacher, or with reset where there is none "
+                "now, or the other way round."
             )
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
         if self.resetting:
             self.resetting.resets.load_state_dict(state["resets"])
+            if self.resetting.own_teacher:
+                self.resetting.teacher.load_state_dict(state["teacher"])
         self.lasso_weight, self.epoch, self.steps = state["lasso_weight"], state["epoch"], state["steps"]
         self.history = list(state["history"])
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..utils.files import whole_file
-from .compactor import find_compactors, replace_module
+from .compactor import check_model, find_compactors, replace_module
 
 FORMAT = "pml-distill compact network 1"
 # What may differ from the architecture, with the arguments that rebuild it.
@@ -26,8 +26,12 @@ REBUILT = {
     ),
     nn.Linear: ("in_features", "out_features"),
     nn.BatchNorm2d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
+    nn.PReLU: ("num_parameters",),
     nn.Identity: (),
 }
+# What else depends on the width: attributes that are set, and classes whose vectors have the length that the file has.
+ADAPTED = {"GlobalResponseNorm": ("eps",), "BlurPool2d": ("channels",)}
+RESIZED = ("BatchNormAct2d", "SyncBatchNormAct", "GlobalResponseNorm")
 TORCHVISION: dict[tuple, str] = {
     ("BasicBlock", 2, 2, 2, 2): "resnet18",
     ("BasicBlock", 3, 4, 6, 3): "resnet34",
@@ -66,6 +70,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         ValueError: for what is no network, or one that still has compactors.
     """
+    model = check_model(model)
     if find_compactors(model):
         raise ValueError(f"{type(model).__name__} has compactors: save what export returns.")
     layers = describe(model)
@@ -79,8 +84,7 @@ def save_compact(model: nn.Module, path: str | os.PathLike) -> None:
 def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     """Return the network that ``save_compact`` wrote, on the CPU, in eval mode.
 
-    Convolutions, linear layers, batch norms and identities are rebuilt, other modules are compared by what they print.
-    A setting that a module of your own does not print goes unnoticed: give a ``model`` that has the right one.
+    Layers whose widths differ are rebuilt, other modules are compared by what they print.
 
     Args:
         path: the file.
@@ -88,9 +92,7 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
             for networks that are not plain ResNets of torchvision or timm.
 
     Raises:
-        ValueError: for a file that is not of this format, for one of another architecture than ``model``, or with
-            other settings in a layer that is not rebuilt; for one that names no architecture when ``model`` is not
-            given; for a ``model`` that is no network.
+        ValueError: the file is of another format, of another architecture than ``model``, or names none.
     """
     if not isinstance(model, nn.Module | None):
         raise ValueError(f"model must be a network or None, but is a {type(model).__name__}.")
@@ -111,7 +113,11 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
     for layer_name, layer in layers.items():
         if layer != found[layer_name]:
             arguments = {key: value for key, value in layer.items() if key != "type"}
-            replace_module(model, layer_name, getattr(nn, layer["type"])(**arguments))
+            if layer["type"] in ADAPTED:
+                vars(model.get_submodule(layer_name)).update({key: arguments[key] for key in ADAPTED[layer["type"]]})
+            else:
+                replace_module(model, layer_name, getattr(nn, layer["type"])(**arguments))
+    resize(model, tensors)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -119,6 +125,22 @@ def load_compact(path: str | os.PathLike, model: nn.Module | None = None) -> nn.
             f"{path} holds {name or 'a network'} and does not fit {type(model).__name__}: {error}"
         ) from error
     return model.eval()
+
+
+def resize(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Give the vectors of modules that cannot be rebuilt the length that they have in the file."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "BlurPool2d" and module.channels is not None:
+            module.filt = module.filt[:1].repeat(module.channels, 1, 1, 1)
+        if type(module).__name__ not in RESIZED:
+            continue
+        for own in (module._parameters, module._buffers):
+            for key, vector in own.items():
+                saved = tensors.get(f"{name}.{key}")
+                if vector is not None and saved is not None and vector.ndim == saved.ndim == 1:
+                    own[key] = nn.Parameter(saved) if isinstance(vector, nn.Parameter) else saved
+                    if hasattr(module, "num_features"):
+                        module.num_features = len(saved)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -146,6 +168,8 @@ def describe(model: nn.Module) -> dict[str, dict]:
             for argument in REBUILT.get(type(module), ()):
                 value = getattr(module, argument)
                 layers[name][argument] = list(value) if isinstance(value, tuple) else value
+            for argument in ADAPTED.get(type(module).__name__, ()):
+                layers[name][argument] = getattr(module, argument)
             if type(module) in (nn.Conv2d, nn.Linear):
                 layers[name]["bias"] = module.bias is not None
             if type(module) not in REBUILT:
@@ -156,7 +180,7 @@ def describe(model: nn.Module) -> dict[str, dict]:
 
 def difference(expected: dict[str, dict], layers: dict[str, dict]) -> str:
     """Return what keeps layers from being put into a network, or an empty string."""
-    rebuilt = {kind.__name__ for kind in REBUILT}
+    rebuilt = {kind.__name__ for kind in REBUILT} | set(ADAPTED)
     for name in expected:
         if name not in layers:
             return f"{name} is in the network only"
@@ -176,9 +200,9 @@ def architecture(model: Any, layers: dict[str, dict]) -> str:
         # A stage may have been replaced by a module without blocks.
         stages = [list(stage.children()) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)]
         name = TORCHVISION.get((*{type(block).__name__ for block in stages[0]}, *map(len, stages)), "")
-    elif library == "timm.models.resnet.ResNet":
+    elif library.startswith("timm.models."):
         # Only timm's functions leave a name.
-        name = getattr(model, "default_cfg", {}).get("architecture", "")
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     if not name:
         return ""
     name = f"{library.split('.')[0]} {name}"

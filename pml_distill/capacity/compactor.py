@@ -1,28 +1,14 @@
+import gc
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..utils.modules import eval_mode
-
-BASIC = (("conv1", "bn1", "relu", "conv2"),)
-BOTTLENECK = (("conv1", "bn1", "relu", "conv2"), ("conv2", "bn2", "relu", "conv3"))
-TIMM_BASIC = (("conv1", "bn1", "drop_block", "act1", "aa", "conv2"),)
-TIMM_BOTTLENECK = (("conv1", "bn1", "act1", "conv2"), ("conv2", "bn2", "drop_block", "act2", "aa", "conv3"))
-
-# (module, class): (the chains of "inner", the chains of "all"). By name, so that nothing is imported for it: a
-# network of a library that has not been imported does not exist.
-KNOWN = {
-    ("torchvision.models.resnet", "BasicBlock"): (BASIC, BASIC),
-    ("torchvision.models.resnet", "Bottleneck"): (BOTTLENECK[1:], BOTTLENECK),
-    ("timm.models.resnet", "BasicBlock"): (TIMM_BASIC, TIMM_BASIC),
-    ("timm.models.resnet", "Bottleneck"): (TIMM_BOTTLENECK[1:], TIMM_BOTTLENECK),
-    ("pml_distill.models.small_resnet", "BasicBlock"): ((("conv1", "bn1", "conv2"),),) * 2,
-}
-REGISTERED: dict[type[nn.Module], tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]] = {}
+from .chain import Chain, find_chains
+from .group_lasso import row_lengths
+from .tracing import is_norm_act
+from .walk import Refused
 
 
 class Compactor(nn.Conv2d):
@@ -46,133 +32,120 @@ class Compactor(nn.Conv2d):
         [1.0, 1.0, 1.0]
     """
 
+    chain: Any = None
+    # Not a hook: those that come after torch.compile are not heard.
+    listener: Any = None
+
     def __init__(self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__(channels, channels, 1, bias=False, device=device, dtype=dtype)
         with torch.no_grad():
-            self.weight.copy_(torch.eye(channels).view(channels, channels, 1, 1))
+            self.weight.copy_(self.identity())
+
+    def identity(self) -> torch.Tensor:
+        """Return the weight that changes nothing."""
+        return torch.eye(len(self.weight)).view(self.weight.shape).to(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve, and let who listens hear."""
+        out = super().forward(x)
+        if self.listener is not None:
+            self.listener(out)
+        return out
 
     def row_norms(self) -> torch.Tensor:
         """Return the length of each row, (C,): how much each output channel still carries."""
-        return self.weight.flatten(1).norm(dim=1)
+        return row_lengths(self.weight)
 
 
-@dataclass(frozen=True)
-class Chain:
-    """A convolution, its normalisation and the next convolution of a block that only they connect."""
+class ChannelGate(nn.Module):
+    r"""A diagonal compactor: one factor for each channel, or for each group of channels, 1 at first.
 
-    block_name: str
-    block: nn.Module
-    path: tuple[str, ...]
-
-    def name_of(self, part: str) -> str:
-        """Return the dotted name in the network of a part of the block."""
-        return f"{self.block_name}.{part}" if self.block_name else part
-
-    @property
-    def name(self) -> str:
-        """The dotted name of the normalisation in the network."""
-        return self.name_of(self.path[1])
-
-    def part(self, place: int) -> Any:
-        """Return the module at a place of the path, None where the block has no such module."""
-        try:
-            return self.block.get_submodule(self.path[place])
-        except AttributeError:
-            return None
-
-    @property
-    def conv(self) -> nn.Conv2d:
-        """The convolution whose output shrinks."""
-        return self.part(0)
-
-    @property
-    def norm(self) -> nn.Module:
-        """The normalisation, or normalisation and compactor."""
-        return self.part(1)
-
-    @property
-    def following(self) -> nn.Conv2d:
-        """The convolution whose input shrinks."""
-        return self.part(-1)
-
-    @property
-    def compactor(self) -> Compactor | None:
-        """The compactor, once it is in."""
-        norm = self.part(1)
-        last = norm[-1] if isinstance(norm, nn.Sequential) and len(norm) > 0 else None
-        return last if isinstance(last, Compactor) else None
-
-
-def register_block(
-    block_type: type[nn.Module],
-    inner: Sequence[Sequence[str]],
-    all_positions: Sequence[Sequence[str]] | None = None,
-) -> None:
-    """Let ``insert_compactors`` know a block of your own.
-
-    A chain is a sequence of names of modules of the block, ``(convolution, normalisation, ..., next convolution)``,
-    dotted where they lie deeper (``"body.0"``), in the order of the forward pass and complete: modules between
-    normalisation and next convolution are checked to treat each channel alone and to keep zeros zero; activations
-    called as functions cannot be checked and must do the same. Nothing else may read the first convolution's output.
+    It stands where mixing channels is impossible, as behind grouped convolutions, or too dear, as in the wide hidden
+    layer of an MLP.
 
     Args:
-        block_type: the block's class; subclasses have to be registered themselves.
-        inner: the chains of ``positions="inner"``.
-        all_positions: those of ``positions="all"``, in forward order, the inner ones among them. Default: the same.
-
-    Raises:
-        ValueError: ``block_type`` is no class of modules; ``inner`` is empty or has chains that ``all_positions``
-            lacks; a chain is a string or shorter than three names.
-
-    Example:
-        >>> from torch import nn
-        >>> class Block(nn.Module): ...
-        >>> register_block(Block, inner=[("reduce", "norm1", "act", "expand")])
+        units: how many factors.
+        group: channels for each factor.
+        last: whether channels are the last dimension of the input, or the second.
     """
-    if not (isinstance(block_type, type) and issubclass(block_type, nn.Module)):
-        raise ValueError(f"block_type must be a class of modules, but is {block_type!r}.")
-    if not inner:
-        raise ValueError("inner must name at least one chain, but is empty.")
-    for chain in (*inner, *(all_positions or ())):
-        if isinstance(chain, str):
-            raise ValueError(f"a chain is a sequence of names, such as ({chain!r}, ...), but is {chain!r} itself.")
-    inner_chains = tuple(tuple(chain) for chain in inner)
-    all_chains = inner_chains if all_positions is None else tuple(tuple(chain) for chain in all_positions)
-    for chain in all_chains + inner_chains:
-        if len(chain) < 3:
-            raise ValueError(
-                f"a chain names a convolution, its normalisation and the next convolution at least, but is {chain}."
-            )
-    if not set(inner_chains) <= set(all_chains):
-        raise ValueError(
-            f"all_positions must contain the inner chains, but inner is {inner} and all_positions {all_positions}."
-        )
-    REGISTERED[block_type] = (inner_chains, all_chains)
+
+    chain: Any = None
+    # Not a hook: those that come after torch.compile are not heard.
+    listener: Any = None
+
+    def __init__(
+        self,
+        units: int,
+        group: int = 1,
+        last: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(units, 1, device=device, dtype=dtype))
+        self.group, self.last = group, last
+
+    def identity(self) -> torch.Tensor:
+        """Return the weight that changes nothing."""
+        return torch.ones_like(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply each channel with its factor."""
+        factors = self.weight.expand(-1, self.group).reshape(-1)
+        out = x * (factors if self.last else factors.view(-1, 1, 1))
+        if self.listener is not None:
+            self.listener(out)
+        return out
+
+    def row_norms(self) -> torch.Tensor:
+        """Return the size of each factor, (units,)."""
+        return row_lengths(self.weight)
 
 
-def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, Compactor]:
-    """Put a compactor behind normalisations inside of the residual blocks of a network, in place.
+class Compacted(nn.Sequential):
+    """A module and the compactor behind it. A state without compactors is loaded as if they were the identity."""
 
-    The normalisation is replaced, at its own name, by ``nn.Sequential(normalisation, compactor)``; the outputs stay
-    what they were. Load pretrained weights before, since the names in the state dictionary change, and make the
-    optimizer afterwards, since the compactors are new parameters.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        plain = [key for key in state_dict if key.startswith(prefix)]
+        if plain and not any(key.startswith((f"{prefix}0.", f"{prefix}1.")) for key in plain):
+            for key in plain:
+                state_dict[f"{prefix}0.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+            compactor: Any = self[1]
+            state_dict[f"{prefix}1.weight"] = compactor.identity()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    Recognised are the BasicBlock and Bottleneck of torchvision and timm (Wide-ResNet and SE-ResNet among them), the
-    block of ``pml_distill.models``, and those given to ``register_block``. The widths of stem, shortcuts and block
-    outputs are left alone.
+
+def fill_in(norm: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Do the same for a compactor inside of a normalisation with activation."""
+    if f"{prefix}weight" in state:
+        state.setdefault(f"{prefix}drop.1.weight", norm.drop[1].identity())
+
+
+def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, Compactor | ChannelGate]:
+    """Put a compactor where a hidden width of a network can shrink, in place.
+
+    Hidden is a width whose channels are treated one by one until other layers read them, and that no shortcut adds
+    to: inside of residual blocks, inverted residuals (with squeeze-and-excitation), MLPs, dense and plain networks.
+    They are found in the graph of the forward pass, which ``torch.fx`` traces. Behind a batch norm of an ungrouped
+    convolution stands a ``Compactor``, elsewhere a ``ChannelGate``. In a network with shortcuts the stem is left
+    alone.
+
+    The module before the compactor is replaced, at its own name, by a sequence of both; the outputs stay what they
+    were. Plain weights can be loaded before or after. Make optimizer, moving averages and ``DistributedDataParallel``
+    afterwards, since compactors are new parameters.
 
     Args:
         model: the network; nothing is changed when an error is raised.
-        positions: "inner": behind the normalisation of a bottleneck's 3x3 convolution, or of a basic block's first,
-            as in Xie et al. (2023). "all": also behind that of a bottleneck's first 1x1 convolution.
+        positions: "inner": of consecutive layers in a bottleneck the 3x3 convolution's, as in Xie et al. (2023).
+            "all": also that of the 1x1 convolution before it.
 
     Returns:
-        The compactors in the order of the forward pass, each under the dotted name of its normalisation, such as
-        ``"layer2.0.bn2"``; in a teacher of the same family the normalisation itself has that name.
+        The compactors in the order of the network's modules, each under the dotted name of the module before it, such
+        as ``"layer2.0.bn2"``; in a teacher of the same family that module itself has that name.
 
     Raises:
-        ValueError: for a model that is no network, or one without a known block or with compactors already, and for
-            blocks that cannot be compacted, with the reason.
+        ValueError: for a model that is no network, wrapped, already in a DistributedDataParallel, with compactors or
+            without a hidden width that can shrink, with the reasons; for registered blocks that cannot be compacted.
 
     Example:
         >>> from pml_distill.models import SmallResNet
@@ -182,21 +155,43 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
     """
     if positions not in ("inner", "all"):
         raise ValueError(f'positions must be "inner" or "all", but is {positions!r}.')
-    chains = find_chains(model, positions)
+    if existing := find_compactors(model):
+        raise ValueError(f"cannot put a compactor behind {next(iter(existing))}: there is one already.")
+    refuse_wrappers(model)
+    reasons: dict[str, str] = {}
+    try:
+        chains = find_chains(model, reasons, positions)
+    except Refused as reason:
+        raise ValueError(f"cannot put a compactor behind {reason}.") from None
     if not chains:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
         raise ValueError(
-            f"{type(model).__name__} has no block to put compactors in: expected the BasicBlock or Bottleneck of "
-            "torchvision or timm, that of pml_distill.models, or a block given to register_block."
+            f"{type(model).__name__} has no block to put compactors in, since no hidden width can shrink ({listed}). "
+            "Give a block of your own to register_block if its channels can be dropped all the same."
         )
     for chain in chains:
-        check_chain(chain)
-    compactors = {}
-    for chain in chains:
-        norm, weight = chain.norm, chain.conv.weight
-        compactor = Compactor(chain.conv.out_channels, device=weight.device, dtype=weight.dtype)
-        replace_module(chain.block, chain.path[1], nn.Sequential(norm, compactor).train(norm.training))
-        compactors[chain.name] = compactor
-    return compactors
+        put_compactor(model, chain)
+    return find_compactors(model)
+
+
+def put_compactor(model: nn.Module, chain: Chain) -> None:
+    """Put a compactor behind the place of a chain, wherever the network holds it."""
+    weight = chain.producer.weight
+    options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    group = chain.width // chain.units
+    compactor = (
+        Compactor(chain.units, **options) if chain.full else ChannelGate(chain.units, group, chain.last, **options)
+    )
+    compactor.chain = chain
+    place, parents = chain.place, list(model.modules())
+    if is_norm_act(place):
+        place, parents = place.drop, [place]
+        chain.place.register_load_state_dict_pre_hook(fill_in)
+    both = Compacted(place, compactor).train(chain.place.training)
+    for parent in parents:
+        for name, child in parent._modules.items():
+            if child is place:
+                parent._modules[name] = both
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -205,89 +200,41 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def find_compactors(model: nn.Module) -> dict[str, Compactor]:
+def find_compactors(model: nn.Module) -> dict[str, Any]:
     """Return the compactors of a network as ``insert_compactors`` did, or an empty dictionary."""
-    return {chain.name: chain.compactor for chain in compacted_chains(model)}
+    return {
+        name.removesuffix(".1"): module
+        for name, module in check_model(model).named_modules()
+        if isinstance(module, Compactor | ChannelGate) and module.chain is not None
+    }
 
 
-def compacted_chains(model: nn.Module) -> list[Any]:
-    """Return the chains with a compactor in the order of the forward pass."""
-    return [chain for chain in find_chains(model, "all") if chain.compactor is not None]
-
-
-def find_chains(model: nn.Module, positions: str) -> list[Chain]:
-    """Return the chains of the known blocks in the order of the forward pass."""
+def check_model(model: Any) -> nn.Module:
+    """Return the network, out of its wrapper or moving average, or raise ValueError for what is none."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a network, but is a {type(model).__name__}.")
-    known = dict(REGISTERED)
-    for (module, name), chains in KNOWN.items():
-        if module in sys.modules:
-            known[getattr(sys.modules[module], name)] = chains
-    return [
-        Chain(name, block, path)
-        for name, block in model.named_modules()
-        for path in known.get(type(block), ((), ()))[positions == "all"]
-    ]
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    inside = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+    return check_model(inside) if isinstance(inside, nn.Module) else model
 
 
-def check_chain(chain: Chain) -> None:
-    """Raise ValueError with the reason for a chain that could not be merged."""
-
-    def refuse(reason: str) -> None:
-        raise ValueError(f"cannot put a compactor behind {chain.name}: {reason}.")
-
-    if chain.compactor is not None:
-        refuse("there is one already")
-    for place, name in enumerate(chain.path):
-        if chain.part(place) is None:
-            refuse(f"{type(chain.block).__name__} has no attribute {name!r}")
-    for place in (0, -1):
-        name, conv = chain.path[place], chain.part(place)
-        if type(conv) is not nn.Conv2d:
-            refuse(f"{name} is {type(conv).__name__}, expected nn.Conv2d itself")
-        if conv.groups != 1:
-            refuse(
-                f"{name} has {conv.groups} groups, as in ResNeXt, and a compactor mixes the channels of all groups, so "
-                "that they cannot be merged; expected groups=1"
-            )
-    if not is_batch_norm(chain.norm):
-        refuse(
-            f"{type(chain.norm).__name__} cannot be merged into a convolution; expected nn.BatchNorm2d with running "
-            "statistics, nn.SyncBatchNorm or torchvision's FrozenBatchNorm2d"
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise ValueError for a wrapper, or a network that one holds whose gradients it would no longer average."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"model must be the network itself, but is in a {type(model).__name__}: insert compactors before wrapping."
         )
-    problem = mixing(chain)
-    if problem:
-        refuse(problem)
-
-
-def mixing(chain: Chain) -> str:
-    """Return what keeps channels from being dropped between normalisation and next convolution, or an empty string."""
-    for place in range(2, len(chain.path) - 1):
-        name, module = chain.path[place], chain.part(place)
-        if not keeps_channels_apart(module, chain.conv.weight):
-            return (
-                f"{name} ({type(module).__name__}) stands before the next convolution, and does not work on fewer "
-                "channels with the same result, or does not keep zeros zero"
-            )
-    return ""
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Return whether a module is a scale and a shift per channel in eval mode; subclasses may be more than that."""
-    misc = sys.modules.get("torchvision.ops.misc")
-    if misc is not None and type(module) is misc.FrozenBatchNorm2d:
-        return True
-    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and module.running_mean is not None
-
-
-@torch.no_grad()
-def keeps_channels_apart(module: nn.Module, weight: torch.Tensor) -> bool:
-    """Try whether a module in eval mode works on each channel alone and keeps zeros zero."""
-    channels = len(weight)
-    x = torch.linspace(-2, 2, channels * 64, device=weight.device).view(1, channels, 8, 8).to(weight.dtype)
-    try:
-        with eval_mode(module):
-            whole, half, zero = module(x.clone()), module(x[:, ::2].clone()), module(torch.zeros_like(x))
-    except (RuntimeError, ValueError):
-        return False
-    return torch.equal(whole[:, ::2], half) and not zero.any()
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(m, getattr(fsdp, "FSDPModule", ())) for m in model.modules()):
+        raise ValueError("model is sharded by fully_shard: insert compactors before.")
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    for wrapper in gc.get_objects():
+        if issubclass(type(wrapper), nn.parallel.DistributedDataParallel) and hasattr(wrapper, "module"):
+            if any(id(parameter) in own for parameter in wrapper.module.parameters()):
+                raise ValueError(
+                    "model is in a DistributedDataParallel, which would not average the gradients of compactors: "
+                    "insert them before wrapping."
+                )

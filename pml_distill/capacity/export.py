@@ -1,41 +1,49 @@
 import copy
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
-from .compactor import Compactor, compacted_chains, find_compactors, is_batch_norm, mixing, replace_module
+from .chain import Chain
+from .compactor import Compacted, check_model, find_compactors, replace_module
+from .tracing import Tracer, forget_hooks, is_batch_norm, is_global_response_norm, is_norm_act, shrunk
+from .walk import Refused
 
 
-def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) -> nn.Module:
+def export(
+    model: nn.Module,
+    threshold: float = 1e-5,
+    fold_norms: bool = False,
+    multiple_of: int = 1,
+    rows_of: nn.Module | None = None,
+) -> nn.Module:
     r"""Return the small plain network that a network with compactors has become.
 
-    Rows of a compactor with a norm under the threshold are dropped, with the next convolution's inputs that read
-    them. Convolution, normalisation (scale :math:`s`, shift :math:`t`) and the rows :math:`W` that are kept become
+    Rows of a compactor with a norm under the threshold are dropped, with all that made, carried and read their
+    channels. Convolution, normalisation (scale :math:`s`, shift :math:`t`) and the rows :math:`W` that are kept become
     one convolution with bias,
 
     .. math:: K' = W \, \mathrm{diag}(s) \, K, \qquad b' = W (s \, b + t)
 
-    computed in float64, and the normalisation becomes ``nn.Identity``. For rows that are zero this is exact, since the
-    compactor has no bias and the activation of zero is zero. The network is of the class it was of and has no class
-    of this subpackage in it. It is a copy in eval mode, without forward hooks; the one given stays as it is.
+    computed in float64, and the normalisation becomes ``nn.Identity``. The factors of a gate go into the module before
+    it. For rows that are zero this is exact: where an activation turns zeros into a constant, the next layer's bias
+    takes it over. The network is of the class it was of and has no class of this subpackage in it. It is a copy in
+    eval mode, without forward hooks; the one given stays as it is.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval"
     (CVPR 2023). The authors' merging fails for a block that keeps one channel; this one does not.
 
     Args:
         model: a network from ``insert_compactors``, in eval mode.
-        threshold: rows shorter than this are dropped; of each compactor the longest row stays, the first where all are
-            zero. The pull of a group lasso of weight w leaves rows swinging by about learning rate * w / (1 -
-            momentum): a threshold below that finds nothing before the learning rate has come down.
+        threshold: rows shorter than this are dropped; of each compactor the longest row stays.
         fold_norms: also merge every other normalisation that directly follows a convolution, such as those of stem,
             shortcuts and block outputs. The network has to be traceable by ``torch.fx``.
+        multiple_of: widths are rounded up to multiples of it, by the longest rows of those that would go.
+        rows_of: the network whose compactors decide which rows stay; for a moving average of a student, the student.
 
     Raises:
-        ValueError: for what is no network, in training mode, without compactors, for a compactor with values that are
-            not finite, for a module between normalisation and next convolution that has learned to lift zeros or to
-            mix channels, for a threshold below 0 or above all rows of several compactors, unless they are all zero, for
+        ValueError: for a network in training mode, without compactors or with values that are not finite; a module that
+            has learned to lift zeros or was replaced after the insertion; a threshold below 0 or above all rows;
             ``fold_norms`` of a network that cannot be traced.
 
     Example:
@@ -47,25 +55,76 @@ def export(model: nn.Module, threshold: float = 1e-5, fold_norms: bool = False) 
         >>> export(model).layer1[0].conv1
         Conv2d(8, 3, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
+    model = check_model(model)
     check_compactors(model, threshold)
+    judges = find_compactors(model if rows_of is None else rows_of)
     merged: dict[int, Any] = {}
-    for chain in compacted_chains(model):
-        rows = kept_rows(chain.compactor, threshold)
-        conv = merged.get(id(chain.conv), chain.conv)
-        following = merged.get(id(chain.following), chain.following)
-        merged[id(chain.conv)] = merge(conv, chain.norm[0], chain.compactor.weight[rows])
-        merged[id(chain.following)] = with_values(following, following.weight[:, rows], following.bias)
-        merged[id(chain.norm)] = nn.Identity().eval()
-    # Hooks serve the network that they were put on, and may hold on to much more.
+    for name, compactor in find_compactors(model).items():
+        if name not in judges or len(judges[name].weight) != len(compactor.weight):
+            raise ValueError(f"rows_of must have the same compactors as model, but lacks that behind {name}.")
+        rows = kept_rows(judges[name], threshold, multiple_of).to(compactor.weight.device)
+        try:
+            shrink(compactor.chain, compactor, rows, merged)
+        except Refused as reason:
+            raise ValueError(f"cannot merge the compactor behind {name}: {reason}.") from None
     for module in model.modules():
-        for name, hooks in vars(module).items():
-            if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
-                merged[id(hooks)] = OrderedDict()
+        forget_hooks(module, merged)
+        if isinstance(module, Compacted) and id(module[0]) in merged:
+            merged[id(module)] = merged[id(module[0])]
     # What stands in the memo is taken for the copy, so that nothing that hangs on a compactor is copied.
     exported = copy.deepcopy(model, merged)
     if fold_norms:
         fold(exported)
     return exported
+
+
+@torch.no_grad()
+def shrink(chain: Chain, compactor: Any, rows: torch.Tensor, merged: dict[int, Any]) -> None:
+    """Put what becomes of each module of a chain into ``merged``, under the module's id."""
+
+    def now(module: Any) -> Any:
+        return merged.get(id(module), module)
+
+    constants = chain.constants()
+    factors = None if chain.full else compactor.weight[rows].expand(-1, chain.width // chain.units).reshape(-1)
+    if chain.full:
+        merged[id(chain.producer)] = merge(now(chain.producer), chain.place, compactor.weight[rows])
+        merged[id(chain.place)] = nn.Identity().eval()
+    else:
+        out = chain.channels(rows, len(chain.producer.weight))
+        scale = factors if chain.place is chain.producer else None
+        merged[id(chain.producer)] = with_rows(now(chain.producer), out, scale)
+    for module, width in chain.carriers.items():
+        index, here = chain.channels(rows, width), module is chain.place
+        if chain.full and here:
+            continue
+        if type(module) is nn.Conv2d:
+            groups = module.groups * len(rows) // chain.units
+            small: Any = with_rows(now(module), index, factors if here else None, groups)
+        else:
+            small = shrunk(
+                module, index, width, {id(module.drop): module.drop[0]} if here and is_norm_act(module) else {}
+            )
+            small._load_state_dict_pre_hooks.clear()
+            for tensor in (small.weight, small.bias) if here else ():
+                tensor.copy_(tensor.double() * factors)
+            if is_global_response_norm(module):
+                # Its mean is over fewer channels.
+                small.weight.mul_(width / len(index))
+                small.eps = module.eps * width / len(index)
+        merged[id(module)] = small
+    for module in chain.companions:
+        merged[id(module)] = with_rows(now(module), chain.channels(rows, len(module.weight)))
+    gone = torch.ones(chain.units, dtype=torch.bool, device=rows.device)
+    gone[rows] = False
+    for module in chain.consumers:
+        layer, width = now(module), module.weight.shape[1]
+        index, bias = chain.channels(rows, width), layer.bias
+        if module in constants:
+            dead = chain.channels(gone.nonzero().flatten(), width)
+            kernel = layer.weight[:, dead].double().reshape(len(bias), len(dead), -1).sum(2)
+            bias = bias + (kernel @ constants[module][dead].double()).to(bias)
+        merged[id(module)] = with_values(layer, layer.weight[:, index], bias)
 
 
 def check_compactors(model: nn.Module, threshold: float) -> None:
@@ -79,11 +138,12 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
     broken = [name for name, rows in norms.items() if not rows.isfinite().all()]
     if broken:
         raise ValueError(f"the compactor behind {', '.join(broken)} has values that are not finite.")
-    for chain in compacted_chains(model):
-        # What kept zeros zero at the insertion may have learned not to.
-        problem = mixing(chain)
-        if problem:
-            raise ValueError(f"cannot merge the compactor behind {chain.name}: {problem}.")
+    present = set(model.modules())
+    for name, compactor in compactors.items():
+        if any(module not in present for module in compactor.chain.modules()):
+            raise ValueError(
+                f"a layer around the compactor behind {name} was replaced after insert_compactors: replace it before."
+            )
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, but is {threshold}.")
     largest = {name: rows.max().item() for name, rows in norms.items()}
@@ -93,16 +153,28 @@ def check_compactors(model: nn.Module, threshold: float) -> None:
         raise ValueError(f"threshold={threshold} would empty every block; the largest row norms are: {listed}.")
 
 
-def kept_rows(compactor: Compactor, threshold: float) -> torch.Tensor:
-    """Return the indices of the rows from the threshold on, or of the longest one."""
+def kept_rows(compactor: Any, threshold: float, multiple_of: int = 1) -> torch.Tensor:
+    """Return the indices of the rows from the threshold on, and of the next longest that fill up the width."""
     norms = compactor.row_norms().detach()
-    kept = norms >= threshold
-    kept[norms.argmax()] = True
-    return kept.nonzero().flatten()
+    count = rounded(int((norms >= threshold).sum()), compactor.chain, multiple_of)
+    longest = norms.argsort(descending=True, stable=True)[:count]
+    return longest.sort().values
+
+
+def rounded(rows: int, chain: Chain, multiple_of: int) -> int:
+    """Return how many rows make the next width that is a multiple, at least one and at most all of them."""
+    step = unit_step(chain, multiple_of)
+    return min(max(1, -(-rows // step)) * step, chain.units)
+
+
+def unit_step(chain: Chain, multiple_of: int) -> int:
+    """Return how many rows make ``multiple_of`` channels."""
+    group = chain.width // chain.units
+    return next(step for step in range(1, multiple_of + 1) if step * group % multiple_of == 0)
 
 
 @torch.no_grad()
-def merge(conv: nn.Conv2d, norm: Any, rows: torch.Tensor | None = None) -> nn.Conv2d:
+def merge(conv: nn.Conv2d, norm: Any, rows: torch.Tensor | None = None) -> Any:
     """Return one convolution for convolution, batch norm in eval mode and the rows of a compactor."""
     given = conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
     exact: Any = (None if value is None else value.double() for value in given)
@@ -114,36 +186,49 @@ def merge(conv: nn.Conv2d, norm: Any, rows: torch.Tensor | None = None) -> nn.Co
     return with_values(conv, weight, shift)
 
 
+def with_rows(layer: Any, index: torch.Tensor, factors: torch.Tensor | None = None, groups: int | None = None) -> Any:
+    """Return a layer with some of its outputs, each multiplied with a factor."""
+    weight, bias = layer.weight[index], None if layer.bias is None else layer.bias[index]
+    if factors is not None:
+        weight = weight.double() * factors.double().view(-1, *(1,) * (weight.ndim - 1))
+        bias = None if bias is None else bias.double() * factors.double()
+    return with_values(layer, weight, bias, groups)
+
+
 @torch.no_grad()
-def with_values(conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
-    """Return a convolution as the one given, with other weights; frozen if its weight is, and in the same layout."""
+def with_values(layer: Any, weight: torch.Tensor, bias: torch.Tensor | None, groups: int | None = None) -> Any:
+    """Return a layer as the one given, with other weights; frozen if its weight is, and in the same layout."""
+    options: dict[str, Any] = {"bias": bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
     # Weights drawn only to be replaced would take numbers from the global generator.
-    new = nn.utils.skip_init(
-        nn.Conv2d,
-        weight.shape[1] * conv.groups,
-        weight.shape[0],
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        bias is not None,
-        conv.padding_mode,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    ).eval()
+    if isinstance(layer, nn.Linear):
+        new: Any = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], **options).eval()
+    else:
+        groups = layer.groups if groups is None else groups
+        new = nn.utils.skip_init(
+            nn.Conv2d,
+            weight.shape[1] * groups,
+            weight.shape[0],
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            groups,
+            padding_mode=layer.padding_mode,
+            **options,
+        ).eval()
     new.weight.copy_(weight)
     if new.bias is not None and bias is not None:
         new.bias.copy_(bias)
-    if not conv.weight.is_contiguous() and conv.weight.is_contiguous(memory_format=torch.channels_last):
-        new = new.to(memory_format=torch.channels_last)
-    return new.requires_grad_(conv.weight.requires_grad)
+    layout = torch.channels_last
+    if weight.ndim == 4 and not layer.weight.is_contiguous() and layer.weight.is_contiguous(memory_format=layout):
+        new = new.to(memory_format=layout)
+    return new.requires_grad_(layer.weight.requires_grad)
 
 
 def fold(model: nn.Module) -> None:
     """Merge, in place, the normalisations that read a convolution that nothing else reads."""
     try:
-        graph = torch.fx.Tracer().trace(model)
+        graph = Tracer().trace(model)
     except Exception as error:
         raise ValueError(
             f"fold_norms=True needs a network that torch.fx can trace, {type(model).__name__} is not: {error}"
@@ -157,6 +242,6 @@ def fold(model: nn.Module) -> None:
         names = str(source.target), str(node.target)
         conv, norm = modules[names[0]], modules[names[1]]
         once = calls.count(source.target) == calls.count(node.target) == 1 and len(source.users) == 1
-        if type(conv) is nn.Conv2d and is_batch_norm(norm) and once:
+        if type(conv) is nn.Conv2d and is_batch_norm(norm) and not is_norm_act(norm) and once:
             replace_module(model, names[0], merge(conv, norm))
             replace_module(model, names[1], nn.Identity().eval())

@@ -10,34 +10,29 @@ METRICS = ("cosine", "euclidean")
 class GradientReset(nn.Module):
     r"""Which channels of one block may go, judged by what retrieval needs (retrieval-guided gradient resetting).
 
-    Keeps a queue of the teacher's pooled features. For each sample i of a batch the ``neighbors`` nearest teacher
-    features g of the queue are found, the batch included, so that the first is its own. A channel is marked when for
-    every sample and each of its neighbours
+    Keeps a queue of the teacher's pooled features. A channel is marked when for every sample i of a batch and each of
+    its ``neighbors`` nearest teacher features g of the queue, which holds the batch too,
 
     .. math:: |g_c \cdot s_{i, c}|
 
     is among the floor(``ratio`` C) smallest of the C channels, s being the student's features: it adds least to any
-    similarity that the ranking rests on. Marks stay (the authors' way). Since *all* samples of a batch must agree,
-    small batches mark far more channels than large ones, and with marks that stay nearly all are soon marked;
-    ``refresh_interval`` and ``accumulate=False`` are there for that.
+    similarity that the ranking rests on. All samples must agree, so that small batches mark far more channels than
+    large ones; ``refresh_interval`` and ``accumulate=False`` are there for that.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
-    CVPR 2023, and its code, SCY-X/Capacity_Dynamic_Distillation. There queue sizes must be multiples of the batch;
-    here any will do. Ties, which its unstable sort decides, are broken by ``torch.topk``.
+    CVPR 2023, and its code, SCY-X/Capacity_Dynamic_Distillation. Ties are broken by ``torch.topk``.
 
     Args:
         num_channels: C.
         queue_size: how many teacher features are kept.
         neighbors: how many of them count for each sample.
         ratio: share of a row's channels that may be marked, from 0 to 1.
-        metric: ``"cosine"`` (features at unit length) or ``"euclidean"`` (as they come); for the neighbours. Channels
-            are ranked by the product either way.
-        accumulate: whether marks stay. Otherwise each update stands alone.
+        metric: ``"cosine"`` (features at unit length) or ``"euclidean"`` (as they come); for the neighbours.
+        accumulate: whether marks stay, as the authors have it. Otherwise each update stands alone.
         refresh_interval: after so many updates all marks are taken back, with ``accumulate``; None for never.
 
     Attributes:
-        mask: (C,) bool, False where a channel is marked. With the queue and its counters it is
-            part of the state dict.
+        mask: (C,) bool, False where a channel is marked; in the state dict, with the queue and its counters.
 
     Raises:
         ValueError: an argument out of range; features of another shape.

@@ -1,6 +1,11 @@
 import torch
 
 
+def row_lengths(weight: torch.Tensor) -> torch.Tensor:
+    """Return the length of each row; where it is zero, so is its gradient."""
+    return weight.flatten(1).norm(dim=1)
+
+
 def group_lasso(weights: list[torch.Tensor]) -> torch.Tensor:
     r"""Return the sum of the lengths of all rows, :math:`\sum_W \sum_j \|W_j\|_2`; a zero row has gradient zero.
 

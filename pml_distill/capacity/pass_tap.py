@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,18 +21,17 @@ class PassTap:
 
     Args:
         entry: what is called with the images.
-        modules: modules inside of it with outputs (B, C, H, W), by name.
+        modules: modules inside of it, by name.
+        last: whether their channels are the last dimension of the output, or the second.
         wanted: asked at the beginning of a pass whether to keep it.
-        still_wanted: asked then about each pass that is kept.
-
-    Attributes:
-        passes: those kept since the last ``take``.
+        still_wanted: asked then about each of the ``passes`` that are kept until the next ``take``.
     """
 
     def __init__(
         self,
         entry: nn.Module,
         modules: dict[str, nn.Module],
+        last: dict[str, bool],
         wanted: Callable[[], bool],
         still_wanted: Callable[[Pass], bool] = lambda _: True,
     ):
@@ -52,21 +52,30 @@ class PassTap:
                     f"{name} runs more than once in a pass; gradient resetting needs blocks that run once."
                 )
             dtype = torch.promote_types(output.dtype, torch.float32)
-            self.current.features[name] = output.detach().mean(dim=(2, 3), dtype=dtype)
+            places = tuple(range(1, output.ndim - 1)) if last[name] else tuple(range(2, output.ndim))
+            mean = output.detach().mean(dim=places, dtype=dtype) if places else output.detach().to(dtype)
+            self.current.features[name] = mean
 
         def finish(*_: Any) -> None:
             if self.current is not None:
                 self.passes.append(self.current)
             self.current = None
 
-        self.handles = [
-            entry.register_forward_pre_hook(start, with_kwargs=True),
-            entry.register_forward_hook(finish),
-            *(
-                module.register_forward_hook(lambda _m, _i, output, name=name: collect(name, output))
-                for name, module in modules.items()
-            ),
-        ]
+        self.listening: list[Any] = [module for module in modules.values() if hasattr(module, "listener")]
+        self.handles = [entry.register_forward_pre_hook(start, with_kwargs=True), entry.register_forward_hook(finish)]
+        for name, module in modules.items():
+            hear = functools.partial(collect, name)
+            if hasattr(module, "listener"):
+                setattr(module, "listener", hear)  # noqa: B010
+            else:
+                self.handles.append(module.register_forward_hook(lambda _m, _i, output, hear=hear: hear(output)))
+
+    def close(self) -> None:
+        """Hear nothing more."""
+        for handle in self.handles:
+            handle.remove()
+        for module in self.listening:
+            module.listener = None
 
     def take(self) -> list[Pass]:
         """Return the passes and forget them."""

@@ -8,10 +8,11 @@ from torch import nn
 from ..teachers import FrozenTeacher
 from ..utils.distributed import num_processes
 from ..utils.modules import eval_mode, unwrapped
-from .compactor import Compactor
+from .compactor import Compactor, find_compactors
 from .correspondence import check_correspondence
 from .gradient_reset import GradientReset
 from .pass_tap import PassTap
+from .tracing import copied
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class RetrievalReset:
 
     Args:
         teacher: a network of the same blocks and widths as the student, or a ``FrozenTeacher`` with one as trunk. It is
-            put into eval mode, and runs on the student's input if nothing else has run it on the batch.
+            put into eval mode, and runs on the student's input if nothing else has run it on the batch. None: a copy
+            of the student as it is when ``CapacityDynamics`` is made.
         warmup_epochs: resetting begins after so many epochs.
         ratio: share of channels that may be marked, see ``GradientReset``; likewise the others, but ``queue_dtype``.
         neighbors: of the teacher.
@@ -34,7 +36,7 @@ class RetrievalReset:
         ValueError: ``warmup_epochs`` is negative.
     """
 
-    teacher: nn.Module
+    teacher: nn.Module | None = None
     warmup_epochs: int = 20
     ratio: float = 0.5
     neighbors: int = 2
@@ -50,14 +52,7 @@ class RetrievalReset:
 
 
 class Resetting:
-    """Applies ``RetrievalReset`` to a student: hears both networks, keeps the queues and zeroes gradients.
-
-    Args:
-        settings: what to apply.
-        student: the network, without wrapper.
-        compactors: its compactors by name.
-        epoch: the current one.
-    """
+    """Applies ``RetrievalReset`` to a student: hears both networks, keeps the queues and zeroes gradients."""
 
     def __init__(
         self, settings: RetrievalReset, student: nn.Module, compactors: dict[str, Compactor], epoch: Callable[[], int]
@@ -77,9 +72,11 @@ class Resetting:
             ).to(weight.device, settings.queue_dtype or weight.dtype)
             for weight in self.weights
         )
-        self.teacher = unwrapped(settings.teacher)
+        self.own_teacher = settings.teacher is None
+        self.teacher = copied(student) if settings.teacher is None else unwrapped(settings.teacher)
         trunk = self.teacher.trunk if isinstance(self.teacher, FrozenTeacher) else self.teacher
         check_correspondence(student, trunk)
+        taught = find_compactors(trunk) or {name: trunk.get_submodule(name) for name in compactors}
         self.teacher.eval()
 
         def learning() -> bool:
@@ -87,19 +84,21 @@ class Resetting:
             trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights)
             return self.active() and student.training and trained
 
-        self.student_tap = PassTap(student, dict(compactors), learning)
+        last = {name: compactor.chain.last for name, compactor in compactors.items()}
+        self.student_tap = PassTap(student, dict(compactors), last, learning)
         # The teacher may be first, but then the student follows.
         self.teacher_tap = PassTap(
             self.teacher,
-            {name: trunk.get_submodule(name) for name in compactors},
+            {name: taught[name] for name in compactors},
+            last,
             lambda: self.active() and student.training and not trunk.training,
             lambda done: any(done.images is own.images for own in self.student_tap.passes),
         )
 
     def close(self) -> None:
         """Take all hooks away."""
-        for handle in self.student_tap.handles + self.teacher_tap.handles:
-            handle.remove()
+        self.student_tap.close()
+        self.teacher_tap.close()
 
     def forget(self) -> None:
         """Drop the passes that were heard."""
@@ -120,9 +119,21 @@ class Resetting:
             with eval_mode(self.teacher):
                 for done in self.student_tap.passes:
                     self.teacher(done.images)
+        if any(
+            len(p.features) < len(self.compactors) for tap in (self.student_tap, self.teacher_tap) for p in tap.passes
+        ):
+            raise RuntimeError(
+                "not all compactors were heard in a pass, as when a network was compiled before CapacityDynamics: "
+                "compile it afterwards, or call torch.compiler.reset() once."
+            )
         sides = self.student_tap.take(), self.teacher_tap.take()
         features = [torch.cat([p.features[name] for p in side]) for name in self.compactors for side in sides]
         # All side by side, so that processes talk once.
+        chains = [compactor.chain for compactor in self.compactors.values() for _ in sides]
+        # Channels that go together count together.
+        features = [
+            f if c.units == f.shape[1] else f.unflatten(1, (c.units, -1)).norm(dim=2) for f, c in zip(features, chains)
+        ]
         parts = gathered(torch.cat(features, dim=1)).split([part.shape[1] for part in features], dim=1)
         for weight, reset, own, other in zip(self.weights, self.resets, parts[::2], parts[1::2]):
             mask = reset.update(own, other)

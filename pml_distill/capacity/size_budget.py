@@ -7,6 +7,7 @@ from numbers import Integral
 import torch
 
 from .compactor import Compactor
+from .export import rounded, unit_step
 from .export_meter import ExportMeter
 
 
@@ -18,9 +19,11 @@ class SizeBudget:
         parameters: share of the parameters of the network without compactors that shall remain, from 0 to 1.
         flops: share of its FLOPs that shall remain. One of both.
         steps: of the optimizer, until the target is met.
+        multiple_of: the widths that are left are multiples of it. ONNX Runtime computes convolutions in blocks of 8
+            channels, so that other widths are slower for as many FLOPs.
 
     Raises:
-        ValueError: no target or two, a share out of range, ``steps`` that are no positive whole number.
+        ValueError: no target or two, a share out of range, a number that is no positive whole one.
 
     Example:
         >>> SizeBudget(flops=0.5, steps=1000).share
@@ -30,6 +33,7 @@ class SizeBudget:
     parameters: float | None = None
     flops: float | None = None
     steps: int | None = None
+    multiple_of: int = 8
 
     def __post_init__(self) -> None:
         if (self.parameters is None) == (self.flops is None):
@@ -40,10 +44,9 @@ class SizeBudget:
             raise ValueError(
                 f"{self.measured} is the share that shall remain and must lie between 0 and 1, but is {self.share}."
             )
-        if not isinstance(self.steps, Integral) or self.steps < 1:
-            raise ValueError(
-                f"steps must be a positive whole number, after which the target is met, but is {self.steps!r}."
-            )
+        for name, value in (("steps", self.steps), ("multiple_of", self.multiple_of)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, but is {value!r}.")
 
     @property
     def measured(self) -> str:
@@ -63,12 +66,6 @@ class BudgetSchedule:
     as that row is behind or ahead. When the target is met or the time is over, the shortest rows that are still too
     many go, and from then on those that are zero stay zero.
 
-    Args:
-        settings: the target.
-        compactors: by name, as ``find_compactors`` returns them.
-        meter: of the network.
-        threshold: rows shorter than this count as gone.
-
     Raises:
         ValueError: the target is out of reach.
     """
@@ -78,12 +75,15 @@ class BudgetSchedule:
         self.compactors, self.meter, self.threshold = compactors, meter, threshold
         self.weights = [compactor.weight for compactor in compactors.values()]
         self.counts = [len(weight) for weight in self.weights]
-        whole, least = (getattr(meter.measure(rows), self.measured) for rows in (0.0, math.inf))
+        self.multiple_of = settings.multiple_of
+        self.portion = [unit_step(compactor.chain, self.multiple_of) for compactor in compactors.values()]
+        self.starts = [sum(self.counts[:place]) for place in range(len(self.counts))]
+        whole, least = (getattr(meter.measure(rows, self.multiple_of), self.measured) for rows in (0.0, math.inf))
         self.target = settings.share * whole
         if self.target < least:
             raise ValueError(
-                f"{self.measured} is {settings.share}, but one channel behind each compactor leaves "
-                f"{least / whole:.3f} of the network."
+                f"{self.measured} is {settings.share}, but {self.multiple_of} channel(s) behind each compactor leave "
+                f"{least / whole:.3f} of the network: choose a smaller multiple_of or positions='all'."
             )
         self.first_longest = 0.0
         self.alive: list[torch.Tensor] | None = None
@@ -103,13 +103,7 @@ class BudgetSchedule:
             weight.mul_(alive)
 
     def follow(self, step: int, widths: dict[str, int], before: list[torch.Tensor]) -> float:
-        """Return by what to multiply the lasso weight, or settle what stays.
-
-        Args:
-            step: how many have been taken.
-            widths: the rows of each compactor that are left.
-            before: the weights as they were before the last shrinking.
-        """
+        """Return by what to multiply the lasso weight, or settle what stays; ``before`` is as before the shrinking."""
         size = self.size(widths)
         if size <= self.target or step >= self.steps:
             if size < self.target:
@@ -126,42 +120,66 @@ class BudgetSchedule:
         return 1.0
 
     def rows_to_go(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which rows of all compactors have to go, shortest first, until the target is met, and all lengths."""
+        """Return which rows of all compactors have to go, shortest first, until the target is met, and all lengths.
+
+        Rows of a compactor go in portions, so that the widths between are multiples; each portion goes by its longest.
+        """
         lengths = torch.cat([compactor.row_norms() for compactor in self.compactors.values()])
-        order = lengths.argsort(stable=True)
+        ranks = [own.argsort(stable=True) for own in lengths.split(self.counts)]
+        keys = torch.cat(
+            [self.portions(own[rank], step) for own, rank, step in zip(lengths.split(self.counts), ranks, self.portion)]
+        )
+        places = torch.cat([rank + start for rank, start in zip(ranks, self.starts)])
+        order = places[keys.argsort(stable=True)]
         owners = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))[order.cpu()]
 
         def meets(number: int) -> bool:
-            widths = torch.bincount(owners[number:], minlength=len(self.counts)).clamp(min=1).tolist()
-            return self.size(dict(zip(self.compactors, widths))) <= self.target
+            rows = torch.bincount(owners[number:], minlength=len(self.counts)).tolist()
+            return self.size(self.widths(rows)) <= self.target
 
         number = bisect_left(range(len(order)), True, key=meets)
         return torch.zeros_like(lengths, dtype=torch.bool).index_fill_(0, order[:number], True), lengths
 
+    def portions(self, lengths: torch.Tensor, step: int) -> torch.Tensor:
+        """Return for each of some sorted rows the length of the longest of its portion; the shortest may be fewer."""
+        if step == 1:
+            return lengths
+        ends = torch.arange(len(lengths) - 1, -1, -1, device=lengths.device) // step * step
+        return lengths[len(lengths) - 1 - ends]
+
+    def widths(self, rows: Sequence[int]) -> dict[str, int]:
+        """Return the widths of so many rows, rounded up to multiples."""
+        pairs = zip(self.compactors.items(), rows)
+        return {name: rounded(count, compactor.chain, self.multiple_of) for (name, compactor), count in pairs}
+
     def settle(self) -> None:
         """Zero the shortest rows that are too many; those at zero stay there from now on."""
         going, lengths = self.rows_to_go()
-        gone_rows = (going | (lengths < self.threshold)).split(self.counts)
-        lengths_of = lengths.split(self.counts)
-        for gone, own in zip(gone_rows, lengths_of):
-            if gone.all():
-                gone[own.argmax()] = False  # stays in any case
-        self.fill_up(gone_rows, lengths_of)
-        self.alive = [(~gone).to(w.dtype).view(-1, *(1,) * (w.ndim - 1)) for gone, w in zip(gone_rows, self.weights)]
+        rows = [int((~part).sum()) for part in (going | (lengths < self.threshold)).split(self.counts)]
+        widths, lengths_of = self.widths(rows), lengths.split(self.counts)
+        ranks = [own.argsort(descending=True, stable=True) for own in lengths_of]
+        self.fill_up(widths, lengths_of, ranks)
+        self.alive = []
+        for (name, compactor), rank in zip(self.compactors.items(), ranks):
+            weight = compactor.weight
+            alive = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+            alive[rank[: widths[name]]] = 1
+            self.alive.append(alive.view(-1, *(1,) * (weight.ndim - 1)))
         self.hold()
 
-    def fill_up(self, gone_rows: Sequence[torch.Tensor], lengths_of: Sequence[torch.Tensor]) -> None:
-        """Let the longest row that goes from each compactor stay where the target allows it.
+    def fill_up(self, widths: dict[str, int], lengths: Sequence[torch.Tensor], ranks: Sequence[torch.Tensor]) -> None:
+        """Let the longest rows that go from each compactor stay where the target allows it.
 
         The last of all rows to go may cost more than what was missing.
         """
-        widths = {name: int((~gone).sum()) for name, gone in zip(self.compactors, gone_rows)}
-        longest = [torch.where(gone, lengths, 0).max(dim=0) for gone, lengths in zip(gone_rows, lengths_of)]
-        candidates = zip(self.compactors, gone_rows, longest)
-        for name, gone, (length, row) in sorted(candidates, key=lambda c: float(c[2].values), reverse=True):
-            wider = widths | {name: widths[name] + 1}
+        found = []
+        for name, own, rank, step in zip(self.compactors, lengths, ranks, self.portion):
+            if widths[name] < len(own):
+                found.append((float(own[rank[widths[name]]]), name, min(step, len(own) - widths[name])))
+        for length, name, step in sorted(found, key=lambda one: one[0], reverse=True):
+            wider = widths | {name: widths[name] + step}
             if length >= self.threshold and self.size(wider) <= self.target:
-                gone[row], widths = False, wider
+                widths[name] += step
 
     def state_dict(self) -> dict[str, object]:
         """Return the progress and the plan."""
@@ -169,7 +187,7 @@ class BudgetSchedule:
 
     def plan(self) -> dict[str, object]:
         """Return what is counted, how much of it shall remain, and when."""
-        return {"measured": self.measured, "target": self.target, "steps": self.steps}
+        return {"measured": self.measured, "target": self.target, "steps": self.steps, "multiple_of": self.multiple_of}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where ``state_dict`` was taken, or raise ``ValueError`` if it was under another plan."""

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..utils.modules import unwrapped
 from ..utils.report import write
-from .compactor import compacted_chains
+from .compactor import find_compactors
 
 # Settings of DistributedDataParallel that are arguments and attributes of one name.
 WRAPPER_SETTINGS = (
@@ -54,7 +54,10 @@ def key_in(trainer: Any, student: nn.Module) -> str:
         )
     if not keys:
         raise ValueError(f"trainer.models has {sorted(trainer.models)}, none of which is this student.")
-    merged = [chain.name_of(part) for chain in compacted_chains(student) for part in chain.path[:2]]
+    names = {module: name for name, module in student.named_modules()}
+    chains = [compactor.chain for compactor in find_compactors(student).values()]
+    merged = [names[m] for chain in chains for m in (chain.producer, *chain.carriers, *chain.companions)]
+    merged += list(find_compactors(student))
     tapped = [
         name
         for name in getattr(trainer, "student_features", ())
@@ -70,11 +73,19 @@ def key_in(trainer: Any, student: nn.Module) -> str:
 
 def origins(student: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return the student's parameter in whose place each parameter of the exported network belongs."""
-    old, found = dict(student.named_parameters()), {name: name for name in names}
-    for chain in compacted_chains(student):
-        conv, norm = chain.name_of(chain.path[0]), f"{chain.name}.0.bias"
-        if f"{conv}.bias" not in old:
-            found[f"{conv}.bias"] = norm if norm in old else f"{conv}.weight"
+    old, found = dict(student.named_parameters()), {}
+    modules = {module: name for name, module in student.named_modules()}
+    moved: dict[str, str] = {}
+    for place, compactor in find_compactors(student).items():
+        chain = compactor.chain
+        # What was wrapped is at its own name again, and a merged convolution has the bias of its normalisation.
+        moved |= {f"{place}.{name}": f"{place}.0.{name}" for name, _ in chain.place.named_parameters()}
+        layer = modules[chain.producer].removesuffix(".0") if chain.place is chain.producer else modules[chain.producer]
+        if chain.full:
+            norm = f"{modules[chain.place]}.bias"
+            moved[f"{layer}.bias"] = norm if norm in old else f"{modules[chain.producer]}.weight"
+    for name in names:
+        found[name] = name if name in old else moved[name]
     return found
 
 

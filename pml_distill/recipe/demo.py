@@ -17,21 +17,13 @@ from .images import find_images
 from .job import Job
 from .report import accuracy, beside_teacher, cost, draw_neighbors
 from .run import claim, new_machine
-from .settings import LOSSES, METRIC, Settings, aligned
+from .settings import METRIC, WEIGHTS, Settings, aligned
 from .views import SharedViews
 
 DATASETS = {"glyphs": Glyphs, "digits": Digits}
-SIZES = {"glyphs": 32, "digits": 8}
 #: What is compared unless others are asked for.
-CORE = (
-    "soft_dark_rank",
-    "hard_dark_rank",
-    "similarity_regression",
-    "absolute_teacher",
-    "relative_teacher",
-    "cosine_teacher",
-)
-#: The student's, the best on validation classes.
+CORE = tuple(WEIGHTS)[:6]
+#: The student's learning rate, the best on validation classes.
 RATE = 2e-2
 
 
@@ -48,7 +40,7 @@ def unchanged(image: torch.Tensor) -> torch.Tensor:
 
 
 class Demo:
-    """All runs of one dataset, number of epochs and seeds in one folder.
+    """All runs on one dataset, for a number of epochs, in one folder.
 
     Args:
         out: the folder.
@@ -62,59 +54,58 @@ class Demo:
 
     def __init__(self, out: Path, dataset: str, epochs: int, device: str | None = None):
         logging.getLogger("PML").setLevel(logging.ERROR)
-        self.machine = new_machine(device, 0, 128)
-        self.out, self.size, self.epochs = out, SIZES[dataset], epochs
+        self.machine, self.out, self.epochs = new_machine(device, 0, 128), out, epochs
         self.images = find_images({split: DATASETS[dataset](split) for split in ("train", "val", "test")})
         claim(out, {"dataset": dataset, "epochs": epochs, "images": self.images.digest})
 
     def job(self, seed: int) -> Job:
         """Return the recipe for a seed, with the teacher trained and asked."""
-        settings = Settings("teacher", "student", epochs=self.epochs, tune_teacher=self.epochs, views=self.epochs,
-                            batch_size=128, lr=RATE, seed=seed, pretrained=False)  # fmt: skip
+        epochs, size = self.epochs, self.images.all[0][0].shape[-1]
+        settings = Settings(
+            "teacher", "student", epochs=epochs, tune_teacher=epochs, views=epochs, lr=RATE, seed=seed, pretrained=False
+        )
         torch.manual_seed(seed)
-        teacher, student = network(32, self.size), network(8, self.size)
-        job = Job(self.out / f"seed{seed}", settings, self.machine, self.images, teacher, student, None, unchanged)
+        networks = network(32, size), network(8, size)
+        job = Job(self.out / f"seed{seed}", settings, self.machine, self.images, *networks, unchanged)
         job.teach()
-        job.standardize()
         return job
 
     def run(self, seed: int, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Train and test the teacher, the student alone and with each of the losses; return a row of figures each."""
-        folder, everything = self.out / f"seed{seed}", ["teacher", "student", *names]
-        job, test = None, self.images["test"]
-        for place, name in enumerate(everything, 1):
+        """Train and test each of the networks unless that has been done; return a row of figures each."""
+        folder, job, test = self.out / f"seed{seed}", None, self.images["test"]
+        for place, name in enumerate(names, 1):
             path = folder / name / "figures.json"
             if path.exists():
                 continue
-            write(f"[{place}/{len(everything)}] {name}, seed {seed}")
+            write(f"[{place}/{len(names)}] {name}, seed {seed}")
             job = job or self.job(seed)
-            gallery = job.teaching.embeddings(test)
-            sees, teacher = job.student.preprocessing, job.teacher
-            if name == "teacher" and teacher is not None:
-                found, taught, model = job.teaching.outputs(test), gallery, teacher.network
+            sees, gallery = job.student.preprocessing, job.teaching.embeddings(test)
+            if name == "teacher":
+                found, taught = job.teaching.outputs(test), gallery
+                model: Any = job.teaching.source.network  # type: ignore[union-attr]
             else:
-                model = job.training(name, {name: LOSSES[name][1]} if name in LOSSES else {}).finish()
+                model = job.training(name, {name: WEIGHTS[name]} if name in WEIGHTS else {}).finish()
                 found = taught = self.machine.embed(model, SharedViews(test, None, sees, None))
             torch.save(found, folder / name / "embeddings.pth")
             figures = accuracy(found, test.labels) | beside_teacher(taught, gallery, test.labels)
-            costs = cost(model.to(self.machine.device), sees.image_shape)
-            write_json(path, {"name": name, "seed": seed} | figures | costs)
-        return [json.loads((folder / name / "figures.json").read_text()) for name in everything]
+            write_json(path, {"name": name, "seed": seed} | figures | cost(model, sees.image_shape))
+        return [json.loads((folder / name / "figures.json").read_text(encoding="utf-8")) for name in names]
 
 
-def run_demo(out: Path, dataset: str, epochs: int, seeds: int, names: Sequence[str], device: str | None) -> None:
+def run_demo(
+    out: Path, dataset: str, epochs: int, seeds: int, losses: Sequence[str], device: str | None = None
+) -> None:
     """Run what is missing, print the table, and write it with the figures and pictures."""
-    names = CORE if list(names) == ["core"] else tuple(LOSSES) if list(names) == ["all"] else tuple(names)
-    unknown = sorted(set(names) - set(LOSSES))
+    losses = {"core": CORE, "all": tuple(WEIGHTS)}.get(" ".join(losses), tuple(losses))
+    unknown = sorted(set(losses) - set(WEIGHTS))
     if unknown:
-        raise ValueError(f"--losses has unknown names {unknown}; known are {sorted(LOSSES)}.")
+        raise ValueError(f"--losses has unknown names {unknown}; known are {sorted(WEIGHTS)}.")
     for name, value in (("seeds", seeds), ("epochs", epochs)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, but is {value}.")
-    demo = Demo(out, dataset, epochs, device)
-    rows = [row for seed in range(seeds) for row in demo.run(seed, names)]
-    of = {(row["name"], row["seed"]): row for row in rows}
-    for row in rows:
+    demo, names = Demo(out, dataset, epochs, device), ("teacher", "student", *losses)
+    of = {(row["name"], row["seed"]): row for seed in range(seeds) for row in demo.run(seed, names)}
+    for row in of.values():
         alone, best = (of[name, row["seed"]][METRIC] for name in ("student", "teacher"))
         row["gap_recovered"] = (row[METRIC] - alone) / (best - alone)
 
@@ -127,7 +118,7 @@ def run_demo(out: Path, dataset: str, epochs: int, seeds: int, names: Sequence[s
             "precision@1": shown(values(name, "precision_at_1")),
             "MAP@R": shown(values(name, METRIC)),
             "student to teacher": shown(values(name, "in_teacher_gallery")),
-            "aligned": ("yes" if aligned(name) else "no") if name in LOSSES else "",
+            "aligned": ("yes" if aligned(name) else "no") if name in WEIGHTS else "",
             "gap recovered": shown([100 * value for value in values(name, "gap_recovered")], ".0f") + " %",
             "agreement": shown(values(name, "agreement")),
             "parameters": f"{of[name, 0]['parameters']:,}",
@@ -135,22 +126,18 @@ def run_demo(out: Path, dataset: str, epochs: int, seeds: int, names: Sequence[s
             "ms (batch 1)": f"{of[name, 0]['latency_ms_batch_1']:.2f}",
             "ms (batch 32)": f"{of[name, 0]['latency_ms_batch_32']:.3f}",
         }
-        for name in ("teacher", "student", *names)
+        for name in names
     ]
     print(format_table(table))
     (out / "table.md").write_text(format_table(table) + "\n", encoding="utf-8")
     with whole_file(out / "results.csv") as unfinished, open(unfinished, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(of["teacher", 0]))
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: ["teacher", "student", *names].index(row["name"])))
-    levels = {
-        name: mean_and_error(values(key, METRIC))[0]
-        for name, key in (("student alone", "student"), ("teacher", "teacher"))
-    }
+        writer.writerows(of[name, seed] for name in names for seed in range(seeds))
     bars = {name: mean_and_error(values(name, METRIC)) for name in names}
-    bar_chart(out / "map_at_r.png", bars, levels, "MAP@R on unseen classes")
-    best = max(names, key=lambda name: bars[name][0])
-    for name in ("student", best):
+    levels = {"student alone": bars["student"][0], "teacher": bars["teacher"][0]}
+    bar_chart(out / "map_at_r.png", {name: bars[name] for name in losses}, levels, "MAP@R on unseen classes")
+    for name in ("student", max(losses, key=lambda name: bars[name][0])):
         found = torch.load(out / "seed0" / name / "embeddings.pth")
         draw_neighbors(out / f"neighbors_{name}.png", demo.images["test"], found)
     print("\nstudent to teacher: MAP@R of the student's queries in the teacher's gallery. Losses that do not align")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import nn
 
 from ..datasets import SeededViews
@@ -21,9 +22,9 @@ from . import settings as usual
 from .images import Images, ImageSet
 from .networks import build_student, find_network
 from .report import accuracy
-from .settings import LOSSES, Settings, weights_of
-from .teaching import GivenTeaching, NetworkTeaching, read_vectors
-from .training import Machine, Training, new_metric_loss
+from .settings import WEIGHTS, Settings, new_loss, weights_of
+from .teaching import Teaching, read_vectors
+from .training import Machine, Training
 from .views import Augmentation, SharedViews
 
 ALONE, DISTILLED = "student without teacher", "distilled student"
@@ -34,8 +35,8 @@ class Job:
 
     Args:
         out, settings, machine, images: of the run.
-        teacher, student: names or networks; no teacher where its embeddings are given.
-        vectors: the teacher's embeddings of all images, in place of a teacher; None: those of the settings' file.
+        teacher: the large network or its name, or the embeddings of all images; None for those in the settings' file.
+        student: the small network or its name.
         augmentation: from an image to a random view of it; None for the usual one.
 
     Attributes:
@@ -52,53 +53,48 @@ class Job:
         settings: Settings,
         machine: Machine,
         images: Images,
-        teacher: str | nn.Module | None,
+        teacher: str | nn.Module | torch.Tensor | None,
         student: str | nn.Module,
-        vectors: torch.Tensor | None = None,
         augmentation: Callable[[Any], Any] | None = None,
     ):
         self.out, self.settings, self.machine, self.images = out, settings, machine, images
         self.augmentation = Augmentation() if augmentation is None else augmentation
-        self.teaching: Any = None
         self.notes, self.curves = [], {}  # type: tuple[list[str], dict[str, list]]
-        # The same weights, whatever is done with them.
-        torch.manual_seed(settings.seed)
-        options = {"pretrained": settings.pretrained, "image_size": settings.image_size}
-        self.student = find_network(copied(student), weights=settings.student_weights, **options)
-        self.teacher, self.vectors = None, vectors
-        if teacher is not None:
-            self.teacher = find_network(copied(teacher), weights=settings.teacher_weights, **options)
-        elif vectors is None:
-            self.vectors = read_vectors(str(settings.teacher_embeddings), images.all)
-        train = images["train"]
+        train, val = images["train"], images["val"]
         self.labeled = train.at((train.labels != UNLABELED).nonzero().flatten().tolist())
         for name in ("bits", "tune_teacher", "baseline"):
             if getattr(settings, name) and not len(self.labeled):
-                raise ValueError(f"{usual.flag(name)} needs labels, but the images to train on have none.")
-        if settings.tune_teacher and not images["val"].labeled:
+                raise ValueError(f"--{name.replace('_', '-')} needs labels, but the images to train on have none.")
+        if settings.tune_teacher and not val.labeled:
             raise ValueError(
                 "--tune-teacher needs labels of validation images, to tell whether it helps; there are none."
             )
-        # Codes are learned from labels after the teacher's features without.
-        self.metric_loss = settings.metric_loss if len(self.labeled) and not settings.bits else "none"
-        self.width = self.checked_width()
+        # With one label of a class or none, the teacher knows better to the end.
+        self.few_labels = len(self.labeled) < 2 * len(self.labeled.labels.unique()) or not len(self.labeled)
+        self.can_tune = val.labeled and not self.few_labels
+        # A code is learned from labels, after the teacher's features without.
+        self.metric_loss = settings.metric_loss != "none" and settings.bits is None and len(self.labeled) > 0
 
-    def checked_width(self) -> int:
-        """Return the width of the student's embeddings, the settings' or the usual one."""
-        widest = self.teacher.width if self.teacher is not None else self.vectors.shape[1]  # type: ignore[union-attr]
-        width = self.settings.width or min(usual.WIDTH, widest, max(1, len(self.images["train"]) // 2))
-        equal = [name for name in self.loss_names() if LOSSES[name][0](width).equal_widths]
-        if width > widest and equal:
+        torch.manual_seed(settings.seed)
+        options = {"pretrained": settings.pretrained, "image_size": settings.image_size}
+        self.student = find_network(copied(student), weights=settings.student_weights, **options)
+        source: Any = read_vectors(str(settings.teacher_embeddings), images.all) if teacher is None else teacher
+        if not isinstance(source, torch.Tensor):
+            source = find_network(copied(source), weights=settings.teacher_weights, **options)
+        self.teacher: NamedNetwork | torch.Tensor = source
+        self.teaching = Teaching(out / "teacher", machine, images, source)
+        self.widest = source.shape[1] if isinstance(source, torch.Tensor) else source.width
+        self.width = settings.width or min(usual.WIDTH, self.widest, max(1, len(train) // 2))
+        equal = [name for name in self.loss_names() if new_loss(name, self.width).equal_widths]
+        if self.width > self.widest and equal:
             raise ValueError(
-                f"--width {width} is more than the {widest} numbers of the teacher, and {', '.join(equal)} compares "
-                f"equal widths. Give at most {widest}, or other losses, such as --losses rkd_angle."
+                f"--width {self.width} is more than the {self.widest} numbers of the teacher, and {', '.join(equal)} "
+                f"compares equal widths. Give at most {self.widest}, or other losses, such as --losses rkd_angle."
             )
-        return width
 
     def loss_names(self) -> list[str]:
         """Return the names of the losses to distil with."""
-        usually = usual.WITHOUT_LABELS if self.metric_loss == "none" else usual.WITH_LABELS
-        return list(weights_of(self.settings.losses) or usually)
+        return list(weights_of(self.settings.losses) or usual.DEFAULT_LOSSES)
 
     def views(self, images: ImageSet | None = None, **sides: Any) -> SeededViews:
         """Return the augmented views of training images, for ``student=`` or ``teacher=`` with its preprocessing."""
@@ -106,70 +102,54 @@ class Job:
         shared = SharedViews(self.images["train"] if images is None else images, self.augmentation, **shown)
         return SeededViews(shared, self.settings.seed, self.settings.views)
 
-    def teach(self) -> None:
-        """Take the teacher, and train it if that is asked for or it knows nothing yet."""
-        folder = self.out / "teacher"
-        if self.teacher is None:
-            vectors: Any = self.vectors
-            self.teaching = GivenTeaching(folder, min(self.width, vectors.shape[1]), self.machine, vectors, self.images)
-            return
-        sees = self.teacher.preprocessing
-        width = min(self.width, self.teacher.width)
-        self.teaching = NetworkTeaching(folder, width, self.machine, self.teacher, self.views(teacher=sees))
-        epochs = self.settings.tune_teacher
-        trained = self.settings.pretrained or self.settings.teacher_weights
-        if epochs is None:
-            epochs = 0 if trained or not self.can_tune() else usual.TUNE_EPOCHS
-        if epochs:
-            write(f"Tuning the teacher on the labels of {len(self.labeled):,} images.")
-            rate = usual.TEACHER_RATE_PRETRAINED if trained else usual.RATE_FROM_SCRATCH
-            views = self.views(self.labeled, teacher=sees)
-            result = self.teaching.tune(views, epochs, rate, self.settings.seed, self.images["val"])
-            self.curves["teacher"] = result["curve"]
-            self.tell_tuning("The teacher was", result)
-
-    def standardize(self) -> None:
-        """Make the teacher ready to be asked for the views of the training images."""
-        tune = self.can_tune() and self.settings.tune_teacher != 0
-        result = self.teaching.store(self.images["train"], self.images["val"], tune)
-        if result:
-            self.tell_tuning("The rotation of the teacher's outputs was", result)
-
-    def can_tune(self) -> bool:
-        """Whether there are labels to tune on, two of a class on average, and others to validate on."""
-        classes = len(self.labeled.labels.unique())
-        return 0 < 2 * classes <= len(self.labeled) and self.images["val"].labeled
-
-    def tell_tuning(self, what: str, result: dict[str, Any]) -> None:
-        """Tell whether tuning has helped."""
-        before, after = result["before"], result["after"]
-        self.note(
-            f"{what} tuned on the labels: MAP@R on validation images {before:.3f} before, {after:.3f} after"
-            + ("." if after >= before else "; it is used as it was before.")
-        )
-
     def note(self, text: str) -> None:
         """Tell the user, now and in the report."""
         self.notes.append(text)
         write(text)
 
+    def teach(self) -> None:
+        """Train the teacher if that is asked for or it knows nothing yet, and make it ready to be asked."""
+        epochs, sees = self.settings.tune_teacher, self.student.preprocessing
+        if isinstance(self.teacher, NamedNetwork):
+            sees = self.teacher.preprocessing
+            trained = self.settings.pretrained or self.settings.teacher_weights
+            if epochs is None and self.can_tune and not trained:
+                epochs = usual.TUNE_EPOCHS
+            if epochs:
+                write(f"Tuning the teacher on the labels of {len(self.labeled):,} images.")
+                rate = usual.TEACHER_RATE_PRETRAINED if trained else usual.RATE_FROM_SCRATCH
+                views = self.views(self.labeled, teacher=sees)
+                result, self.curves["teacher"] = self.teaching.train(views, epochs, rate, self.settings.seed)
+                self.tell_tuning("The teacher", result)
+        tune, width = self.can_tune and epochs != 0, min(self.width, self.widest)
+        result = self.teaching.standardize(width, self.views(teacher=sees), tune or bool(epochs))
+        if result:
+            self.tell_tuning("The rotation of the teacher's outputs", result)
+
+    def tell_tuning(self, what: str, result: dict[str, float]) -> None:
+        """Tell whether tuning has helped."""
+        before, after = result["before"], result["after"]
+        kept = "" if after >= before else "; what was before is used"
+        self.note(
+            f"{what} was tuned on labels: MAP@R on validation images {before:.3f} before, {after:.3f} after{kept}."
+        )
+
     def weights(self) -> dict[str, float]:
         """Return the weight of each loss: given, or the best of a few on the validation images; none if 0 is best."""
-        given = weights_of(self.settings.losses)
-        names = self.loss_names()
-        if self.metric_loss == "none":
+        given, names = weights_of(self.settings.losses), self.loss_names()
+        if not self.metric_loss:
             return {name: given.get(name) or 1.0 for name in names}
-        if any(weight is not None for weight in given.values()) or not self.images["val"].labeled:
-            return {name: LOSSES[name][1] if given.get(name) is None else float(given[name] or 0) for name in names}
+        if None not in given.values() and given or not self.images["val"].labeled:
+            return {name: WEIGHTS[name] if given.get(name) is None else float(given[name] or 0) for name in names}
         path = self.out / "choice.json"
         if not path.exists():
-            epochs, tried = max(1, round(usual.SHORT_RUN * self.settings.epochs)), {}
+            epochs, tried = max(1, round(usual.SHORT_RUN * self.settings.epochs)), []
             for factor in usual.FACTORS:
                 write(f"Trying {factor:g} times the usual weight of the distillation, for {epochs} epochs.")
                 training = self.training(f"choice/{factor:g}", scaled(names, factor), epochs)
-                tried[factor] = self.validate(training.finish())
-            in_first_process(lambda: write_json(path, list(tried.items())))
-        results = json.loads(path.read_text())
+                tried.append((factor, self.validate(training.finish())))
+            in_first_process(lambda: write_json(path, tried))
+        results = json.loads(path.read_text(encoding="utf-8"))
         best = max(results, key=lambda result: result[1])[0]
         figures = ", ".join(f"{factor:g} times {value:.3f}" for factor, value in results)
         self.note(
@@ -181,25 +161,25 @@ class Job:
     def training(self, folder: str, weights: dict[str, float], epochs: int | None = None) -> Training:
         """Return the training of a new student, by these losses and the metric loss."""
         trained = self.settings.pretrained or self.settings.student_weights
-        losses = {name: LOSSES[name][0](self.width) for name in weights}
-        named = copy.deepcopy(self.student)
+        losses = {name: new_loss(name, self.width) for name in weights}
+        beside_labels = bool(losses) and self.metric_loss and not self.few_labels
         torch.manual_seed(self.settings.seed)
-        network = build_student(named, self.width)
         return Training(
             self.out / folder,
-            network,
-            self.views(student=named.preprocessing),
+            build_student(copy.deepcopy(self.student), self.width),
+            self.views(student=self.student.preprocessing),
             self.machine,
             epochs or self.settings.epochs,
             self.settings.lr or (usual.RATE_PRETRAINED if trained else usual.RATE_FROM_SCRATCH),
             self.settings.seed,
-            new_metric_loss(self.metric_loss),
+            MultiSimilarityLoss() if self.metric_loss else None,
             MultipleDistillationLosses(losses, weights) if losses else None,
             teacher=self.teaching.teacher if losses else None,
+            projection=nn.Linear(self.width, self.width) if beside_labels else None,
+            fade=usual.FADE if beside_labels else 0.0,
             validate=self.validate,
-            fade=usual.FADE if len(self.labeled) == len(self.images["train"]) else None,
             keep_flops=self.settings.keep_flops if epochs is None else None,
-            image_shape=named.preprocessing.image_shape,
+            image_shape=self.student.preprocessing.image_shape,
         )
 
     def hashing(self, folder: str, trunk: nn.Module) -> Training:
@@ -219,28 +199,29 @@ class Job:
         )
 
     def students(self) -> dict[str, EmbeddingNetwork]:
-        """Return the distilled student, and the one without a teacher if there is to be one."""
-        weights, bits = self.weights(), self.settings.bits
-        trainings = {}
-        if self.settings.baseline or not weights:
-            alone = self.hashing("baseline", copy.deepcopy(self.student.network)) if bits else None
-            trainings[ALONE] = alone or self.training("baseline", {})
-        if weights:
-            trainings[DISTILLED] = self.training("student", weights)
-        found = {}
-        for name, training in trainings.items():
+        """Return the student to deploy, called distilled, and the one without a teacher if there is one."""
+        weights, bits, found = self.weights(), self.settings.bits, {}
+
+        def finish(name: str, training: Training) -> None:
             write(f"Training the {name}.")
             found[name] = training.finish()
             self.curves[name] = training.curve
+
+        if self.settings.baseline or not weights:
+            trunk = copy.deepcopy(self.student.network)
+            finish(ALONE, self.hashing("baseline", trunk) if bits else self.training("baseline", {}))
+        if weights:
+            finish(DISTILLED, self.training("student", weights))
         if bits:
-            write(f"Training codes of {bits} bits.")
-            training = self.hashing("hashing", found[DISTILLED].trunk)
-            found[DISTILLED], self.curves["codes"] = training.finish(), training.curve
-        if not weights:
-            self.note(
-                "Distillation did not help on the validation images, so that the student is that without teacher."
-            )
-            found[DISTILLED] = found[ALONE]
+            finish(DISTILLED, self.hashing("hashing", found[DISTILLED].trunk))
+        if ALONE in found and self.images["val"].labeled:
+            figures = {name: self.validate(network) for name, network in found.items()}
+            if max(figures, key=lambda name: figures[name]) == ALONE:
+                self.note(
+                    "Distillation did not help on validation images: the student to deploy is that without a teacher "
+                    f"(MAP@R {', '.join(f'{value:.3f} {name}' for name, value in figures.items())})."
+                )
+                found[DISTILLED] = found[ALONE]
         return found
 
     def validate(self, network: EmbeddingNetwork) -> float:
@@ -254,7 +235,7 @@ class Job:
 
 def scaled(names: list[str], factor: float) -> dict[str, float]:
     """Return so many times the usual weights, nothing for 0."""
-    return {name: factor * LOSSES[name][1] for name in names} if factor else {}
+    return {name: factor * WEIGHTS[name] for name in names} if factor else {}
 
 
 def copied(network: str | nn.Module) -> str | nn.Module:

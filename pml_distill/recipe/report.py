@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..datasets.items import UNLABELED
 from ..evaluation import model_cost, neighbor_agreement, retrieval_accuracy
 from ..models import Preprocessing
 from ..utils.files import whole_file
+from ..utils.report import format_table
 from .images import ImageSet
 
 COLUMNS = {
@@ -58,6 +60,11 @@ def shown_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the figures as text, without columns that are empty."""
     present = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     return [{"network": row["network"]} | {COLUMNS[key]: shown(key, row.get(key)) for key in present} for row in rows]
+
+
+def text_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table for a terminal."""
+    return format_table(shown_table(rows))
 
 
 def shown(key: str, value: Any) -> str:
@@ -119,8 +126,11 @@ def draw_curves(path: Path, curves: dict[str, list[dict[str, float]]], key: str,
     return True
 
 
-def draw_neighbors(path: Path, images: ImageSet, embeddings: torch.Tensor) -> None:
-    """Draw queries and what is nearest to each: framed green for its class, red for another, grey without labels."""
+def draw_neighbors(path: str | os.PathLike, images: Any, embeddings: torch.Tensor) -> None:
+    """Draw images of a dataset with ``labels``, and to the right of each what is nearest to it.
+
+    The frame is green for the image's own class, red for another, grey without labels.
+    """
     from PIL import Image
 
     count = min(QUERIES, len(images))

@@ -1,14 +1,13 @@
-"""A run: a folder that one configuration owns, from the images to the files that leave it."""
+"""What people call: a whole run in a folder that one configuration owns, networks compared, images embedded."""
 
 import csv
-import importlib.metadata
 import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +37,7 @@ EXTRA = (
 )
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """A finished run: its folder, the student, the rows of the table, what was noted, and the path of the report."""
 
     out: Path
@@ -61,10 +59,10 @@ def distill(
 ) -> Run:
     """Teach a small network to retrieve like a large one, test it, and write the files to deploy it.
 
-    The teacher is tuned on the labels, if there are any. What it returns for a few augmented views of each image is
-    stored, centred, rotated and whitened. The student learns from that and from the labels; the weight of the
-    distillation is the best of a few on the validation images. Called again after an interruption, it continues; after
-    the end, it loads the result.
+    What the teacher returns for a few augmented views of each image is stored, centred, rotated and whitened; the
+    rotation is tuned on the labels, if there are any. The student learns from that and from the labels, with the weight
+    that is best on the validation images. Called again after an interruption, it continues; after the end, it loads
+    the result.
 
     Args:
         images: see ``find_images``.
@@ -74,7 +72,7 @@ def distill(
         device: where to train; None: the GPU, if there is one.
         workers: processes that read images; None: by the number of cores.
         augmentation: from an image to a random view of it, in place of crops, mirroring and jittered colours.
-        **options: see ``Settings``.
+        **options: see ``Settings``. ``teacher_embeddings`` may also be an array (N, D).
 
     Raises:
         ValueError: images, names or options cannot serve, or ``out`` holds something else.
@@ -84,30 +82,28 @@ def distill(
     require_extra()
     if student is None:
         raise ValueError("Give a student (--student), such as timm/mobilenetv4_conv_small.e2400_r224_in1k.")
-    vectors = options.get("teacher_embeddings")
+    vectors: Any = options.get("teacher_embeddings")
     if vectors is not None and not isinstance(vectors, (str, os.PathLike)):
         vectors = torch.as_tensor(vectors, dtype=torch.float32)
-        options["teacher_embeddings"] = f"{tuple(vectors.shape)}"
-    else:
-        vectors = None
-    paths = {key: str(value) for key, value in options.items() if isinstance(value, os.PathLike)}
-    settings = Settings(name_of(teacher), str(name_of(student)), **options | paths)
+        options["teacher_embeddings"] = str(tuple(vectors.shape))
+    options["losses"] = tuple(options.get("losses") or ())
+    options |= {key: str(value) for key, value in options.items() if isinstance(value, os.PathLike)}
+    settings = Settings(name_of(teacher), str(name_of(student)), **options)
     machine = new_machine(device, workers, settings.batch_size)
-    found = find_images(images, settings.skip_broken)
-    if vectors is not None and len(vectors) != len(found.all):
-        raise ValueError(f"teacher_embeddings has {len(vectors)} rows, but there are {len(found.all)} images.")
-    out = Path(out)
-    job = Job(out, settings, machine, found, teacher, student, vectors, augmentation)
+    out, found = Path(out), find_images(images, settings.skip_broken)
+    if isinstance(vectors, torch.Tensor) and (vectors.ndim != 2 or len(vectors) != len(found.all)):
+        raise ValueError(f"teacher_embeddings must be ({len(found.all)}, D), but are {tuple(vectors.shape)}.")
+    source = vectors if teacher is None and isinstance(vectors, torch.Tensor) else teacher
+    job = Job(out, settings, machine, found, source, student, augmentation)
     claim(out, settings.to_dict() | {"images": found.digest, "augmentation": repr(augmentation)})
+    given = student if isinstance(student, nn.Module) else None
     if not (out / CONFIG).exists():
         job.note(str(found))
         job.teach()
-        job.standardize()
         networks = job.students()
-        in_first_process(lambda: finish(job, networks, isinstance(student, nn.Module)))
+        in_first_process(lambda: finish(job, networks, given is None))
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    trained = load_student(out, student if isinstance(student, nn.Module) else None)
-    return Run(out, trained, config["table"], config["notes"], out / REPORT)
+    return Run(out, load_student(out, given), config["table"], config["notes"], out / REPORT)
 
 
 def claim(out: Path, ours: dict[str, Any]) -> None:
@@ -139,15 +135,13 @@ def claim(out: Path, ours: dict[str, Any]) -> None:
     in_first_process(in_one_process)
 
 
-def finish(job: Job, networks: dict[str, Any], given: bool) -> None:
+def finish(job: Job, networks: dict[str, Any], has_name: bool) -> None:
     """Write the files and try them, test all networks, write the report; the configuration comes last."""
-    out, settings, sees = job.out, job.settings, job.student.preprocessing
-    test = job.images["test"]
+    out, settings, sees, test = job.out, job.settings, job.student.preprocessing, job.images["test"]
     tested = SharedViews(test, None, sees, None)
-    student = networks[DISTILLED]
-    again = build_student(job.student, job.width, settings.bits)
     calibration = SharedViews(job.images["train"], None, sees, None) if settings.int8 else None
-    files = deploy.write_files(out, student, again, sees.image_shape, tested, calibration)
+    again = build_student(job.student, job.width, settings.bits)
+    files = deploy.write_files(out, networks[DISTILLED], again, sees.image_shape, tested, calibration)
     for name, result in files.items():
         job.notes.append(
             f"{name} was run on {result['images']} test images: largest difference from the student "
@@ -157,26 +151,27 @@ def finish(job: Job, networks: dict[str, Any], given: bool) -> None:
     spaces = {"teacher": own}
     rows: list[dict[str, Any]] = [{"network": "teacher"} | report.accuracy(own, test.labels)]
     rows[0] |= report.beside_teacher(gallery, gallery, test.labels)
-    if job.teacher is not None:
+    if not isinstance(job.teacher, torch.Tensor):
         rows[0] |= report.cost(job.teacher.network.to(job.machine.device), job.teacher.preprocessing.image_shape)
     for name, network in networks.items():
-        found = spaces[name] = job.machine.embed(network.to(job.machine.device), tested)
+        found = spaces[name] = job.machine.embed(network, tested)
         figures = report.accuracy(found, test.labels) | report.beside_teacher(found, gallery, test.labels)
         rows.append({"network": name} | figures | report.cost(network, sees.image_shape))
     report.write_csv(out / "results.csv", rows)
     pictures = report.draw(out, job.curves, test, spaces)
     title = f"{settings.student} taught by {settings.teacher or settings.teacher_embeddings}"
     report.write_page(out / REPORT, title, job.notes, rows, pictures, settings.to_dict())
-    known = {
-        "network": None if given else settings.student,
-        "image_size": settings.image_size,
-        "width": job.width,
-        "bits": settings.bits,
-    }
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnxruntime")}
+    student = {"network": settings.student if has_name else None, "image_size": settings.image_size}
+    versions = {name: version(name) for name in ("torch", "torchvision", "onnxruntime")}
     provenance = {"settings": settings.to_dict(), "images": job.images.digest, "files": files, "versions": versions}
-    config = {"student": known, "preprocessing": sees.to_dict(), "provenance": provenance}
-    write_json(out / CONFIG, config | {"notes": job.notes, "table": rows})
+    config = {
+        "student": student | {"width": job.width, "bits": settings.bits},
+        "preprocessing": sees.to_dict(),
+        "provenance": provenance,
+        "notes": job.notes,
+        "table": rows,
+    }
+    write_json(out / CONFIG, config)
 
 
 def test(
@@ -207,33 +202,31 @@ def test(
     machine = new_machine(device, workers, batch_size)
     loaded = [find_network(network, **options) for network in networks]
     tested = part_to_test(images, networks, skip_broken)
-    rows, first = [], None
+    rows: list[dict[str, Any]] = []
+    first = None
     for named in loaded:
-        shown = SharedViews(tested, None, named.preprocessing, None)
-        found = machine.embed(named.network, shown, named.name)
+        found = machine.embed(named.network, SharedViews(tested, None, named.preprocessing, None), named.name)
         first = found if first is None else first
-        figures: dict[str, Any] = report.accuracy(found, tested.labels)
-        figures["agreement"] = neighbor_agreement(found, first, min(10, len(found) - 1))
-        rows.append({"network": named.name} | figures | report.cost(named.network, named.preprocessing.image_shape))
+        figures = {"agreement": neighbor_agreement(found, first, min(10, len(found) - 1))}
+        figures |= report.accuracy(found, tested.labels) | report.cost(named.network, named.preprocessing.image_shape)
+        rows.append({"network": named.name} | figures)
     return rows
 
 
 def part_to_test(images: Any, networks: Sequence[str | nn.Module], skip_broken: bool) -> ImageSet:
     """Return the test images of a folder that a run among the networks was trained on, else all."""
-    digests = set()
-    for network in networks:
-        path = Path(network) / CONFIG if isinstance(network, str) else Path()
-        if path.is_file():
-            digests.add(json.loads(path.read_text(encoding="utf-8"))["provenance"]["images"])
-    found = find_images(images, skip_broken, divide=False)
+    configs = [Path(network) / CONFIG for network in networks if isinstance(network, str)]
+    digests = {
+        json.loads(path.read_text(encoding="utf-8"))["provenance"]["images"] for path in configs if path.is_file()
+    }
     if digests:
         try:
             divided = find_images(images, skip_broken)
         except ValueError:
-            divided = found
-        if divided.digest in digests:
-            found = divided
-    return found["test"]
+            divided = None  # what cannot be divided did not train
+        if divided is not None and divided.digest in digests:
+            return divided["test"]
+    return find_images(images, skip_broken, divide=False)["test"]
 
 
 def embed(
@@ -262,19 +255,18 @@ def embed(
         The embeddings, (N, D) float32.
     """
     require_extra()
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"vectors.npy", "paths.csv"}):
+    out, names = Path(out), {"vectors.npy", "paths.csv"}
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - names):
         raise ValueError(f"{out} holds other things than embeddings; give --out another name.")
     machine = new_machine(device, workers, batch_size)
     named = find_network(network, **options)
-    found = find_images(images, skip_broken, divide=False)
-    shown = SharedViews(found.all, None, named.preprocessing, None)
-    vectors = machine.embed(named.network, shown, named.name).numpy()
+    found = find_images(images, skip_broken, divide=False).all
+    vectors = machine.embed(named.network, SharedViews(found, None, named.preprocessing, None), named.name).numpy()
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "vectors.npy") as unfinished, open(unfinished, "wb") as file:
         np.save(file, vectors)
     with whole_file(out / "paths.csv") as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as table:
-        csv.writer(table).writerows([["path"], *([name] for name in found.all.names)])
+        csv.writer(table).writerows([["path"], *([name] for name in found.names)])
     return vectors
 
 
@@ -288,15 +280,13 @@ def new_machine(device: str | torch.device | None, workers: int | None, batch_si
     for name, value, least in (("workers", workers, 0), ("batch-size", batch_size, 1)):
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, but is {value}.")
-    cores = os.cpu_count() or 1
-    return Machine(usable, min(8, cores // 2) if workers is None else workers, batch_size)
+    return Machine(usable, min(8, (os.cpu_count() or 1) // 2) if workers is None else workers, batch_size)
 
 
 def name_of(network: str | nn.Module | None) -> str | None:
     """Return what a network is called in the settings."""
-    if network is None or isinstance(network, str):
-        return network
-    return f"{type(network).__module__}:{type(network).__qualname__}"
+    named = network is None or isinstance(network, str)
+    return network if named else f"{type(network).__module__}:{type(network).__qualname__}"  # type: ignore[return-value]
 
 
 def require_extra() -> None:

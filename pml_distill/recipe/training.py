@@ -8,26 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from ..capacity import (
-    CapacityDynamics,
-    SizeBudget,
-    export,
-    insert_compactors,
-    load_compact,
-    save_compact,
-)
+from ..capacity import CapacityDynamics, SizeBudget, export, insert_compactors, load_compact, save_compact
 from ..datasets import SeededViews
 from ..datasets.items import UNLABELED
 from ..models import EmbeddingNetwork
 from ..samplers import DistributedMPerClassSampler, MixedSampler
 from ..trainers import DistillationTrainer
 from ..utils.distributed import in_first_process, num_processes, process_rank
-from ..utils.files import whole_file
+from ..utils.files import write_json
 from ..utils.modules import eval_mode
 from .settings import PER_CLASS, SHRINKING
 from .views import loader_of
@@ -37,7 +29,7 @@ WEIGHTS, CURVE, CHECKPOINT = "weights.safetensors", "curve.json", "checkpoint.pt
 
 @dataclass(frozen=True)
 class Machine:
-    """Where networks run."""
+    """Where networks run, in mixed precision on a GPU."""
 
     device: torch.device
     workers: int
@@ -45,7 +37,7 @@ class Machine:
 
     @property
     def amp_dtype(self) -> torch.dtype | None:
-        """Mixed precision on a GPU, none elsewhere."""
+        """The lower of the two precisions; None for no mixed one."""
         if self.device.type != "cuda":
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -68,15 +60,16 @@ class Training:
 
     Args:
         folder: of its weights, checkpoints and logs.
-        network: to train.
+        network: to train; it stays as it is.
         views: (data, label, row) of the training images.
         machine: where it runs.
         epochs, rate, seed: of the training.
         metric_loss: on the labels; None for none.
         distillation: on the teacher's outputs; None for none.
         teacher: called on the data.
-        validate: what is drawn as learning curve; None for nothing.
-        fade: share of the training after which a distillation beside a metric loss has faded out; None for never.
+        projection: between the embeddings and the teacher's, for the training alone.
+        fade: share of the training after which the distillation has faded out; 0 for never.
+        validate: measures the network now and then.
         keep_flops: share of the trunk's FLOPs that shall remain; None for all.
         image_shape: (C, H, W), to count them.
     """
@@ -91,8 +84,9 @@ class Training:
     metric_loss: nn.Module | None = None
     distillation: nn.Module | None = None
     teacher: Any = None
+    projection: nn.Module | None = None
+    fade: float = 0.0
     validate: Callable[[EmbeddingNetwork], float] | None = None
-    fade: float | None = None
     keep_flops: float | None = None
     image_shape: tuple[int, ...] = ()
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -112,38 +106,30 @@ class Training:
         self.curve = json.loads((self.folder / CURVE).read_text(encoding="utf-8"))
         return placed(load_compact(weights, self.network), self.machine.device)
 
-    def checkpoint(self, rank: int) -> Path:
-        """Return where a process keeps its state."""
-        return self.folder / (CHECKPOINT if num_processes() == 1 else f"{rank}-{CHECKPOINT}")
-
     def train(self) -> EmbeddingNetwork:
         """Train a copy of the network to the end and return it."""
         from pytorch_metric_learning.utils.logging_presets import HookContainer, get_record_keeper
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        network = copy.deepcopy(self.network)
-        torch.manual_seed(self.seed)
+        network, first, keeper = copy.deepcopy(self.network), process_rank() == 0, None
         trainer = self.trainer(network)
-        path = self.checkpoint(process_rank())
-        start = 1
+        path, start = self.folder / (f"{process_rank()}-{CHECKPOINT}" if num_processes() > 1 else CHECKPOINT), 1
         if path.exists():
             start = trainer.load_checkpoint(path)
-            self.curve = json.loads((self.folder / CURVE).read_text())[: start - 1]
-        keeper = None
-        if process_rank() == 0:
+            self.curve = json.loads((self.folder / CURVE).read_text(encoding="utf-8"))[: start - 1]
+        if first:
             keeper, _, _ = get_record_keeper(str(self.folder / "logs"), str(self.folder / "tensorboard"))
             trainer.end_of_iteration_hook = HookContainer(keeper, log_freq=10).end_of_iteration_hook
 
         def end_of_epoch(trainer: Any) -> None:
             point = {name: float(loss) for name, loss in trainer.epoch_losses.items()} | {"epoch": trainer.epoch}
-            if self.validate is not None and (trainer.epoch % max(1, self.epochs // 10) == 0):
+            if self.validate is not None and trainer.epoch % max(1, self.epochs // 10) == 0:
                 point["validation"] = self.validate(network)
                 if keeper is not None:
                     keeper.tensorboard_writer.add_scalar("validation", point["validation"], trainer.epoch)
             self.curve.append(point)
-            if process_rank() == 0:
-                with whole_file(self.folder / CURVE) as unfinished:
-                    unfinished.write_text(json.dumps(self.curve))
+            if first:
+                write_json(self.folder / CURVE, self.curve)
             trainer.save_checkpoint(path)
 
         trainer.end_of_epoch_hook = end_of_epoch
@@ -159,15 +145,15 @@ class Training:
 
     def trainer(self, network: EmbeddingNetwork) -> DistillationTrainer:
         """Build the trainer."""
-        device, processes = self.machine.device, num_processes()
+        device, distributed = self.machine.device, num_processes() > 1
         if self.keep_flops:
             insert_compactors(network.trunk)
         placed(network, device).requires_grad_(True).train()
-        models: dict[str, nn.Module] = {"trunk": network.trunk, "embedder": network.embedder}
-        models = {key: model for key, model in models.items() if list(model.parameters())}
-        loss_funcs = {"metric_loss": self.metric_loss, "distillation_loss": self.distillation}
-        losses: dict[str, nn.Module] = {key: loss.to(device) for key, loss in loss_funcs.items() if loss is not None}
-        if processes > 1:
+        parts = {"trunk": network.trunk, "embedder": network.embedder, "projection": copy.deepcopy(self.projection)}
+        models = {key: part.to(device) for key, part in parts.items() if part is not None and list(part.parameters())}
+        functions = {"metric_loss": self.metric_loss, "distillation_loss": self.distillation}
+        losses: dict[str, nn.Module] = {key: loss.to(device) for key, loss in functions.items() if loss is not None}
+        if distributed:
             from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
             models = {key: DistributedDataParallel(model) for key, model in models.items()}
@@ -189,20 +175,17 @@ class Training:
             batch_size=batch_size,
             loss_funcs=losses,
             loss_weights=dict.fromkeys(losses, 1.0),
-            loss_weight_ramps={"distillation_loss": self.fading} if len(losses) == 2 and self.fade else None,
+            # The teacher comes first, the labels have the last word.
+            loss_weight_ramps={"distillation_loss": lambda done: max(0.0, 1 - done / self.fade)} if self.fade else None,
             dataset=self.views,
             sampler=sampler,
             iterations_per_epoch=steps,
             lr_schedulers=schedulers,
-            teacher=self.teacher if self.distillation is not None else None,
+            teacher=self.teacher,
             amp_dtype=self.machine.amp_dtype,
             data_device=device,
             dataloader_num_workers=self.machine.workers,
         )
-
-    def fading(self, progress: float) -> float:
-        """Return the share of the distillation's weight: the teacher first, the labels have the last word."""
-        return max(0.0, 1 - progress / (self.fade or 1))
 
     def batches(self) -> tuple[Any, int, int]:
         """Return the sampler of a process, the size of its batches and their number in an epoch."""
@@ -212,17 +195,15 @@ class Training:
         known = labels[labels != UNLABELED]
         if self.metric_loss is None or not len(known):
             return None, batch_size, share // batch_size
-        classes = len(known.unique()) // processes
-        part = batch_size if len(known) == len(labels) else batch_size // 2
-        per_class = PER_CLASS
+        classes, complete, per_class = len(known.unique()) // processes, len(known) == len(labels), PER_CLASS
+        part = batch_size if complete else batch_size // 2
         while part // per_class > classes:
             per_class *= 2
         part = max(1, part // per_class) * per_class
-        if len(known) == len(labels):
-            length = max(share, part)
-            return DistributedMPerClassSampler(labels, per_class, part, length), part, length // part
-        batch_size = part + min(batch_size - part, int((labels == UNLABELED).sum()))
+        batch_size = part if complete else part + min(max(1, batch_size - part), len(labels) - len(known))
         length = max(share, batch_size)
+        if complete:
+            return DistributedMPerClassSampler(labels, per_class, part, length), part, length // part
         fraction = part / batch_size
         return MixedSampler(labels, per_class, batch_size, fraction, length), batch_size, length // batch_size
 
@@ -235,8 +216,3 @@ def placed(network: Any, device: torch.device) -> Any:
     convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
     few = any(min(part.in_channels, part.out_channels) < 8 and part.kernel_size == (1, 1) for part in convolutions)
     return network.to(device, memory_format=torch.contiguous_format if few else torch.channels_last)
-
-
-def new_metric_loss(name: str) -> nn.Module | None:
-    """Return the loss on labels of this name."""
-    return None if name == "none" else MultiSimilarityLoss()

@@ -5,7 +5,6 @@ import os
 import statistics
 from collections.abc import Sequence
 
-import torch
 from tqdm import tqdm
 
 from .distributed import process_rank
@@ -69,58 +68,3 @@ def bar_chart(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(levels), frameon=False)
     figure.savefig(path, dpi=130)
-
-
-def neighbor_sheet(
-    path: str | os.PathLike,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    spaces: dict[str, torch.Tensor],
-    queries: Sequence[int],
-    k: int = 5,
-) -> None:
-    """Draw queries, one per row, beside what each embedding space returns; right in green, wrong in red.
-
-    Args:
-        path: of the picture.
-        images: (N, C, H, W) of the searched samples.
-        labels: (N,).
-        spaces: normalised embeddings (N, D) by name.
-        queries: which samples to search with.
-        k: how many neighbours to show for each.
-    """
-    from matplotlib.figure import Figure
-
-    columns = 1 + len(spaces) * (k + 1)
-    figure = Figure(figsize=(0.62 * columns, 0.62 * len(queries) + 0.4))
-    axes = figure.subplots(len(queries), columns, squeeze=False)
-    figure.subplots_adjust(
-        left=0.01, right=0.99, bottom=0.01, top=1 - 0.4 / figure.get_figheight(), wspace=0.1, hspace=0.1
-    )
-    for ax in axes.flat:
-        ax.set_axis_off()
-    axes[0, 0].set_title("query", fontsize=9)
-    for row, query in enumerate(queries):
-        draw(axes[row, 0], images[query], "#333333")
-        for block, (name, embeddings) in enumerate(spaces.items()):
-            similarity = embeddings @ embeddings[query]
-            similarity[query] = -torch.inf
-            left = 2 + block * (k + 1)
-            if row == 0:
-                axes[0, left].set_title(name, fontsize=9, loc="left")
-            for place, found in enumerate(similarity.topk(k).indices.tolist()):
-                right = bool(labels[found] == labels[query])
-                draw(axes[row, left + place], images[found], "#2ca02c" if right else "#d62728")
-    figure.savefig(path, dpi=130)
-
-
-def draw(ax, image: torch.Tensor, color: str) -> None:
-    """Show an image of any range with a coloured frame."""
-    image = image.float().cpu()
-    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
-    ax.set_axis_on()
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r")
-    for spine in ax.spines.values():
-        spine.set(color=color, linewidth=2.5)

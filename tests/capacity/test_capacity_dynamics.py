@@ -49,7 +49,7 @@ def attach(student, teacher, optimizer, shape=SHAPE, **kwargs):
     budget = {key: kwargs.pop(key) for key in ("parameters", "flops", "steps") if key in kwargs}
     own = {key: kwargs.pop(key) for key in ("lasso_weight", "threshold", "proximal") if key in kwargs}
     reset = None if teacher is None else RetrievalReset(teacher, **kwargs)
-    budget = SizeBudget(**budget) if any(budget.values()) else None
+    budget = SizeBudget(multiple_of=1, **budget) if any(budget.values()) else None
     return CapacityDynamics(student, optimizer, shape, reset=reset, budget=budget, **own)
 
 
@@ -749,10 +749,10 @@ def frozen_but_for_compactors(student):
             "not both",
         ),
         (lambda s, t, o: attach(s, t, o, parameters=2), "between 0 and 1, but is 2"),
-        (lambda s, t, o: attach(s, t, o, flops=0.5), "steps must be a positive whole number, .* but is None"),
+        (lambda s, t, o: attach(s, t, o, flops=0.5), "steps must be a positive whole number, but is None"),
         (
             lambda s, t, o: attach(s, t, o, flops=0.5, steps=2.5),
-            "steps must be a positive whole number, .* but is 2.5",
+            "steps must be a positive whole number, but is 2.5",
         ),
         *[
             (
@@ -948,7 +948,7 @@ RUN = textwrap.dedent(
     student, teacher = SmallResNet(4), SmallResNet(4)
     insert_compactors(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
-    reset, budget = RetrievalReset(teacher, warmup_epochs=1, queue_size=100), SizeBudget(parameters=0.6, steps=15)
+    reset, budget = RetrievalReset(teacher, warmup_epochs=1, queue_size=100), SizeBudget(0.6, steps=15, multiple_of=1)
     dynamics = CapacityDynamics(student, optimizer, (1, 32, 32), reset=reset, budget=budget)
     record_keeper, _, _ = logging_presets.get_record_keeper(folder + "/logs", folder + "/tensorboard")
     hooks = logging_presets.HookContainer(record_keeper, primary_metric="precision_at_1")
