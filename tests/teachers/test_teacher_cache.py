@@ -234,7 +234,7 @@ def num_written(folder):
     path = folder / "finished.npy"
     try:
         return np.count_nonzero(np.load(path, mmap_mode="r")) // 5
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return 0
 
 
