@@ -6,21 +6,16 @@ class AbsoluteTeacherLoss(BaseDistillationLoss):
 
     .. math:: L_i = d(f_s(x_i), f_t(x_i))
 
-    With the default distance this is the Euclidean distance, not squared. For a similarity (cosine, dot product) it is
-    what is missing of it, d(f_t, f_t) - d(f_s, f_t); 1 - cos for the cosine.
+    With the default distance this is the Euclidean distance, not squared. For a similarity it is what is missing of it,
+    d(f_t, f_t) - d(f_s, f_t): 1 - cos for the cosine.
 
     Source: Yu et al., "Learning Metrics from Teachers", CVPR 2019, whose scale this is, with weights of 1.0 (CUB),
-    1.5 (Cars) and 2.0 (SOP) beside a triplet loss at B = 32.
+    1.5 (Cars) and 2.0 (SOP) combined with a triplet loss at B = 32.
 
     Shapes: embeddings and ref_emb (B, D). One value per sample (``element``).
 
     Raises:
         ValueError: ``distance`` is a dot product of embeddings that are not normalised, which falls without end.
-
-    Example:
-        >>> import torch
-        >>> round(AbsoluteTeacherLoss()(-torch.eye(3), ref_emb=torch.eye(3)).item(), 4)
-        2.0
     """
 
     equal_widths = True

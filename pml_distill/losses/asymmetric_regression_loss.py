@@ -18,12 +18,11 @@ class AsymmetricRegressionLoss(BaseDistillationLoss):
     scale this is. Their lambda_1 / lambda_2: 0.7718 / 0.6684 (CUB), 0.6371 / 0.7731 (Cars), 0.7482 / 0.6778 (SOP).
 
     Args:
-        teacher_weight: lambda_1, not negative.
-        student_weight: lambda_2, not negative.
-        **kwargs: as in ``BaseDistillationLoss``.
+        teacher_weight: lambda_1.
+        student_weight: lambda_2.
 
-    Shapes: embeddings and ref_emb (B, D). ``absolute``: one value per sample (``element``); the others: one per
-    ordered pair (``pos_pair``).
+    Shapes: embeddings and ref_emb (B, D). One value per sample (``element``), the others per ordered pair
+    (``pos_pair``).
     """
 
     equal_widths = True

@@ -16,8 +16,6 @@ class AttentionTransferLoss(BaseFeatureLoss):
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2, squared and averaged as
     in their code. A weight of 1000 is common.
 
-    Shapes: student_maps and teacher_maps lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
-
     Raises:
         ValueError: a map has only one place, where attention is always 1.
     """

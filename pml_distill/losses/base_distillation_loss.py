@@ -9,8 +9,6 @@ from ..distances import EuclideanDistance
 from ..utils.distributed import num_processes
 from ..utils.tensors import in_float32
 
-IndicesTuple = tuple[torch.Tensor, ...]
-
 #: The score of a place without a candidate: exp() of it is 0 in every dtype. Finite, because a softmax or a log-sum-exp
 #: over nothing but -inf, and its gradient, are NaN.
 ABSENT = -1e30
@@ -19,12 +17,10 @@ ABSENT = -1e30
 class BaseDistillationLoss(BaseMetricLossFunction):
     """Base of all distillation losses: ``loss(embeddings, labels, indices_tuple, ref_emb=teacher_embeddings)``.
 
-    ``ref_emb`` holds the teacher's embeddings of the same samples, row for row. It is detached and brought to the
-    student's device; the loss runs in float32 with autocast off (float64 stays float64). A zero row has no direction
-    and gets no gradient from a distance that normalises. An empty batch is a zero loss.
-
-    Labels are optional: only ``ClassWeightedReducer`` reads them, and multi-hot ones are left out. Subclasses implement
-    ``compute_loss`` and return one value per sample or pair, so that every PML reducer applies.
+    ``ref_emb`` holds the teacher's embeddings of the same samples, row for row; it is detached and brought to the
+    student's device. The loss runs in float32 with autocast off (float64 stays float64). A zero row gets no gradient
+    from a distance that normalises. An empty batch is a zero loss. Only ``ClassWeightedReducer`` reads the labels.
+    Subclasses implement ``compute_loss`` and return one value per sample or pair, so that every PML reducer applies.
 
     Args:
         **kwargs: ``distance`` (default ``EuclideanDistance()``, of L2-normalised embeddings), ``reducer`` (default
@@ -40,20 +36,13 @@ class BaseDistillationLoss(BaseMetricLossFunction):
             that compare the two spaces point by point); a ``ClassWeightedReducer`` has no labels.
     """
 
-    #: Whether student and teacher embeddings must have the same width.
+    #: Whether student and teacher embeddings must have the same width, and what to do where they have not.
     equal_widths = False
-
-    #: What to do about other widths; takes those of student and teacher.
-    width_advice = (
-        "Bring the student to the teacher's width with a projection embedder, for example torch.nn.Linear({}, {})."
-    )
-
+    width_advice = "Project the student's embeddings to the teacher's width, for example by torch.nn.Linear({}, {})."
     #: Whether ``indices_tuple`` makes a difference; a loss on single samples ignores it.
     takes_pairs = True
-
     #: Whether a batch needs labels, for a ``ClassWeightedReducer`` or a loss of PML's inside.
     needs_labels = False
-
     #: Whether the formula holds for distances only and refuses similarities (``distance.is_inverted``).
     needs_proper_distance = False
 
@@ -66,16 +55,9 @@ class BaseDistillationLoss(BaseMetricLossFunction):
             )
         self.needs_labels = reads_labels(self.reducer)
 
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: IndicesTuple | None = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """Return the reduced loss, a float32 (or float64) scalar under the default reducer."""
-        teacher = self._checked_teacher(embeddings, ref_emb)
+        self.check_teacher(embeddings, ref_emb)
         # PML refuses labels of two dimensions, and none of its reducers could use them.
         if labels is not None and labels.ndim > 1:
             labels = ref_labels = None
@@ -85,11 +67,12 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         if len(embeddings) == 0:
             return self.reducer(self.zero_losses(), embeddings, labels)
         # A copy, because no backward may keep what comes out of torch.inference_mode().
-        teacher = teacher.detach().to(embeddings, copy=True)
+        teacher = ref_emb.detach().to(embeddings, copy=True)
         with torch.autocast(embeddings.device.type, enabled=False):
             return super().forward(embeddings, labels, indices_tuple, teacher, ref_labels)
 
-    def _checked_teacher(self, embeddings: torch.Tensor, ref_emb: torch.Tensor | None) -> torch.Tensor:
+    def check_teacher(self, embeddings: torch.Tensor, ref_emb: torch.Tensor | None) -> None:
+        """Raise ``ValueError`` unless the teacher's embeddings go with the student's."""
         name = type(self).__name__
         if ref_emb is None:
             raise ValueError(
@@ -100,21 +83,11 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         if embeddings.ndim != 2 or ref_emb.ndim != 2:
             raise ValueError(f"{name} expects 2-D embeddings and ref_emb of shape (batch, width), but {shapes}.")
         if len(embeddings) != len(ref_emb):
-            hint = ""
-            if num_processes() > 1:
-                hint = (
-                    " DistributedLossWrapper(efficient=True) gathers only ref_emb; a distillation loss needs both "
-                    "sides of every row: use DistributedLossWrapper(loss, efficient=False)."
-                )
-            raise ValueError(
-                f"{name} compares student and teacher row for row, but {shapes}: the numbers of rows differ.{hint}"
-            )
+            advice = " DistributedLossWrapper needs efficient=False for it." if num_processes() > 1 else ""
+            raise ValueError(f"{name} compares student and teacher row for row, but {shapes}.{advice}")
         if self.equal_widths and embeddings.shape[1] != ref_emb.shape[1]:
-            raise ValueError(
-                f"{name} needs equal widths, but {shapes}. "
-                f"{self.width_advice.format(embeddings.shape[1], ref_emb.shape[1])}"
-            )
-        return ref_emb
+            advice = self.width_advice.format(embeddings.shape[1], ref_emb.shape[1])
+            raise ValueError(f"{name} needs equal widths, but {shapes}. {advice}")
 
     def get_default_distance(self) -> EuclideanDistance:
         """Return the distance to use where none is given."""
@@ -128,7 +101,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         """Return the (B, B) matrix of ``self.distance``; its diagonal may be off zero by rounding."""
         return self.distance(self.directed(embeddings))
 
-    def pair_mask(self, indices_tuple: IndicesTuple | torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    def pair_mask(self, indices_tuple: Any, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the (B, B) boolean matrix of the (anchor, other) pairs in a tuple; such a matrix is returned as is."""
         if isinstance(indices_tuple, torch.Tensor):
             return indices_tuple

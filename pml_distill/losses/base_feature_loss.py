@@ -17,23 +17,20 @@ class BaseFeatureLoss(ModuleWithRecordsAndReducer):
     """Base of the losses on feature maps or tokens: ``loss(student_maps, teacher_maps)``, two lists, pair by pair.
 
     ``FeatureTap`` takes them out of a network; the trainers do so for ``feature_distillation_loss``. The teacher's are
-    detached and brought to the student's device. Tokens (B, N, C) of a vision transformer become maps: the last ones
-    are the grid, those before (class token, registers) are left out. The larger map is average-pooled to the size of
-    the smaller one. The loss runs in float32 with autocast off (float64 stays float64).
-
-    Subclasses implement ``compute_loss(student_maps, teacher_maps)`` and return one value per sample, the sum over the
-    pairs. With several processes each takes its own batch, without ``DistributedLossWrapper``; a loss that has
-    parameters goes into ``DistributedDataParallel`` like the student.
+    detached and brought to the student's device. Of tokens (B, N, C) the last ones are the grid; those before, such as
+    a class token, are left out. The larger map is average-pooled to the size of the smaller one. The loss runs in
+    float32 with autocast off (float64 stays float64). With several processes each takes its own batch, without
+    ``DistributedLossWrapper``; a loss that has parameters goes into ``DistributedDataParallel``.
 
     Args:
-        student_grid: (height, width) of the student's tokens; by default the largest square. Give it for images that
-            are not square.
+        student_grid: (height, width) of the student's tokens, for images that are not square; by default the largest
+            square.
         teacher_grid: the same of the teacher's tokens.
         **kwargs: ``reducer`` as in every PML loss; default ``MeanReducer()``.
 
     Shapes:
         student_maps: tensors (B, C_s, H_s, W_s) or (B, N_s, C_s), float16, bfloat16, float32 or float64; teacher_maps:
-        as many tensors, likewise. labels: (B,) or None, read by reducers only.
+        as many tensors, likewise. labels: (B,) or None, read by reducers only. One value per sample (``element``).
 
     Raises:
         ValueError: the lists are empty or of different lengths; a map is neither 4-D nor 3-D, or has another number of

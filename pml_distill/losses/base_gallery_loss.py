@@ -11,22 +11,19 @@ LEAST_DISTANCE = 1e-6
 class BaseGalleryLoss(BaseDistillationLoss):
     """Base of the losses that compare a student's query with a gallery of teacher embeddings.
 
-    The gallery is the teacher's batch, the query's own row included, or, with ``queue_size``, a ``TeacherQueue``:
-    the teacher's embeddings of earlier batches, and with ``include_batch`` of this one too. While the queue is empty
-    the loss is zero. Student and teacher spaces end up aligned.
+    The gallery is the teacher's batch, the query's own row included, or, with ``queue_size``, a ``TeacherQueue``.
+    While the queue is empty the loss is zero. Student and teacher spaces end up aligned.
 
     Args:
-        queue_size: how many embeddings the queue holds; None for the batch as the gallery.
+        queue_size: how many embeddings of earlier batches the queue holds; None for the batch as the gallery.
         width: width of the teacher's embeddings; needed for a queue only.
         include_batch: whether the batch enters the queue before the gallery is read.
         **kwargs: as in ``BaseDistillationLoss``; ``distance`` is ``CosineSimilarity()`` by default.
 
-    Shapes:
-        embeddings and ref_emb: (B, D).
+    Shapes: embeddings and ref_emb (B, D).
 
     Raises:
-        ValueError: only one of ``queue_size`` and ``width`` is given, or one is below 1; ``include_batch``
-            without a queue; ``ref_emb`` has not the queue's width.
+        ValueError: ``queue_size``, ``width`` and ``include_batch`` do not go together.
     """
 
     equal_widths = True

@@ -5,15 +5,13 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 
 from ..utils.labels import check_multi_hot, share_a_label
 from ..utils.tensors import in_float32
-from .base_distillation_loss import IndicesTuple
 
 
 class BaseHashingLoss(BaseMetricLossFunction):
     """Base of the hashing losses: ``loss(outputs, labels)`` with class labels or multi-hot labels.
 
-    Two sub-losses, ``similarity_loss`` and (but for ``HashNetLoss`` and ``OrthoHashLoss``) ``quantization_loss``, which
-    separate reducers can take (``MultipleReducers``); they are added. The maths runs in float32 with autocast off
-    (float64 stays float64). The default mean is the scale of the authors' code.
+    The sub-losses ``similarity_loss`` and ``quantization_loss`` are reduced one by one and added. The loss runs in
+    float32 with autocast off (float64 stays float64). The default mean is the scale of the authors' code.
 
     Args:
         distance, reducer, embedding_regularizer: as in every PML loss.
@@ -32,15 +30,7 @@ class BaseHashingLoss(BaseMetricLossFunction):
     embedding_size: Any = None
     sub_losses: tuple[str, ...] = ("similarity_loss", "quantization_loss")
 
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: IndicesTuple | None = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-        **settings: Any,
-    ) -> torch.Tensor:
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, **settings):
         """Return the reduced loss, a float32 (or float64) scalar under the default reducer."""
         # PML's own forward refuses labels of two dimensions; otherwise the steps are its own.
         self.reset_stats()

@@ -10,12 +10,10 @@ class CatalogueEntry:
 
     Args:
         name: name of the class in ``pml_distill.losses``.
-        family: ``"pointwise"`` (a sample against itself), ``"pairwise"`` (distances or similarities of pairs),
-            ``"relational"`` (angles, rows of similarities), ``"listwise"`` (rankings), ``"gallery"`` (a query of
-            the student against the teacher's batch or queue), ``"logits"`` or ``"feature maps"`` (outputs of inner
-            layers, lists of (B, C, H, W) or (B, N, C), in place of embeddings).
-        needs: what it asks for beyond embeddings of both sides: ``"equal widths"``, ``"queue"``, ``"logits"``,
-            ``"feature maps"``, ``"labels"``.
+        family: ``"pointwise"``, ``"pairwise"`` (distances of pairs), ``"relational"`` (angles, rows of similarities),
+            ``"listwise"`` (rankings), ``"gallery"`` (a query against the teacher's batch or queue), ``"logits"`` or
+            ``"feature maps"`` (outputs of inner layers).
+        needs: what it asks for in addition to embeddings of both sides.
         takes: which of PML's optional arguments make a difference: ``"distance"``, and ``"pairs"``, a miner's
             ``indices_tuple``. The others are accepted and ignored.
         aligned: whether a student that reaches zero stands in the teacher's own space, as asymmetric retrieval

@@ -15,34 +15,23 @@ class CentralSimilarityLoss(BaseHashingLoss):
              \mathrm{BCE}\left(\tfrac{1 + v_{ik}}{2}, \tfrac{1 + c_{ik}}{2}\right)
              + \lambda \operatorname{mean}_k (|v_{ik}| - 1)^2
 
-    The tanh belongs to the loss; the codes are the signs either way. With multi-hot labels the center is the
-    majority, bit by bit, of the centers of the sample's labels; where it is even, and for samples without any
-    label, a fixed random center decides. The logarithms are capped at -100, as in the authors' code.
+    With multi-hot labels the center is the majority, bit by bit, of the centers of the sample's labels; where it is
+    even, and for samples without any label, a fixed random center decides.
 
     Source: Yuan et al., "Central Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020;
-    the default weight is that of Reddy et al. 2022 (Yuan et al. recommend 0.05). The default mean is the authors'
-    own scale.
+    the default weight is that of Reddy et al. 2022 (Yuan et al. recommend 0.05).
 
     Args:
         num_classes: number of labels.
         embedding_size: number of bits, any.
         quantization_weight: lambda.
         seed: of random centers, see ``hash_centers``.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
 
-    Shapes:
-        embeddings: (B, embedding_size). labels: (B,) from 0 to num_classes - 1, or multi-hot (B, num_classes).
-        Reducer input: ``similarity_loss`` and ``quantization_loss``, one value per sample (``element``).
+    Shapes: embeddings (B, ``embedding_size``). labels (B,) or multi-hot (B, ``num_classes``). Two times one value per
+    sample (``element``).
 
     Attributes:
-        hash_centers: (num_classes, embedding_size) buffer of -1 and 1, saved with the loss. random_center:
-        (embedding_size,) likewise. min_center_distance: the smallest Hamming distance between two centers.
-
-    Example:
-        >>> import torch
-        >>> loss = CentralSimilarityLoss(num_classes=3, embedding_size=16)
-        >>> round(loss(10 * loss.hash_centers, torch.arange(3)).item(), 4)
-        0.0
+        hash_centers: (num_classes, embedding_size) buffer of -1 and 1, saved with the loss, as is random_center.
     """
 
     def __init__(

@@ -6,10 +6,6 @@ import torch
 class ChannelRegressors(torch.nn.ModuleDict):
     """A 1x1 convolution with bias for each pair of feature maps, from the student's channels to the teacher's.
 
-    Args:
-        student_channels: channels of each of the student's maps.
-        teacher_channels: channels of each of the teacher's maps.
-
     Raises:
         ValueError: the lists are empty or of different lengths, or the maps have other channels.
     """

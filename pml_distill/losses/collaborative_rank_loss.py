@@ -18,8 +18,8 @@ class CollaborativeRankLoss(BaseGalleryLoss):
 
     Args:
         topk: k, how many of the teacher's nearest count, at least 2.
-        alpha: weight of the nearest one, not negative.
-        beta: weight of the ranks, not negative.
+        alpha: weight of the nearest one.
+        beta: weight of the ranks.
         **kwargs: as in ``BaseGalleryLoss``.
 
     Shapes: embeddings and ref_emb (B, D). Two times one value per query (``element``).

@@ -17,9 +17,8 @@ class CorrelationCongruenceLoss(BaseDistillationLoss):
     their mean over all B^2 entries.
 
     Args:
-        gamma: width of the kernel, positive.
+        gamma: width of the kernel.
         order: P, the order of the series, at least 1.
-        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).
     """

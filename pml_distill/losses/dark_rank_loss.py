@@ -1,10 +1,8 @@
-from functools import lru_cache
 from math import comb
 
 import torch
 from torch.nn import functional as F
 
-from ..utils.tensors import own_gradient
 from .base_distillation_loss import ABSENT, BaseDistillationLoss, check_positive
 from .similarity_score import similarity_score
 
@@ -38,24 +36,13 @@ class DarkRankLoss(BaseDistillationLoss):
 
     Args:
         transfer: ``"soft"`` or ``"hard"``.
-        alpha: scale of the score, positive.
-        beta: power of the distance, positive.
+        alpha: scale of the score.
+        beta: power of the distance.
         list_length: L, how many of the teacher's nearest neighbours are ranked (cut to B - 1); None for all.
             The soft loss costs 2^L terms per query and takes up to 14.
         tail: whether the rest of the batch competes in every denominator.
-        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per query (``element``).
-
-    Raises:
-        ValueError: an argument is none of these, or the list is too long for the soft loss.
-
-    Example:
-        >>> import torch
-        >>> teacher = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-        >>> loss = DarkRankLoss(transfer="hard")
-        >>> bool(loss(teacher, ref_emb=teacher) < loss(teacher.flip(0).roll(1, 0), ref_emb=teacher))
-        True
     """
 
     def __init__(
@@ -88,11 +75,11 @@ class DarkRankLoss(BaseDistillationLoss):
             indices_tuple = self.pair_mask(indices_tuple, embeddings)
             outside = ~indices_tuple
         student = less_the_best(self.scores(embeddings), outside)
+        # A list of fixed length, whose last places may be empty, is one graph for all batch sizes.
+        whole = self.list_length is None or self.list_length > size
+        length = size - 1 if self.list_length is None or whole else self.list_length
         with torch.no_grad():
             teacher = less_the_best(self.scores(ref_emb), outside)
-            # A list of fixed length, whose last places may be empty, is one graph for all batch sizes.
-            whole = self.list_length is None or self.list_length > size
-            length = size - 1 if self.list_length is None or whole else self.list_length
             ranked = teacher.masked_fill(outside, -torch.inf).topk(length, dim=1).indices
             missing = outside.gather(1, ranked)
             teacher_list = teacher.gather(1, ranked).masked_fill(missing, ABSENT)
@@ -127,61 +114,28 @@ def check_soft_list_length(length: int) -> None:
 
 def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor) -> torch.Tensor:
     """ListMLE: (Q, L) student scores in the teacher's order, (Q,) log-sum-exp of the rest -> (Q,) losses."""
-    chain, counted = student.flip(1), ~missing.flip(1)
+    chain, missing = student.flip(1), missing.flip(1)
+    picked = chain.masked_fill(missing, 0).sum(dim=1, dtype=torch.float64)
     if rest is not None:
-        chain, counted = torch.cat([rest[:, None], chain], dim=1), F.pad(counted, (1, 0))
-    picked = student.masked_fill(missing, 0).sum(dim=1, dtype=torch.float64)
-    return (own_gradient(SummedLogCumSumExp, chain, counted) - picked).to(student.dtype)
+        chain, missing = torch.cat([rest[:, None], chain], dim=1), F.pad(missing, (1, 0), value=True)
+    scan = log_cumulative_sum_exp(chain).masked_fill(missing, 0)
+    return (scan.sum(dim=1, dtype=torch.float64) - picked).to(student.dtype)
 
 
-class SummedLogCumSumExp(torch.autograd.Function):
-    """The sum of ``logcumsumexp(chain, dim=1)`` over the counted places, None for all: (Q, N), (Q, N) -> (Q,).
+def log_cumulative_sum_exp(chain: torch.Tensor) -> torch.Tensor:
+    """Return ``logcumsumexp(chain, dim=1)``, (Q, N), with a gradient that is exact for scores of any size.
 
-    A log-sum-exp is kept as the largest entry and the sum of the exponentials above it. Added up, as
-    ``torch.logcumsumexp`` does, large scores would round the sum away, and the gradient is made of such sums.
+    Each place keeps its largest entry and the sum of the exponentials above it; that of torch rounds the sum away. The
+    reach of each place is doubled until it is the row, which takes log2(N) passes.
     """
-
-    @staticmethod
-    def forward(chain, counted):
-        """Add up the scan."""
-        largest, _, total = running_sums(chain)
-        scan = largest + total.log()
-        return (scan if counted is None else scan.masked_fill(~counted, 0)).sum(dim=1, dtype=torch.float64)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        """Keep the inputs alone: what is made of them would be a constant to a second derivative."""
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Entry j receives the sum over k >= j of exp(chain_j - scan_k), each at most 1."""
-        chain, counted = ctx.saved_tensors
-        largest, kept, total = running_sums(chain)
-        shares = total.reciprocal() if counted is None else counted / total
-        later = recurrence(shares.flip(1), kept.flip(1)).flip(1)
-        return grad[:, None].to(chain.dtype) * (chain - largest).exp() * later, None
-
-
-def running_sums(chain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the largest entry up to each place, how much of a sum above it is kept at the next, and these sums."""
-    largest = chain.cummax(dim=1).values
-    kept = (largest[:, :-1] - largest[:, 1:]).exp()
-    return largest, kept, recurrence((chain - largest).exp(), kept)
-
-
-def recurrence(added: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Return x with x_0 = added_0 and x_k = added_k + kept_{k-1} x_{k-1}: (Q, N), (Q, N - 1) -> (Q, N).
-
-    The reach of each place is doubled until it is the row, which takes log2(N) passes.
-    """
-    kept, step = F.pad(kept, (1, 0)), 1
-    while step < added.shape[1]:
-        nearer = kept[:, step:]
-        added = added + F.pad(nearer * added[:, :-step], (step, 0))
-        kept = F.pad(nearer * kept[:, :-step], (step, 0))
+    largest = chain.detach().cummax(dim=1).values
+    kept = F.pad((largest[:, :-1] - largest[:, 1:]).exp(), (1, 0))
+    total, step = (chain - largest).exp(), 1
+    while step < chain.shape[1]:
+        total = total + F.pad(kept[:, step:] * total[:, :-step], (step, 0))
+        kept = F.pad(kept[:, step:] * kept[:, :-step], (step, 0))
         step *= 2
-    return added
+    return largest + total.log()
 
 
 def soft_losses(
@@ -217,32 +171,18 @@ def subset_logsumexp(scores: torch.Tensor, base: torch.Tensor | None = None) -> 
 def remaining_probabilities(scores: torch.Tensor, logsumexp: torch.Tensor) -> torch.Tensor:
     """Probability under Plackett-Luce that just the subset R remains at some point: (L, Q), (2^L, Q) -> (2^L, Q).
 
-    P(all) = 1 and P(R) = sum over c outside R of P(R + c) * exp(S_c) / sum over R + c of exp(S).
+    P(all) = 1 and P(R) = sum over c outside R of P(R + c) * exp(S_c) / sum over R + c of exp(S), by falling size of R.
     """
     length, queries = scores.shape
     probabilities = scores.new_zeros(2**length, queries)
     probabilities[-1] = 1
-    levels = subset_levels(length, scores.device)
-    if any(type(subsets) is not torch.Tensor for subsets, _, _ in levels):
-        # Made while a program is exported, and of no use outside.
-        subset_levels.cache_clear()
-    for subsets, added, supersets in levels:
-        picked = (scores[added] - logsumexp[supersets]).exp()
-        probabilities[subsets] = (probabilities[supersets] * picked).sum(dim=1)
-    return probabilities
-
-
-@lru_cache(maxsize=64)
-def subset_levels(length: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For each subset size m = L - 1 ... 1: the subsets (n,), the L - m candidates outside, R with each added."""
-    subsets = torch.arange(2**length)
-    bits = subsets[:, None] >> torch.arange(length) & 1
-    levels = []
+    bits = torch.arange(2**length, device=scores.device)[:, None] >> torch.arange(length, device=scores.device) & 1
     # Sorted and cut at places known beforehand: torch 2.4 cannot compile nonzero(), whose size depends on the values.
     by_size = bits.sum(dim=1).argsort(stable=True).split([comb(length, size) for size in range(length + 1)])
     for size in range(length - 1, 0, -1):
-        members = by_size[size]
-        added = bits[members].argsort(dim=1, stable=True)[:, : length - size]
-        supersets = members[:, None] | 1 << added
-        levels.append((members.to(device), added.to(device), supersets.to(device)))
-    return levels
+        subsets = by_size[size]
+        added = bits[subsets].argsort(dim=1, stable=True)[:, : length - size]
+        supersets = subsets[:, None] | 1 << added
+        picked = (scores[added] - logsumexp[supersets]).exp()
+        probabilities[subsets] = (probabilities[supersets] * picked).sum(dim=1)
+    return probabilities

@@ -22,9 +22,9 @@ class DecoupledDifferentialLoss(BaseGalleryLoss):
 
     Args:
         topk: k, how many of the teacher's nearest count, at least 2; all of a smaller gallery.
-        alpha: weight of the nearest one, not negative.
-        beta: weight of the wrongly ordered pairs, not negative.
-        gamma: weight of the rightly ordered pairs, not negative.
+        alpha: weight of the nearest one.
+        beta: weight of the wrongly ordered pairs.
+        gamma: weight of the rightly ordered pairs.
         **kwargs: as in ``BaseGalleryLoss``.
 
     Shapes: embeddings and ref_emb (B, D). ``feature``: a scalar (``already_reduced``); the others: one value per query

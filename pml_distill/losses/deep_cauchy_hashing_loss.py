@@ -17,31 +17,19 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
              + \log\left(1 + \frac{\gamma}{d_{ij}}\right) \right)
              + \lambda \frac{1}{B} \sum_i \log\left(1 + \frac{d(|u_i|, 1)}{\gamma}\right)
 
-    K is the number of bits; s_ij is 1 for pairs of one class, or with a label in common, and w_ij balances the
-    similar and the dissimilar pairs, so that each kind weighs half. As in the authors' code, the batch's diagonal is
-    among the similar pairs, a constant; dissimilar codes whose cosine exceeds 0.99 are not repelled; and inner products
-    are divided by at least 1e-4. A zero row counts as orthogonal to all and gets no gradient (NaN there).
+    K is the number of bits; s_ij is 1 for pairs of one class, or with a label in common, and w_ij gives half of the
+    weight to either kind. As in the authors' code, the diagonal is among the similar pairs and inner products are
+    divided by at least 1e-4. A zero row counts as orthogonal to all and gets no gradient.
 
     Source: Cao et al., "Deep Cauchy Hashing for Hamming Space Retrieval", CVPR 2018; the default weights are those
-    of Reddy et al. 2022. The default mean is the authors' own scale.
+    of Reddy et al. 2022.
 
     Args:
         gamma: scale of the Cauchy distribution, in bits: pairs within it count as near.
         quantization_weight: lambda, of the term that draws each output towards -1 or 1.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss. The distance is ``CosineSimilarity()``.
 
-    Shapes:
-        embeddings: (B, bits), any number of bits. labels: (B,) or multi-hot (B, C); in a loop of your own
-        ``loss(outputs, similarity=matrix)`` takes a (B, B) matrix of 0 and 1 instead. Reducer input:
-        ``similarity_loss``, one value per ordered pair, the diagonal included (``pos_pair``), and
-        ``quantization_loss``, one value per sample (``element``).
-
-    Example:
-        >>> import torch
-        >>> loss, labels = DeepCauchyHashingLoss(), torch.tensor([0, 0, 1])
-        >>> right = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [-1, -1, -1, -1]])
-        >>> bool(loss(right, labels) < loss(right.roll(1, 0), labels))
-        True
+    Shapes: embeddings (B, bits). labels (B,) or multi-hot (B, C); or ``loss(outputs, similarity=matrix)`` with a (B, B)
+    matrix of 0 and 1. One value per ordered pair (``pos_pair``) and one per sample (``element``).
     """
 
     def __init__(self, gamma: float = 20, quantization_weight: float = 0.1, **kwargs):

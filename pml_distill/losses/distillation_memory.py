@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss, IndicesTuple
+from .base_distillation_loss import BaseDistillationLoss
 from .teacher_queue import TeacherQueue
 
 
@@ -32,14 +32,6 @@ class DistillationMemory(BaseDistillationLoss):
 
     Raises:
         ValueError: ``loss`` is no distillation loss on pairs; ``miner`` needs labels; a size is below 1 or another.
-
-    Example:
-        >>> from pml_distill.losses import RelativeTeacherLoss
-        >>> loss = DistillationMemory(RelativeTeacherLoss(), embedding_size=4, memory_size=64, ref_size=8)
-        >>> for _ in range(3):
-        ...     value = loss(torch.rand(16, 4), ref_emb=torch.rand(16, 8))
-        >>> loss.queue.count.item()
-        48
     """
 
     def __init__(
@@ -54,38 +46,27 @@ class DistillationMemory(BaseDistillationLoss):
         parts = [part for part in loss.modules() if isinstance(part, BaseDistillationLoss)]
         without = [type(part).__name__ for part in parts if not part.takes_pairs] or [type(loss).__name__] * (not parts)
         if without:
-            raise ValueError(
-                f"loss must be a distillation loss on pairs, but {', '.join(without)} takes no pairs, and remembered "
-                "rows would teach nothing."
-            )
+            raise ValueError(f"loss must be a distillation loss on pairs, but {', '.join(without)} takes no pairs.")
         if getattr(miner, "needs_labels", miner is not None):
             raise ValueError(
-                f"miner must be one of pml_distill.miners that needs no labels, such as TeacherNeighborMiner, but is a "
-                f"{type(miner).__name__}."
+                f"miner must need no labels, such as TeacherNeighborMiner, but is a {type(miner).__name__}."
             )
         self.loss, self.miner = loss, miner
         self.needs_labels = loss.needs_labels
         self.student_queue = TeacherQueue(memory_size, embedding_size)
         self.queue = TeacherQueue(memory_size, embedding_size if ref_size is None else ref_size)
 
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: IndicesTuple | None = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """Return the loss of the batch and the memory; the batch enters."""
-        teacher = self._checked_teacher(embeddings, ref_emb)
+        self.check_teacher(embeddings, ref_emb)
         size = len(embeddings)
         if size == 0:
             return self.loss(embeddings, labels, None, ref_emb)
         remembered, filled = self.student_queue.candidates(embeddings)
-        remembered_teacher, _ = self.queue.candidates(teacher.to(embeddings.device))
+        teacher = ref_emb.detach().to(embeddings.device)
+        remembered_teacher, _ = self.queue.candidates(teacher)
         free = torch.arange(len(filled), device=filled.device) % size
         joined = torch.cat([embeddings, remembered.where(filled[:, None], embeddings.detach()[free])])
-        teacher = teacher.detach().to(embeddings.device)
         joined_teacher = torch.cat([teacher, remembered_teacher.where(filled[:, None], teacher[free])])
         among = torch.ones(size, size, dtype=torch.bool, device=filled.device)
         if indices_tuple is not None:

@@ -27,18 +27,9 @@ class DPSHLoss(BaseHashingLoss):
         num_samples: of the training set, for the memory; needs ``embedding_size``.
         embedding_size: number of bits.
         num_classes: of multi-hot labels in the memory; None: class labels.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
 
-    Shapes:
-        embeddings: (B, bits). labels: (B,) or multi-hot (B, C). index: (B,). Reducer input: ``similarity_loss`` and
-        ``quantization_loss``, one value per sample (``element``).
-
-    Example:
-        >>> import torch
-        >>> loss, labels = DPSHLoss(), torch.tensor([0, 0, 1])
-        >>> right = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [-1, -1, -1, -1]])
-        >>> bool(loss(right, labels) < loss(right.roll(1, 0), labels))
-        True
+    Shapes: embeddings (B, bits). labels (B,) or multi-hot (B, C). index (B,). Two times one value per sample
+    (``element``).
     """
 
     outputs: torch.Tensor

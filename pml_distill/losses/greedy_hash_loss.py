@@ -13,7 +13,7 @@ class GreedyHashLoss(BaseHashingLoss):
         \qquad L = \frac{1}{B} \sum_i \mathrm{CE}(W b_i, y_i)
         + \lambda \operatorname{mean}_k \left| |u_{ik}| - 1 \right|^3
 
-    0 counts as -1, as in all codes here.
+    W, (num_classes, embedding_size), learns: give the loss an optimizer, as PML's ``metric_loss_optimizer``.
 
     Source: Su et al., "Greedy Hash: Towards Fast Optimization for Accurate Hash Coding in CNN", NeurIPS 2018.
 
@@ -21,20 +21,8 @@ class GreedyHashLoss(BaseHashingLoss):
         num_classes: number of classes.
         embedding_size: number of bits.
         quantization_weight: lambda.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
 
-    Shapes:
-        embeddings: (B, embedding_size). labels: (B,) from 0 to num_classes - 1. Reducer input: ``similarity_loss`` and
-        ``quantization_loss``, one value per sample (``element``).
-
-    Attributes:
-        W: (num_classes, embedding_size), which learns: give the loss an optimizer, as PML's ``metric_loss_optimizer``.
-
-    Example:
-        >>> import torch
-        >>> loss = GreedyHashLoss(num_classes=3, embedding_size=16)
-        >>> loss(torch.randn(4, 16), torch.tensor([0, 1, 2, 0])).item() > 0
-        True
+    Shapes: embeddings (B, ``embedding_size``). labels (B,). Two times one value per sample (``element``).
     """
 
     def __init__(self, num_classes: int, embedding_size: int, quantization_weight: float = 0.1, **kwargs):

@@ -13,30 +13,19 @@ class HashNetLoss(BaseHashingLoss):
         L = \frac{1}{B^2} \sum_{ij} w_{ij} \left( \log(1 + e^{\alpha \langle g_i, g_j \rangle})
             - s_{ij} \alpha \langle g_i, g_j \rangle \right)
 
-    s_ij is 1 for pairs of one class, or with a label in common; w_ij gives half of the weight to either kind. The
-    batch's diagonal is among the similar pairs, as in the authors' code.
+    s_ij is 1 for pairs of one class, or with a label in common; w_ij gives half of the weight to either kind. As in the
+    authors' code, the diagonal is among the similar pairs.
 
-    Raise beta while you train ("continuation"), so that the outputs near -1 and 1: ``loss.scale = (1 + epoch // 20) **
-    0.5`` at the start of each epoch.
+    Raise beta while you train ("continuation"): ``loss.scale = (1 + epoch // 20) ** 0.5`` at the start of each epoch.
 
     Source: Cao et al., "HashNet: Deep Learning to Hash by Continuation", ICCV 2017.
 
     Args:
         alpha: factor of the inner products; smaller for longer codes.
         scale: beta.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
 
-    Shapes:
-        embeddings: (B, bits), before tanh. labels: (B,) or multi-hot (B, C); in a loop of your own
-        ``loss(outputs, similarity=matrix)`` takes a (B, B) matrix of 0 and 1 instead. Reducer input:
-        ``similarity_loss``, one value per ordered pair, the diagonal included (``pos_pair``).
-
-    Example:
-        >>> import torch
-        >>> loss, labels = HashNetLoss(), torch.tensor([0, 0, 1])
-        >>> right = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [-1, -1, -1, -1]])
-        >>> bool(loss(right, labels) < loss(right.roll(1, 0), labels))
-        True
+    Shapes: embeddings (B, bits), before tanh. labels (B,) or multi-hot (B, C); or ``loss(outputs, similarity=matrix)``
+    with a (B, B) matrix of 0 and 1. One value per ordered pair (``pos_pair``).
     """
 
     sub_losses = ("similarity_loss",)

@@ -18,20 +18,9 @@ class HintLoss(BaseFeatureLoss):
     sum; a weight of 100 is common.
 
     Args:
-        student_channels: channels of the student's maps.
-        teacher_channels: channels of the teacher's maps.
+        student_channels: channels of each of the student's maps.
+        teacher_channels: channels of each of the teacher's maps.
         **kwargs: as in ``BaseFeatureLoss``.
-
-    Shapes: student_maps and teacher_maps lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
-
-    Raises:
-        ValueError: the channels do not go in pairs or are not those of the maps.
-
-    Example:
-        >>> import torch
-        >>> loss = HintLoss(student_channels=[8], teacher_channels=[32])
-        >>> loss([torch.rand(4, 8, 7, 7)], [torch.rand(4, 32, 14, 14)]).shape
-        torch.Size([])
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], **kwargs):

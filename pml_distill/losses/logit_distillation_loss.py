@@ -13,8 +13,7 @@ class LogitDistillationLoss(BaseDistillationLoss):
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, with the mean over the batch.
 
     Args:
-        temperature: T, a positive number; larger values soften both distributions.
-        **kwargs: as in ``BaseDistillationLoss``.
+        temperature: T; larger values soften both distributions.
 
     Shapes: embeddings and ref_emb (B, C) logits of the same classes. One value per sample (``element``).
     """

@@ -2,7 +2,6 @@ from collections.abc import Sequence
 
 import torch
 
-from .base_distillation_loss import IndicesTuple
 from .multiple_distillation_losses import MultipleDistillationLosses, at_width, by_name
 
 
@@ -29,13 +28,6 @@ class MatryoshkaLoss(MultipleDistillationLosses):
     Raises:
         ValueError: ``widths`` are empty, equal or below 1; ``weights`` or a list of losses are not as many; a single
             loss has a weight or queue of one width; the embeddings are narrower than the largest width.
-
-    Example:
-        >>> from pml_distill.losses import RelativeTeacherLoss
-        >>> loss = MatryoshkaLoss(RelativeTeacherLoss(), widths=(2, 4))
-        >>> value = loss(torch.rand(8, 4), ref_emb=torch.rand(8, 6))
-        >>> list(loss.sub_losses)
-        ['width_2', 'width_4']
     """
 
     def __init__(
@@ -58,23 +50,12 @@ class MatryoshkaLoss(MultipleDistillationLosses):
         super().__init__(by_name("loss", loss, names), weights)
         self.widths = tuple(widths)
 
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: IndicesTuple | None = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-        width: int | None = None,
-    ) -> torch.Tensor:
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, width=None):
         """Return the weighted sum over the widths, and keep its parts in ``sub_losses``."""
         if not self.needs_labels:
-            self._checked_teacher(embeddings, ref_emb)
+            self.check_teacher(embeddings, ref_emb)
         if embeddings.shape[1] < max(self.widths):
-            raise ValueError(
-                f"widths go up to {max(self.widths)}, but embeddings has shape {tuple(embeddings.shape)}; leave out "
-                "the larger widths."
-            )
+            raise ValueError(f"widths go up to {max(self.widths)}, but embeddings has shape {tuple(embeddings.shape)}.")
         parts = zip(self.losses.items(), self.widths)
         given = labels, indices_tuple, ref_emb, ref_labels
         return self.weighted_sum({name: at_width(loss, w, embeddings[:, :w], *given) for (name, loss), w in parts})

@@ -1,10 +1,9 @@
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from .base_distillation_loss import BaseDistillationLoss, IndicesTuple
+from .base_distillation_loss import BaseDistillationLoss
 
 
 class MultipleDistillationLosses(BaseDistillationLoss):
@@ -13,8 +12,8 @@ class MultipleDistillationLosses(BaseDistillationLoss):
     .. math:: L = \sum_k w_k \, L_k
 
     ``ref_emb``, labels and pairs go to every loss. A loss with a miner of its own takes what this miner finds in the
-    batch; a miner of ``pml_distill.miners`` is given the teacher's embeddings. Works inside of
-    ``DistributedLossWrapper``. A PML loss among them sees ``ref_emb`` and ``ref_labels`` as its reference.
+    batch; a miner of ``pml_distill.miners`` is given the teacher's embeddings. A PML loss among them sees ``ref_emb``
+    and ``ref_labels`` as its reference.
 
     Args:
         losses: a dict, or a list whose members are named by their class, with a number where a class is there twice.
@@ -57,15 +56,7 @@ class MultipleDistillationLosses(BaseDistillationLoss):
         self.needs_labels = any(getattr(loss, "needs_labels", True) for loss in named.values())
         self.sub_losses: dict[str, torch.Tensor] = {}
 
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        indices_tuple: IndicesTuple | None = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-        width: int | None = None,
-    ) -> torch.Tensor:
+    def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, width=None):
         """Return the weighted sum, and keep its parts in ``sub_losses``; ``width`` is for ``MatryoshkaLoss``."""
         values = {}
         for name, loss in self.losses.items():
@@ -82,15 +73,7 @@ class MultipleDistillationLosses(BaseDistillationLoss):
         return torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
 
 
-def at_width(
-    loss: torch.nn.Module,
-    width: int | None,
-    embeddings: torch.Tensor,
-    labels: torch.Tensor | None,
-    indices_tuple: IndicesTuple | None,
-    ref_emb: torch.Tensor | None,
-    ref_labels: torch.Tensor | None,
-) -> torch.Tensor:
+def at_width(loss, width, embeddings, labels, indices_tuple, ref_emb, ref_labels):
     """Return a loss of embeddings cut to ``width``, or whole; where widths must be equal the teacher is cut too."""
     if isinstance(loss, MultipleDistillationLosses):
         return loss(embeddings, labels, indices_tuple, ref_emb, ref_labels, width)
@@ -101,12 +84,9 @@ def at_width(
 
 def named_by_class(losses: list[torch.nn.Module]) -> dict[str, torch.nn.Module]:
     """Return the losses by the name of their class, numbered where a class is there twice."""
-    count, seen, named = Counter(type(loss).__name__ for loss in losses), Counter[str](), {}
-    for loss in losses:
-        name = type(loss).__name__
-        named[f"{name}_{seen[name]}" if count[name] > 1 else name] = loss
-        seen[name] += 1
-    return named
+    names = [type(loss).__name__ for loss in losses]
+    numbered = [f"{name}_{names[:i].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return dict(zip(numbered, losses))
 
 
 def by_name(what: str, values: Any, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ class MutualDistanceLoss(BaseGalleryLoss):
     alpha 10 and beta 1 in those sums.
 
     Args:
-        alpha: weight of the distance to the own teacher, not negative.
-        beta: weight of the distances to the others, not negative.
+        alpha: weight of the distance to the own teacher.
+        beta: weight of the distances to the others.
         **kwargs: as in ``BaseGalleryLoss``; ``distance`` is ``EuclideanDistance()`` by default and no similarity.
 
     Shapes: embeddings and ref_emb (B, D). Two times one value per query (``element``).

@@ -13,9 +13,8 @@ class OrthoHashLoss(BaseHashingLoss):
         \log \operatorname{softmax}_c \left( s \left( \cos(u_i, o_c) - m y_{ic} \right) \right)
 
     An output at a small angle to a code has its signs, so that no term of quantization is needed. The codes are those
-    of ``hash_centers``; up to 2 x bits classes, they are orthogonal or opposite where a Hadamard matrix is known. The
-    authors put ``torch.nn.BatchNorm1d(bits)`` behind the hash head, which balances the bits. A sample without any label
-    costs nothing.
+    of ``hash_centers``. The authors put ``torch.nn.BatchNorm1d(bits)`` behind the hash head, which balances the bits. A
+    sample without any label costs nothing.
 
     Source: Hoe et al., "One Loss for All: Deep Hashing with a Single Cosine Similarity based Learning Objective",
     NeurIPS 2021; the defaults are those of its code.
@@ -26,20 +25,12 @@ class OrthoHashLoss(BaseHashingLoss):
         margin: m.
         scale: s.
         seed: of random centers, see ``hash_centers``.
-        **kwargs: ``reducer``, ``embedding_regularizer`` as in every PML loss.
 
-    Shapes:
-        embeddings: (B, embedding_size). labels: (B,) from 0 to num_classes - 1, or multi-hot (B, num_classes).
-        Reducer input: ``similarity_loss``, one value per sample (``element``).
+    Shapes: embeddings (B, ``embedding_size``). labels (B,) or multi-hot (B, ``num_classes``). One value per sample
+    (``element``).
 
     Attributes:
         hash_centers: (num_classes, embedding_size) buffer of -1 and 1, saved with the loss.
-
-    Example:
-        >>> import torch
-        >>> loss = OrthoHashLoss(num_classes=3, embedding_size=16)
-        >>> bool(loss(loss.hash_centers, torch.arange(3)) < loss(loss.hash_centers.roll(1, 0), torch.arange(3)))
-        True
     """
 
     sub_losses = ("similarity_loss",)

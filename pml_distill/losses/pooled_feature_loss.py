@@ -13,11 +13,6 @@ class PooledFeatureLoss(BaseFeatureLoss):
     Source: the feature term of Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient
     Image Retrieval", CVPR 2023, with weight 0.5. They take the normalisation of each block's 3x3 convolution: with
     compactors inserted, ``"layer1.0.bn2.0"`` of the student and ``"layer1.0.bn2"`` of the teacher, and so on.
-
-    Shapes: student_maps and teacher_maps lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
-
-    Raises:
-        ValueError: the channels of a pair differ.
     """
 
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:

@@ -24,7 +24,7 @@ class RankPreservationLoss(BaseGalleryLoss):
 
     Args:
         topk: k, how many of the teacher's nearest count.
-        temperature: tau of the student's comparisons, positive.
+        temperature: tau of the student's comparisons.
         rank_weight: rho, how much more the near ones weigh.
         **kwargs: as in ``BaseGalleryLoss``.
 

@@ -20,8 +20,7 @@ class RegressionTeacherLoss(BaseDistillationLoss):
     al., "Context Unaware Knowledge Distillation for Image Retrieval", 2022, whose scale this is.
 
     Args:
-        penalty: ``"mse"``: squared difference; ``"smooth_l1"``: smooth L1 with its turn at 1.
-        **kwargs: as in ``BaseDistillationLoss``.
+        penalty: ``"mse"`` or ``"smooth_l1"``, with its turn at 1.
 
     Shapes: embeddings and ref_emb (B, D). One value per sample (``element``).
     """

@@ -20,16 +20,9 @@ class RelativeTeacherLoss(BaseDistillationLoss):
     Args:
         norm: ``"l1"``: \|d_s - d_t\|; ``"l2"``: (d_s - d_t)^2; ``"huber"``: smooth L1 with its turn at 1;
             ``"frobenius"``: the root of the sum of squares over all pairs, a single value.
-        **kwargs: as in ``BaseDistillationLoss``.
 
     Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``); with ``"frobenius"`` one
     in all (``already_reduced``).
-
-    Example:
-        >>> import torch
-        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0], [-1.0]])
-        >>> round(RelativeTeacherLoss()(student, ref_emb=teacher).item(), 4)  # 2 - sqrt(2)
-        0.5858
     """
 
     def __init__(self, norm: str = "l1", **kwargs):

@@ -19,8 +19,8 @@ class RelaxedContrastiveLoss(BaseDistillationLoss):
     B - 1 for their scale; their student is not normalised: ``distance=LpDistance(normalize_embeddings=False)``.
 
     Args:
-        sigma: width of the teacher's kernel, positive.
-        delta: margin of the relative distances, positive.
+        sigma: width of the teacher's kernel.
+        delta: margin of the relative distances.
         **kwargs: as in ``BaseDistillationLoss``; ``distance`` is no similarity.
 
     Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).

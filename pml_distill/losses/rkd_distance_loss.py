@@ -13,16 +13,13 @@ class RKDDistanceLoss(BaseDistillationLoss):
     .. math:: L_{ij} = \ell\Big(\frac{d_s(x_i, x_j)}{\mu_s}, \frac{d_t(x_i, x_j)}{\mu_t}\Big), \quad
         \mu = \frac{1}{B(B-1)} \sum_{i \neq j} d(x_i, x_j), \quad \ell \text{ smooth L1}
 
-    Distances are at least 1e-6. Gradients flow through the student's mean, which is that of the whole batch also with a
-    miner's pairs. ``RKDLoss`` adds the angles.
+    The distance is no similarity, and at least 1e-6. Gradients flow through the student's mean, which is that of the
+    whole batch also with a miner's pairs. ``RKDLoss`` adds the angles.
 
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by (B - 1) / B for their mean over
     B^2 entries; their embeddings are not normalised: ``distance=LpDistance(normalize_embeddings=False)``.
 
     Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).
-
-    Raises:
-        ValueError: the distance is a similarity, which has no mean to divide by.
     """
 
     needs_proper_distance = True

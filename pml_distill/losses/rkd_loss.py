@@ -6,9 +6,7 @@ from .rkd_distance_loss import RKDDistanceLoss
 
 
 class RKDLoss(MultipleDistillationLosses):
-    """Relational knowledge distillation (RKD): distances plus two times angles.
-
-    ``distance_weight * RKDDistanceLoss + angle_weight * RKDAngleLoss``; see these for what they take.
+    """Relational knowledge distillation (RKD): ``distance_weight * RKDDistanceLoss + angle_weight * RKDAngleLoss``.
 
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, whose weights for metric learning are the
     defaults; for classification they use 25 and 50.

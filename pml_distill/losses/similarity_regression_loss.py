@@ -13,9 +13,8 @@ class SimilarityRegressionLoss(BaseDistillationLoss):
     candidates of one query.
 
     Args:
-        alpha: scale of the score, positive.
-        beta: power of the distance, positive.
-        **kwargs: as in ``BaseDistillationLoss``.
+        alpha: scale of the score.
+        beta: power of the distance.
 
     Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).
     """

@@ -2,29 +2,15 @@ import torch
 
 
 class TeacherQueue(torch.nn.Module):
-    """The last embeddings seen, first in first out: candidates beyond the batch.
+    """The last embeddings seen, first in first out: candidates in addition to the batch.
 
-    It is saved in checkpoints and follows the embeddings to their device. Under ``DistributedLossWrapper`` every
-    process holds the rows of the joined batch in an order of its own: let ``size`` be a multiple of the joined batch,
-    so that all forget the same rows. A row that is not finite enters as zeros, so that it spoils only the loss of its
-    own step.
+    It is saved in checkpoints and follows the embeddings to their device. A row that is not finite enters as zeros, so
+    that it spoils only the loss of its own step. Under ``DistributedLossWrapper`` let ``size`` be a multiple of the
+    joined batch: every process holds its rows in another order, and all must forget the same ones.
 
     Args:
         size: how many embeddings it holds.
         width: width of the embeddings.
-
-    Raises:
-        ValueError: ``size`` or ``width`` is below 1; an embedding has another width.
-
-    Example:
-        >>> import torch
-        >>> queue = TeacherQueue(size=3, width=2)
-        >>> rows, filled = queue.candidates(torch.eye(2))
-        >>> filled.tolist(), queue.count.item()
-        ([False, False, False], 2)
-        >>> rows, filled = queue.candidates(torch.ones(1, 2), include_batch=True)
-        >>> rows.tolist(), filled.tolist()
-        ([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [True, True, True])
     """
 
     rows: torch.Tensor

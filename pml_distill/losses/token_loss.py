@@ -24,16 +24,11 @@ class TokenLoss(BaseFeatureLoss):
     Fine-tuning via Feature Distillation", 2022.
 
     Args:
-        student_channels: channels of the student's tokens or maps.
-        teacher_channels: channels of the teacher's.
+        student_channels: channels of each of the student's tokens or maps.
+        teacher_channels: channels of each of the teacher's.
         cosine_weight: alpha.
         smooth_l1_weight: beta.
         **kwargs: as in ``BaseFeatureLoss``.
-
-    Shapes: student_maps and teacher_maps lists of (B, N, C) or (B, C, H, W). One value per sample (``element``).
-
-    Raises:
-        ValueError: the channels do not go in pairs or are not those of the tokens.
     """
 
     def __init__(

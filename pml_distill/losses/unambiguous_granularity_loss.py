@@ -20,7 +20,7 @@ class UnambiguousGranularityLoss(BaseFeatureLoss):
     projection r_g (batch norm, linear, batch norm). Train it as the regressors of ``HintLoss``.
 
     Source: Zhang et al., "Unambiguous granularity distillation for asymmetric image retrieval", Neural Networks 2025,
-    from the authors' code. There this loss has weight 2, beside ``AbsoluteTeacherLoss`` of the embeddings with weight 2
+    from the authors' code. There this loss has weight 2, combined with ``AbsoluteTeacherLoss`` with weight 2
     (ResNet-18) or 5 (MobileNetV3); grids are a 16th and a 32nd of the student's image, the student's map is that of its
     third stage.
 
@@ -33,8 +33,8 @@ class UnambiguousGranularityLoss(BaseFeatureLoss):
         grids: cells along each side of the image.
         **kwargs: as in ``BaseFeatureLoss``.
 
-    Shapes: student_maps and teacher_maps lists of one (B, C, H, W) or (B, N, C). labels: (B,). For each grid, as
-    sub-loss ``grid_4`` and so on, one value per cell (``element``).
+    Shapes: lists of one map, labels (B,). For each grid, as sub-loss ``grid_4`` and so on, one value per cell
+    (``element``).
 
     Raises:
         ValueError: labels are None; there is more than one pair of maps; the teacher's head is in train mode.

@@ -19,22 +19,16 @@ class VariationalInformationLoss(BaseFeatureLoss):
         \log \sigma_{l, c}^2 + \frac{(F_t^l - \mu_l(F_s^l))_{c, h, w}^2}{\sigma_{l, c}^2} \right),
         \qquad \sigma_{l, c}^2 = \mathrm{softplus}(\alpha_{l, c}) + 10^{-5}
 
-    The mean is a learned 1x1 convolution, the variance a learned number per channel of the teacher: what the student
-    cannot predict is given up. Train both as those of ``HintLoss``. The loss may be negative: reducers that drop values
-    of zero or less (``AvgNonZeroReducer``) do not suit it.
+    The mean is a learned 1x1 convolution, the variance a learned number per channel of the teacher. Train both as those
+    of ``HintLoss``. The loss may be negative: reducers that drop such values (``AvgNonZeroReducer``) do not suit it.
 
     Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, with the first
     variance of their code, 5, and its mean over the map, without the constant log(2 pi) / 2.
 
     Args:
-        student_channels: channels of the student's maps.
-        teacher_channels: channels of the teacher's maps.
+        student_channels: channels of each of the student's maps.
+        teacher_channels: channels of each of the teacher's maps.
         **kwargs: as in ``BaseFeatureLoss``.
-
-    Shapes: student_maps and teacher_maps lists of (B, C, H, W) or (B, N, C). One value per sample (``element``).
-
-    Raises:
-        ValueError: the channels do not go in pairs or are not those of the maps.
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], **kwargs):
