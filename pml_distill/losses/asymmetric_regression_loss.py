@@ -1,4 +1,4 @@
-from .base_distillation_loss import BaseDistillationLoss, check_not_negative, unit_rows
+from .base_distillation_loss import BaseDistillationLoss, set_not_negative, unit_rows
 
 # Added to each difference before it is squared, as in the authors' code.
 EPSILON = 1e-6
@@ -29,9 +29,7 @@ class AsymmetricRegressionLoss(BaseDistillationLoss):
 
     def __init__(self, teacher_weight: float = 0.7482, student_weight: float = 0.6778, **kwargs):
         super().__init__(**kwargs)
-        check_not_negative(teacher_weight=teacher_weight, student_weight=student_weight)
-        self.teacher_weight, self.student_weight = teacher_weight, student_weight
-        self.add_to_recordable_attributes(list_of_names=["teacher_weight", "student_weight"], is_stat=False)
+        set_not_negative(self, teacher_weight=teacher_weight, student_weight=student_weight)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher = unit_rows(embeddings), unit_rows(ref_emb)

@@ -174,18 +174,21 @@ def check_labels(name: str, labels: torch.Tensor | None) -> None:
         raise ValueError(f"{name} needs a class for each row, but labels {given}. Pass labels of shape (batch,).")
 
 
-def check_not_negative(**numbers: float) -> None:
-    """Raise ``ValueError`` for the first of the named numbers that is neither zero nor positive."""
+def set_not_negative(loss: Any, **numbers: float) -> None:
+    """Set attributes that PML's record-keeper logs; raise ``ValueError`` for a number below zero."""
     for name, value in numbers.items():
         if not value >= 0:
             raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+        setattr(loss, name, value)
+    loss.add_to_recordable_attributes(list_of_names=list(numbers), is_stat=False)
 
 
-def check_positive(**numbers: float) -> None:
-    """Raise ``ValueError`` for the first of the named numbers that is not positive."""
+def set_positive(loss: Any, **numbers: float) -> None:
+    """Set attributes that PML's record-keeper logs; raise ``ValueError`` for a number that is not positive."""
     for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"{name} must be a positive number, but is {value}.")
+    set_not_negative(loss, **numbers)
 
 
 def cut_zero_rows(rows: torch.Tensor) -> torch.Tensor:

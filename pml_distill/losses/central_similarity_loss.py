@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import check_not_negative
+from .base_distillation_loss import set_not_negative
 from .base_hashing_loss import BaseHashingLoss
 from .hash_centers import center_distances, hash_centers
 
@@ -38,15 +38,12 @@ class CentralSimilarityLoss(BaseHashingLoss):
         self, num_classes: int, embedding_size: int, quantization_weight: float = 1e-4, seed: int = 0, **kwargs
     ):
         super().__init__(**kwargs)
-        check_not_negative(quantization_weight=quantization_weight)
+        set_not_negative(self, quantization_weight=quantization_weight)
         self.num_classes, self.embedding_size = num_classes, embedding_size
-        self.quantization_weight = quantization_weight
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("hash_centers", hash_centers(num_classes, embedding_size, seed))
         self.register_buffer("random_center", 2.0 * torch.randint(2, (embedding_size,), generator=generator) - 1)
-        self.add_to_recordable_attributes(
-            list_of_names=["num_classes", "embedding_size", "quantization_weight", "min_center_distance"], is_stat=False
-        )
+        self.add_to_recordable_attributes(name="min_center_distance", is_stat=False)
 
     @property
     def min_center_distance(self) -> int:

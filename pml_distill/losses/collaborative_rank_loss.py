@@ -1,6 +1,6 @@
 import torch
 
-from .base_distillation_loss import check_not_negative
+from .base_distillation_loss import set_not_negative
 from .base_gallery_loss import BaseGalleryLoss
 
 
@@ -29,9 +29,7 @@ class CollaborativeRankLoss(BaseGalleryLoss):
         super().__init__(**kwargs)
         if topk < 2:
             raise ValueError(f"topk must be at least 2, but is {topk}.")
-        check_not_negative(alpha=alpha, beta=beta)
-        self.topk, self.alpha, self.beta = topk, alpha, beta
-        self.add_to_recordable_attributes(list_of_names=["topk", "alpha", "beta"], is_stat=False)
+        set_not_negative(self, topk=topk, alpha=alpha, beta=beta)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher, filled = self.nearest(embeddings, ref_emb, self.topk)

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from .base_distillation_loss import BaseDistillationLoss, check_positive, unit_rows
+from .base_distillation_loss import BaseDistillationLoss, set_positive, unit_rows
 
 
 class CorrelationCongruenceLoss(BaseDistillationLoss):
@@ -25,11 +25,9 @@ class CorrelationCongruenceLoss(BaseDistillationLoss):
 
     def __init__(self, gamma: float = 0.4, order: int = 2, **kwargs):
         super().__init__(**kwargs)
-        check_positive(gamma=gamma)
         if order < 1:
             raise ValueError(f"order must be at least 1, but is {order}.")
-        self.gamma, self.order = gamma, order
-        self.add_to_recordable_attributes(list_of_names=["gamma", "order"], is_stat=False)
+        set_positive(self, gamma=gamma, order=order)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         losses = (self.correlation(embeddings) - self.correlation(ref_emb)).square()

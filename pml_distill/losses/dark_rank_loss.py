@@ -3,7 +3,7 @@ from math import comb
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import ABSENT, BaseDistillationLoss, check_positive
+from .base_distillation_loss import ABSENT, BaseDistillationLoss, set_positive
 from .similarity_score import similarity_score
 
 LONGEST_SOFT_LIST = 14
@@ -57,14 +57,12 @@ class DarkRankLoss(BaseDistillationLoss):
         super().__init__(**kwargs)
         if transfer not in ("soft", "hard"):
             raise ValueError(f'transfer must be "soft" or "hard", but is {transfer!r}.')
-        check_positive(alpha=alpha, beta=beta)
+        set_positive(self, alpha=alpha, beta=beta)
         if list_length is not None and list_length < 1:
             raise ValueError(f"list_length must be None or at least 1, but is {list_length}.")
         if transfer == "soft" and list_length is not None:
             check_soft_list_length(list_length)
-        self.transfer, self.alpha, self.beta = transfer, alpha, beta
-        self.list_length, self.tail = list_length, tail
-        self.add_to_recordable_attributes(list_of_names=["alpha", "beta"], is_stat=False)
+        self.transfer, self.list_length, self.tail = transfer, list_length, tail
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         size = len(embeddings)

@@ -1,6 +1,6 @@
 import torch
 
-from .base_distillation_loss import check_not_negative
+from .base_distillation_loss import set_not_negative
 from .base_gallery_loss import BaseGalleryLoss
 
 
@@ -35,9 +35,7 @@ class DecoupledDifferentialLoss(BaseGalleryLoss):
         super().__init__(**kwargs)
         if topk < 2:
             raise ValueError(f"topk must be at least 2, but is {topk}.")
-        check_not_negative(alpha=alpha, beta=beta, gamma=gamma)
-        self.topk, self.alpha, self.beta, self.gamma = topk, alpha, beta, gamma
-        self.add_to_recordable_attributes(list_of_names=["topk", "alpha", "beta", "gamma"], is_stat=False)
+        set_not_negative(self, topk=topk, alpha=alpha, beta=beta, gamma=gamma)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher, filled = self.nearest(embeddings, ref_emb, self.topk)

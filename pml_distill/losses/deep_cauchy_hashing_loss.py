@@ -1,7 +1,7 @@
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 
-from .base_distillation_loss import check_not_negative, check_positive, cut_zero_rows
+from .base_distillation_loss import cut_zero_rows, set_not_negative, set_positive
 from .base_hashing_loss import BaseHashingLoss
 
 # The least product of two lengths that the authors divide by.
@@ -34,12 +34,10 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
 
     def __init__(self, gamma: float = 20, quantization_weight: float = 0.1, **kwargs):
         super().__init__(**kwargs)
-        check_positive(gamma=gamma)
-        check_not_negative(quantization_weight=quantization_weight)
+        set_positive(self, gamma=gamma)
+        set_not_negative(self, quantization_weight=quantization_weight)
         if not isinstance(self.distance, CosineSimilarity):
             raise ValueError(f"distance must be CosineSimilarity(), but is a {type(self.distance).__name__}.")
-        self.gamma, self.quantization_weight = gamma, quantization_weight
-        self.add_to_recordable_attributes(list_of_names=["gamma", "quantization_weight"], is_stat=False)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, similarity=None):
         # Normalisation would multiply the gradient of a zero row by 1e12.

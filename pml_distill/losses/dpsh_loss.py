@@ -2,7 +2,7 @@ import torch
 from torch.nn import functional as F
 
 from ..utils.labels import share_a_label
-from .base_distillation_loss import check_not_negative
+from .base_distillation_loss import set_not_negative
 from .base_hashing_loss import BaseHashingLoss
 
 UNSEEN = torch.iinfo(torch.long).min
@@ -44,9 +44,8 @@ class DPSHLoss(BaseHashingLoss):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_not_negative(quantization_weight=quantization_weight)
-        self.quantization_weight, self.num_samples = quantization_weight, num_samples
-        self.embedding_size, self.num_classes = embedding_size, num_classes
+        set_not_negative(self, quantization_weight=quantization_weight)
+        self.num_samples, self.embedding_size, self.num_classes = num_samples, embedding_size, num_classes
         if num_samples is not None:
             if embedding_size is None:
                 raise ValueError("num_samples asks for a memory, which needs embedding_size, the number of bits.")
@@ -55,7 +54,6 @@ class DPSHLoss(BaseHashingLoss):
                 torch.full((num_samples,), UNSEEN) if num_classes is None else torch.zeros(num_samples, num_classes)
             )
             self.register_buffer("labels", of_memory)
-        self.add_to_recordable_attributes(list_of_names=["quantization_weight"], is_stat=False)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, index=None):
         others, similar = embeddings, share_a_label(labels, labels)

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import check_not_negative
+from .base_distillation_loss import set_not_negative
 from .base_hashing_loss import BaseHashingLoss
 
 
@@ -27,11 +27,9 @@ class GreedyHashLoss(BaseHashingLoss):
 
     def __init__(self, num_classes: int, embedding_size: int, quantization_weight: float = 0.1, **kwargs):
         super().__init__(**kwargs)
-        check_not_negative(quantization_weight=quantization_weight)
+        set_not_negative(self, quantization_weight=quantization_weight)
         self.num_classes, self.embedding_size = num_classes, embedding_size
-        self.quantization_weight = quantization_weight
         self.W = torch.nn.Linear(embedding_size, num_classes, bias=False).weight
-        self.add_to_recordable_attributes(list_of_names=["num_classes", "quantization_weight"], is_stat=False)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         if labels.ndim == 2:

@@ -5,33 +5,20 @@ ROUNDS, DRAWN, LINEAR_BITS, PART = 200, 256, 20, 1024
 
 
 def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
-    r"""Return a code of -1 and 1 for each class, far from one another; the same for the same arguments.
+    """Return a code of -1 and 1 for each class, (num_classes, bits), far from one another.
 
     - The rows of a Hadamard matrix H, then of -H, where one of order ``bits`` is known (Sylvester's and Paley's: powers
       of two, 12, 20, 24, 28, 36, 40, 44, 48...): any two differ in bits / 2 places, opposite ones in all.
-    - Beyond, random balanced codes, each with its opposite, at least bits / 4 from all others.
+    - Beyond, random balanced codes of ``seed``, each with its opposite, at least bits / 4 from all others.
     - Where chance finds too few, up to 20 bits: a linear code, grown greedily (2048 words of 16 bits at distance 4).
     - Where these are too few, the distance shrinks by one bit at a time; ``center_distances`` tells what was reached.
 
     Source: Yuan et al., "Central Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020, where
     ``bits`` must be a power of two.
 
-    Args:
-        num_classes: number of centers, from 1.
-        bits: length, from 1.
-        seed: of the random codes.
-
-    Returns:
-        (num_classes, bits) float32.
-
-    Raises:
-        ValueError: ``num_classes`` or ``bits`` is not positive.
-
     Example:
         >>> center_distances(hash_centers(100, 64))[0]
         32
-        >>> center_distances(hash_centers(10, 48))[0]
-        24
     """
     if num_classes < 1 or bits < 1:
         raise ValueError(f"num_classes and bits (embedding_size) must be at least 1, but are {num_classes} and {bits}.")
@@ -75,8 +62,7 @@ def with_random_codes(
         # The places of the smallest of random numbers: as many 1 as -1, give or take one.
         ranks = torch.rand(DRAWN, bits, generator=generator).argsort(dim=1)
         codes = torch.where(ranks < bits // 2, 1.0, -1.0)
-        if len(centers):
-            codes = codes[((codes @ centers.T).abs() <= largest_product).all(dim=1)]
+        codes = codes[((codes @ centers.T).abs() <= largest_product).all(dim=1)]
         near = ((codes @ codes.T).abs() > largest_product).numpy()
         # A code is near itself; that only says that it is taken once.
         free, kept = np.ones(len(near), dtype=bool), []
@@ -98,8 +84,8 @@ def linear_code(bits: int, distance: int) -> torch.Tensor:
     places = 1 << torch.arange(bits - 1, -1, -1)
     words = torch.arange(2**bits)
     near, code = words[(words[:, None] & places).ne(0).sum(dim=1) < distance], torch.zeros(1, dtype=torch.long)
-    rows = hadamard(bits) if bits & (bits - 1) == 0 else None
-    if rows is not None:
+    rows = hadamard(bits)
+    if bits & (bits - 1) == 0 and rows is not None:
         code = (torch.cat([rows, -rows]) < 0).long() @ places
     free = torch.ones(2**bits, dtype=torch.bool)
     free[(code[:, None] ^ near).flatten()] = False
@@ -137,10 +123,8 @@ def conference(prime: int, sign: int) -> torch.Tensor:
     residue[torch.arange(1, prime) ** 2 % prime] = 1
     residue[0] = 0
     places = torch.arange(prime)
-    matrix = torch.ones(prime + 1, prime + 1)
-    matrix[0, 0] = 0
-    matrix[1:, 0] = sign
-    matrix[1:, 1:] = residue[(places[:, None] - places) % prime]
+    matrix = torch.nn.functional.pad(residue[(places[:, None] - places) % prime], (1, 0, 1, 0), value=1.0)
+    matrix[1:, 0], matrix[0, 0] = sign, 0
     return matrix
 
 

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import check_positive
+from .base_distillation_loss import set_positive
 from .base_hashing_loss import BaseHashingLoss
 
 
@@ -32,9 +32,7 @@ class HashNetLoss(BaseHashingLoss):
 
     def __init__(self, alpha: float = 0.1, scale: float = 1, **kwargs):
         super().__init__(**kwargs)
-        check_positive(alpha=alpha, scale=scale)
-        self.alpha, self.scale = alpha, scale
-        self.add_to_recordable_attributes(list_of_names=["alpha", "scale"], is_stat=False)
+        set_positive(self, alpha=alpha, scale=scale)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, similarity=None):
         similar = self.similar(labels, similarity, len(embeddings))

@@ -1,12 +1,7 @@
-from collections.abc import Sequence
-
-import torch
-
-from .base_feature_loss import BaseFeatureLoss, Maps
-from .channel_regressors import ChannelRegressors
+from .base_learned_feature_loss import BaseLearnedFeatureLoss
 
 
-class HintLoss(BaseFeatureLoss):
+class HintLoss(BaseLearnedFeatureLoss):
     r"""The squared error of the teacher's feature maps, predicted by a learned 1x1 convolution (FitNet hints).
 
     .. math:: L_i = \sum_l \frac{1}{C_l H_l W_l} \left\| r_l(F_s^l(x_i)) - F_t^l(x_i) \right\|^2
@@ -23,10 +18,5 @@ class HintLoss(BaseFeatureLoss):
         **kwargs: as in ``BaseFeatureLoss``.
     """
 
-    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], **kwargs):
-        super().__init__(**kwargs)
-        self.regressors = ChannelRegressors(student_channels, teacher_channels)
-
-    def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
-        pairs = zip(self.regressors(student_maps, teacher_maps), teacher_maps)
-        return torch.stack([(prediction - t).square().mean(dim=(1, 2, 3)) for prediction, t in pairs]).sum(dim=0)
+    def map_loss(self, name, found, expected):
+        return (found - expected).square().mean(dim=(1, 2, 3))

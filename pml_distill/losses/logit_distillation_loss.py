@@ -1,6 +1,6 @@
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss, check_positive
+from .base_distillation_loss import BaseDistillationLoss, set_positive
 
 
 class LogitDistillationLoss(BaseDistillationLoss):
@@ -24,9 +24,7 @@ class LogitDistillationLoss(BaseDistillationLoss):
 
     def __init__(self, temperature: float = 4.0, **kwargs):
         super().__init__(**kwargs)
-        check_positive(temperature=temperature)
-        self.temperature = temperature
-        self.add_to_recordable_attributes(name="temperature", is_stat=False)
+        set_positive(self, temperature=temperature)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student = F.log_softmax(embeddings / self.temperature, dim=1)

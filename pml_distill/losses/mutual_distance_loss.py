@@ -1,7 +1,7 @@
 import torch
 
 from ..distances import EuclideanDistance
-from .base_distillation_loss import check_not_negative
+from .base_distillation_loss import set_not_negative
 from .base_gallery_loss import LEAST_DISTANCE, BaseGalleryLoss
 
 
@@ -30,9 +30,7 @@ class MutualDistanceLoss(BaseGalleryLoss):
 
     def __init__(self, alpha: float = 1.0, beta: float = 1.0, **kwargs):
         super().__init__(**kwargs)
-        check_not_negative(alpha=alpha, beta=beta)
-        self.alpha, self.beta = alpha, beta
-        self.add_to_recordable_attributes(list_of_names=["alpha", "beta"], is_stat=False)
+        set_not_negative(self, alpha=alpha, beta=beta)
 
     def get_default_distance(self) -> EuclideanDistance:
         """Return the distance to use where none is given."""

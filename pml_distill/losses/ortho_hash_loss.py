@@ -1,6 +1,6 @@
 from torch.nn import functional as F
 
-from .base_distillation_loss import check_not_negative, check_positive, unit_rows
+from .base_distillation_loss import set_not_negative, set_positive, unit_rows
 from .base_hashing_loss import BaseHashingLoss
 from .hash_centers import hash_centers
 
@@ -39,11 +39,10 @@ class OrthoHashLoss(BaseHashingLoss):
         self, num_classes: int, embedding_size: int, margin: float = 0.2, scale: float = 8, seed: int = 0, **kwargs
     ):
         super().__init__(**kwargs)
-        check_not_negative(margin=margin)
-        check_positive(scale=scale)
-        self.num_classes, self.embedding_size, self.margin, self.scale = num_classes, embedding_size, margin, scale
+        set_not_negative(self, margin=margin)
+        set_positive(self, scale=scale)
+        self.num_classes, self.embedding_size = num_classes, embedding_size
         self.register_buffer("hash_centers", hash_centers(num_classes, embedding_size, seed))
-        self.add_to_recordable_attributes(list_of_names=["num_classes", "margin", "scale"], is_stat=False)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         own = F.one_hot(labels.long(), self.num_classes) if labels.ndim == 1 else labels

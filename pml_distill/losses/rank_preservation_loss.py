@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from .base_distillation_loss import ABSENT, check_positive
+from .base_distillation_loss import ABSENT, set_positive
 from .base_gallery_loss import BaseGalleryLoss
 
 # So sharp that the teacher's comparisons are 0 or 1, and 1/2 for ties.
@@ -35,11 +35,11 @@ class RankPreservationLoss(BaseGalleryLoss):
         super().__init__(**kwargs)
         if topk < 1:
             raise ValueError(f"topk must be at least 1, but is {topk}.")
-        check_positive(temperature=temperature)
+        set_positive(self, topk=topk, temperature=temperature)
         if not math.isfinite(rank_weight):
             raise ValueError(f"rank_weight must be a finite number, but is {rank_weight}.")
-        self.topk, self.temperature, self.rank_weight = topk, temperature, rank_weight
-        self.add_to_recordable_attributes(list_of_names=["topk", "temperature", "rank_weight"], is_stat=False)
+        self.rank_weight = rank_weight
+        self.add_to_recordable_attributes(name="rank_weight", is_stat=False)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher, filled = self.nearest(embeddings, ref_emb, self.topk)

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss, check_positive, unit_rows
+from .base_distillation_loss import BaseDistillationLoss, set_positive, unit_rows
 from .rkd_distance_loss import SMALLEST
 
 
@@ -30,9 +30,7 @@ class RelaxedContrastiveLoss(BaseDistillationLoss):
 
     def __init__(self, sigma: float = 1.0, delta: float = 1.0, **kwargs):
         super().__init__(**kwargs)
-        check_positive(sigma=sigma, delta=delta)
-        self.sigma, self.delta = sigma, delta
-        self.add_to_recordable_attributes(list_of_names=["sigma", "delta"], is_stat=False)
+        set_positive(self, sigma=sigma, delta=delta)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         if len(embeddings) < 2:

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import ABSENT, BaseDistillationLoss, check_positive, unit_rows
+from .base_distillation_loss import ABSENT, BaseDistillationLoss, set_positive, unit_rows
 from .teacher_queue import TeacherQueue
 
 
@@ -49,15 +49,13 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_positive(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+        set_positive(self, student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         if topk is not None and topk < 1:
             raise ValueError(f"topk must be None or at least 1, but is {topk}.")
-        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.include_batch, self.topk = include_batch, topk
         self.equal_widths = student_width is None
         self.queue = TeacherQueue(queue_size, width)
         self.student_queue = None if student_width is None else TeacherQueue(queue_size, student_width)
-        self.add_to_recordable_attributes(list_of_names=["student_temperature", "teacher_temperature"], is_stat=False)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher = unit_rows(embeddings), unit_rows(ref_emb)

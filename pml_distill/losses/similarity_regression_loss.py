@@ -1,4 +1,4 @@
-from .base_distillation_loss import BaseDistillationLoss, check_positive
+from .base_distillation_loss import BaseDistillationLoss, set_positive
 from .similarity_score import similarity_score
 
 
@@ -21,9 +21,7 @@ class SimilarityRegressionLoss(BaseDistillationLoss):
 
     def __init__(self, alpha: float = 1.0, beta: float = 2.0, **kwargs):
         super().__init__(**kwargs)
-        check_positive(alpha=alpha, beta=beta)
-        self.alpha, self.beta = alpha, beta
-        self.add_to_recordable_attributes(list_of_names=["alpha", "beta"], is_stat=False)
+        set_positive(self, alpha=alpha, beta=beta)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student = similarity_score(self.distance_matrix(embeddings), self.distance, self.alpha, self.beta)

@@ -4,12 +4,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import cut_zero_rows
-from .base_feature_loss import BaseFeatureLoss, Maps
-from .channel_regressors import ChannelRegressors
+from .base_distillation_loss import cut_zero_rows, set_not_negative
+from .base_learned_feature_loss import BaseLearnedFeatureLoss
 
 
-class TokenLoss(BaseFeatureLoss):
+class TokenLoss(BaseLearnedFeatureLoss):
     r"""The spatial tokens of a vision transformer such as DINO, predicted by a learned linear map.
 
     .. math:: L_i = \sum_l \frac{1}{P_l} \sum_p \Big( \alpha \, \big(1 - \cos(\hat t_p, \tilde t_p)\big) +
@@ -39,18 +38,13 @@ class TokenLoss(BaseFeatureLoss):
         smooth_l1_weight: float = 0.1,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        self.regressors = ChannelRegressors(student_channels, teacher_channels)
-        self.cosine_weight, self.smooth_l1_weight = cosine_weight, smooth_l1_weight
-        self.add_to_recordable_attributes(list_of_names=["cosine_weight", "smooth_l1_weight"], is_stat=False)
+        super().__init__(student_channels, teacher_channels, **kwargs)
+        set_not_negative(self, cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight)
 
-    def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
-        losses = []
-        for found, teacher in zip(self.regressors(student_maps, teacher_maps), teacher_maps):
-            variance, mean = torch.var_mean(teacher, dim=1, correction=0, keepdim=True)
-            expected = (teacher - mean) * (variance + 1e-5).rsqrt()
-            lengths = torch.linalg.vector_norm(found, dim=1) * torch.linalg.vector_norm(expected, dim=1)
-            cosine = 1 - (cut_zero_rows(found) * expected).sum(dim=1) / lengths.clamp(min=1e-12)
-            penalty = F.smooth_l1_loss(found, expected, reduction="none").mean(dim=1)
-            losses.append((self.cosine_weight * cosine + self.smooth_l1_weight * penalty).mean(dim=(1, 2)))
-        return torch.stack(losses).sum(dim=0)
+    def map_loss(self, name, found, expected):
+        variance, mean = torch.var_mean(expected, dim=1, correction=0, keepdim=True)
+        expected = (expected - mean) * (variance + 1e-5).rsqrt()
+        lengths = torch.linalg.vector_norm(found, dim=1) * torch.linalg.vector_norm(expected, dim=1)
+        cosine = 1 - (cut_zero_rows(found) * expected).sum(dim=1) / lengths.clamp(min=1e-12)
+        penalty = F.smooth_l1_loss(found, expected, reduction="none").mean(dim=1)
+        return (self.cosine_weight * cosine + self.smooth_l1_weight * penalty).mean(dim=(1, 2))

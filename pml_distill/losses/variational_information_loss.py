@@ -4,14 +4,13 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from .base_feature_loss import BaseFeatureLoss, Maps
-from .channel_regressors import ChannelRegressors
+from .base_learned_feature_loss import BaseLearnedFeatureLoss
 
 MIN_VARIANCE = 1e-5
 FIRST_VARIANCE = 5.0
 
 
-class VariationalInformationLoss(BaseFeatureLoss):
+class VariationalInformationLoss(BaseLearnedFeatureLoss):
     r"""Minus the log-likelihood of the teacher's maps under a Gaussian that the student's maps predict (VID).
 
     .. math::
@@ -32,18 +31,11 @@ class VariationalInformationLoss(BaseFeatureLoss):
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], **kwargs):
-        super().__init__(**kwargs)
-        self.regressors = ChannelRegressors(student_channels, teacher_channels)
+        super().__init__(student_channels, teacher_channels, **kwargs)
         first = math.log(math.expm1(FIRST_VARIANCE - MIN_VARIANCE))
-        self.raw_variances = torch.nn.ParameterDict(
-            {name: torch.full((channels,), first) for name, channels in zip(self.regressors, teacher_channels)}
-        )
+        variances = {f"map_{i}": torch.full((channels,), first) for i, channels in enumerate(teacher_channels)}
+        self.raw_variances = torch.nn.ParameterDict(variances)
 
-    def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
-        means = self.regressors(student_maps, teacher_maps)
-        variances = [F.softplus(raw)[:, None, None] + MIN_VARIANCE for raw in self.raw_variances.values()]
-        losses = [
-            (variance.log() + (target - mean).square() / variance).mean(dim=(1, 2, 3)) / 2
-            for target, mean, variance in zip(teacher_maps, means, variances)
-        ]
-        return torch.stack(losses).sum(dim=0)
+    def map_loss(self, name, found, expected):
+        variance = F.softplus(self.raw_variances[name])[:, None, None] + MIN_VARIANCE
+        return (variance.log() + (expected - found).square() / variance).mean(dim=(1, 2, 3)) / 2

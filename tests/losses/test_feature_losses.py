@@ -230,7 +230,7 @@ def test_wrong_maps_are_named(name, students, teachers, message):
 def test_wrong_channels_are_named_with_the_right_ones(name):
     with pytest.raises(ValueError, match=r"are \[4\] and \[4, 5\]"):
         type(make(name))([4], [4, 5])
-    with pytest.raises(ValueError, match=r"call for student_channels=\[4, 7\] and teacher_channels=\[5, 3\]"):
+    with pytest.raises(ValueError, match=r"channels \[\(4, 5\), \(6, 3\)\], but has \[\(4, 5\), \(7, 3\)\]"):
         make(name)(maps([4, 7]), maps(TEACHER))
 
 
