@@ -18,12 +18,6 @@ class EuclideanDistance(LpDistance):
     Args:
         normalize_embeddings: whether rows are divided by their L2 norm first.
         **kwargs: ``power`` as in ``LpDistance``.
-
-    Example:
-        >>> import torch
-        >>> EuclideanDistance(normalize_embeddings=False)(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
-        tensor([[0., 5.],
-                [5., 0.]])
     """
 
     def __init__(self, normalize_embeddings: bool = True, **kwargs: Any):

@@ -12,17 +12,10 @@ class HammingDistance(BaseDistance):
     for codes of -1 and 1; between these values it is the linear relaxation, with gradients. Packed codes
     (``uint8``, eight bits to a byte) are unpacked first. To search or to match, give the signs of a network's outputs.
 
-    Shapes:
-        query_emb: (N, K) codes or outputs, or (N, bytes) uint8. ref_emb: (M, K) or (M, bytes), likewise. Returns
-        (N, M).
+    Shapes: query_emb (N, K), or (N, bytes) uint8; ref_emb (M, K) or (M, bytes), likewise. Returns (N, M).
 
     Raises:
         ValueError: packed and unpacked codes, or codes of different length, are compared.
-
-    Example:
-        >>> import torch
-        >>> HammingDistance()(torch.tensor([[1.0, -1, 1, 1]]), torch.tensor([[1.0, 1, 1, -1]])).item()
-        2.0
     """
 
     def __init__(self, **kwargs):

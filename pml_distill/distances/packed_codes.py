@@ -11,12 +11,6 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
 
     The first code is the lowest bit, as in faiss (``real_to_binary``) and ``numpy.packbits(bitorder="little")``; what
     is left of the last byte is 0.
-
-    Example:
-        >>> pack_codes(torch.tensor([[1.0, -1, -1, -1, -1, -1, -1, 1, 1]])).tolist()
-        [[129, 1]]
-        >>> pack_codes(torch.tensor([[1.0, 1, -1, -1, -1, -1, -1, -1]])).tolist()
-        [[3]]
     """
     size, bits = codes.shape
     if not codes.is_cuda:
@@ -54,12 +48,7 @@ def check_packed(packed: torch.Tensor | np.ndarray, bits: int) -> None:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the (N, bits) float32 codes of -1 and 1 that ``pack_codes`` has packed.
-
-    Example:
-        >>> unpack_codes(torch.tensor([[129]], dtype=torch.uint8), 8).tolist()
-        [[1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0]]
-    """
+    """Return the (N, bits) float32 codes of -1 and 1 that ``pack_codes`` has packed."""
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     ones = (packed[:, :, None] >> places) & 1
     return 2 * ones.flatten(1)[:, :bits].float() - 1

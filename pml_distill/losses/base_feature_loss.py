@@ -74,22 +74,18 @@ def check_maps(name: str, student_maps: Maps, teacher_maps: Maps) -> None:
         if isinstance(maps, torch.Tensor) or not maps:
             given = f"a tensor of shape {tuple(maps.shape)}" if isinstance(maps, torch.Tensor) else repr(maps)
             raise ValueError(f"{name} expects {side} to be a list of feature maps, but it is {given}.")
-    shapes = f"student_maps has the shapes {shapes_of(student_maps)} and teacher_maps {shapes_of(teacher_maps)}"
+    students, teachers = ([tuple(m.shape) for m in maps] for maps in (student_maps, teacher_maps))
+    shapes = f"student_maps has the shapes {students} and teacher_maps {teachers}"
     if len(student_maps) != len(teacher_maps):
         raise ValueError(f"{name} compares the maps pair by pair, but {shapes}: their numbers differ.")
     maps = (*student_maps, *teacher_maps)
     if any(m.ndim not in (3, 4) for m in maps):
         raise ValueError(
-            f"{name} expects feature maps of shape (batch, channels, height, width) or tokens of shape (batch, tokens, "
+            f"{name} expects maps of shape (batch, channels, height, width) or tokens of shape (batch, tokens, "
             f"channels), but {shapes}."
         )
     if any(len(m) != len(maps[0]) for m in maps):
         raise ValueError(f"{name} compares the same samples on both sides, but {shapes}: the numbers of rows differ.")
-
-
-def shapes_of(maps: Maps) -> list[tuple[int, ...]]:
-    """Return the shapes, for messages."""
-    return [tuple(m.shape) for m in maps]
 
 
 def equal_sizes(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,9 +32,7 @@ class BaseGalleryLoss(BaseDistillationLoss):
     def __init__(self, queue_size: int | None = None, width: int | None = None, include_batch: bool = False, **kwargs):
         super().__init__(**kwargs)
         if (queue_size is None) != (width is None):
-            raise ValueError(
-                f"queue_size and width make a queue together, but queue_size is {queue_size} and width is {width}."
-            )
+            raise ValueError(f"queue_size and width go together, but are {queue_size} and {width}.")
         if include_batch and queue_size is None:
             raise ValueError("include_batch is True, but there is no queue; without queue_size the batch is all.")
         self.queue = None if queue_size is None or width is None else TeacherQueue(queue_size, width)
@@ -44,13 +42,8 @@ class BaseGalleryLoss(BaseDistillationLoss):
         """Return the distance to use where none is given."""
         return CosineSimilarity()
 
-    def closeness(
-        self, embeddings: torch.Tensor, ref_emb: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the (B, G) closeness of student and of teacher to the gallery, and which places are filled.
-
-        Closeness is ``self.distance``; where it grows with dissimilarity, its negative, and at most -1e-6.
-        """
+    def closeness(self, embeddings: torch.Tensor, ref_emb: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the (B, G) closeness of student and of teacher to the gallery, and which places are filled."""
         if self.queue is None:
             gallery, filled = ref_emb, torch.ones(len(ref_emb), dtype=torch.bool, device=ref_emb.device)
         else:
@@ -58,18 +51,12 @@ class BaseGalleryLoss(BaseDistillationLoss):
         return self.closeness_to(gallery, embeddings), self.closeness_to(gallery, ref_emb), filled
 
     def closeness_to(self, gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Return the (B, G) closeness of queries to a gallery."""
+        """Return the (B, G) values of ``self.distance``; if it grows with dissimilarity its negative, at most -1e-6."""
         values = self.distance(self.directed(queries), gallery)
         return values if self.distance.is_inverted else -values.clamp(min=LEAST_DISTANCE)
 
-    def nearest(
-        self, embeddings: torch.Tensor, ref_emb: torch.Tensor, topk: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the closeness of student and teacher to the teacher's ``topk`` nearest, nearest first.
-
-        Returns:
-            Two tensors (B, k), k being at most the gallery's size, and which of the k places are filled, (k,).
-        """
+    def nearest(self, embeddings: torch.Tensor, ref_emb: torch.Tensor, topk: int) -> tuple[torch.Tensor, ...]:
+        """Return the (B, k) closeness of student and teacher to the teacher's nearest, and which are filled, (k,)."""
         student, teacher, filled = self.closeness(embeddings, ref_emb)
         count = torch.sym_min(topk, len(filled))  # without a graph of its own for galleries smaller than topk
         _, places = teacher.masked_fill(~filled, -torch.inf).topk(count, dim=1)

@@ -35,7 +35,7 @@ class BaseLearnedFeatureLoss(BaseFeatureLoss):
         if given != self.channels:
             raise ValueError(f"The loss is for maps of (student, teacher) channels {self.channels}, but has {given}.")
         pairs = zip(student_maps, teacher_maps, self.regressors.items())
-        losses = [self.map_loss(name, conv(s.to(conv.weight.dtype)), t) for s, t, (name, conv) in pairs]
+        losses = [self.map_loss(name, conv(s.to(next(conv.parameters()).dtype)), t) for s, t, (name, conv) in pairs]
         return torch.stack(losses).sum(dim=0)
 
     def map_loss(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

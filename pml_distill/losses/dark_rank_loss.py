@@ -1,10 +1,10 @@
 from math import comb
 
 import torch
+from pytorch_metric_learning.distances import BaseDistance
 from torch.nn import functional as F
 
 from .base_distillation_loss import ABSENT, BaseDistillationLoss, set_positive
-from .similarity_score import similarity_score
 
 LONGEST_SOFT_LIST = 14
 
@@ -96,6 +96,14 @@ class DarkRankLoss(BaseDistillationLoss):
         return similarity_score(self.distance_matrix(embeddings), self.distance, self.alpha, self.beta)
 
 
+def similarity_score(mat: torch.Tensor, distance: BaseDistance, alpha: float, beta: float) -> torch.Tensor:
+    """Return the score -alpha d^beta (Eq. 4), for a similarity alpha sign(d) abs(d)^beta."""
+    if beta < 1:
+        # The power's slope is infinite at 0; there the score gets no gradient.
+        mat = torch.where(mat == 0, mat.detach().clamp(min=torch.finfo(mat.dtype).tiny), mat)
+    return alpha * mat.sign() * mat.abs().pow(beta) if distance.is_inverted else -alpha * mat.pow(beta)
+
+
 def less_the_best(scores: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
     """Subtract the best of each query's candidates: it drops out of the loss, but would cost the digits."""
     return scores - scores.detach().masked_fill(outside, ABSENT).amax(dim=1, keepdim=True)
@@ -105,8 +113,8 @@ def check_soft_list_length(length: int) -> None:
     """Raise ``ValueError`` for a list whose subsets are too many."""
     if length > LONGEST_SOFT_LIST:
         raise ValueError(
-            f"list_length is {length}, but the soft loss sums over 2^list_length subsets for each query and takes "
-            f'at most {LONGEST_SOFT_LIST}. Shorten the list, or use transfer="hard", which takes any length.'
+            f"list_length is {length}, but the soft loss sums over 2^list_length subsets and takes at most "
+            f'{LONGEST_SOFT_LIST}. Shorten the list, or use transfer="hard".'
         )
 
 

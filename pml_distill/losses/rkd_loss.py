@@ -1,5 +1,3 @@
-from typing import Any
-
 from .multiple_distillation_losses import MultipleDistillationLosses
 from .rkd_angle_loss import RKDAngleLoss
 from .rkd_distance_loss import RKDDistanceLoss
@@ -18,8 +16,6 @@ class RKDLoss(MultipleDistillationLosses):
         reducer: reducer of both.
     """
 
-    def __init__(
-        self, distance_weight: float = 1.0, angle_weight: float = 2.0, distance: Any = None, reducer: Any = None
-    ):
+    def __init__(self, distance_weight: float = 1.0, angle_weight: float = 2.0, distance=None, reducer=None):
         losses = RKDDistanceLoss(distance=distance, reducer=reducer), RKDAngleLoss(reducer=reducer)
         super().__init__(losses, weights=(distance_weight, angle_weight))

@@ -1,5 +1,5 @@
 from .base_distillation_loss import BaseDistillationLoss, set_positive
-from .similarity_score import similarity_score
+from .dark_rank_loss import similarity_score
 
 
 class SimilarityRegressionLoss(BaseDistillationLoss):

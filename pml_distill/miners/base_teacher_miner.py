@@ -8,16 +8,14 @@ from ..utils.tensors import in_float32
 class BaseTeacherMiner(BaseMiner):
     """Base of the miners that ask the teacher: ``miner(embeddings, labels, ref_emb=teacher_embeddings)``.
 
-    ``ref_emb`` holds the teacher's embeddings of the same samples in the same order. What a miner returns are places
-    in the batch, which serve for both sides: pass them to any PML loss or distillation loss. The trainers hand the
-    teacher's embeddings to such a miner, also inside of ``DistributedMinerWrapper``. Subclasses implement ``mine`` and
-    never return a sample paired with itself.
+    ``ref_emb`` holds the teacher's embeddings of the same samples in the same order. A miner returns places in the
+    batch, which serve for both sides: pass them to any PML loss or distillation loss. The trainers pass the teacher's
+    embeddings. Subclasses implement ``mine`` and never return a sample paired with itself.
 
     Args:
         distance: any PML distance; default ``EuclideanDistance()``, of L2-normalised embeddings.
 
-    Shapes:
-        embeddings: (B, Ds). ref_emb: (B, Dt). labels: (B,) or None, where the miner does not need them.
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt), labels (B,) or None, where the miner does not need them.
 
     Raises:
         ValueError: ``ref_emb`` is missing, or it or ``labels`` has another number of rows.
@@ -25,17 +23,10 @@ class BaseTeacherMiner(BaseMiner):
 
     #: Tells a loss with miners of its own which of them to give the teacher's embeddings.
     asks_teacher = True
-
     #: Whether there is nothing to mine without labels.
     needs_labels = False
 
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        ref_emb: torch.Tensor | None = None,
-        ref_labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, embeddings, labels=None, ref_emb=None, ref_labels=None):
         """Return a tuple of pairs (a1, p, a2, n) or of triplets (a, p, n)."""
         self.reset_stats()
         name = type(self).__name__

@@ -1,5 +1,3 @@
-from typing import Any
-
 import torch
 from pytorch_metric_learning.miners import BaseMiner
 
@@ -16,18 +14,9 @@ class TeacherMiner(BaseTeacherMiner):
         max_triplets: of a miner of triplets at most so many are returned, drawn at random from all by torch's global
             generator; None for no bound. Pairs are at most B * B and all returned.
 
-    Returns:
-        what ``miner`` returns for the teacher's embeddings.
-
     Raises:
         ValueError: ``miner`` is no PML miner, or is a miner of this package; ``max_triplets`` is below 1; labels are
             None; what ``BaseTeacherMiner`` refuses.
-
-    Example:
-        >>> from pytorch_metric_learning.miners import BatchHardMiner
-        >>> teacher, labels = torch.eye(4)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1])
-        >>> [t.tolist() for t in TeacherMiner(BatchHardMiner())(torch.rand(4, 2), labels, ref_emb=teacher)][:2]
-        [[0, 1, 2, 3], [1, 0, 3, 2]]
     """
 
     needs_labels = True
@@ -40,9 +29,7 @@ class TeacherMiner(BaseTeacherMiner):
             raise ValueError(f"max_triplets must be None or at least 1, but is {max_triplets}.")
         self.miner, self.max_triplets = miner, max_triplets
 
-    def mine(
-        self, embeddings: torch.Tensor, labels: torch.Tensor | None, ref_emb: torch.Tensor, ref_labels: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
         if labels is None:
             raise ValueError(f"TeacherMiner needs labels for its {type(self.miner).__name__}, but they are None.")
         found = self.miner(ref_emb, labels)

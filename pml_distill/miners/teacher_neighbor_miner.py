@@ -19,9 +19,6 @@ class TeacherNeighborMiner(BaseTeacherMiner):
     Returns:
         (a1, p, a2, n): at most B * ``neighbors`` pairs in all.
 
-    Raises:
-        ValueError: ``neighbors`` is below 1; what ``BaseTeacherMiner`` refuses.
-
     Example:
         >>> teacher = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
         >>> anchors, positives, _, _ = TeacherNeighborMiner(neighbors=1)(torch.rand(4, 8), ref_emb=teacher)
@@ -36,9 +33,7 @@ class TeacherNeighborMiner(BaseTeacherMiner):
         self.neighbors = neighbors
         self.add_to_recordable_attributes(list_of_names=["neighbors"], is_stat=False)
 
-    def mine(
-        self, embeddings: torch.Tensor, labels: torch.Tensor | None, ref_emb: torch.Tensor, ref_labels: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
         size = len(embeddings)
         count = min(self.neighbors, size - 1)
         others = self.farness(ref_emb).topk(count, dim=1, largest=False).indices.flatten()

@@ -22,18 +22,7 @@ class TeacherRankMiner(BaseTeacherMiner):
         **kwargs: ``distance`` as in ``BaseTeacherMiner``.
 
     Returns:
-        (a, p, n). Anchors are gone through in chunks: memory grows with B * B and the triplets returned, not with
-        B * B * ``neighbors``.
-
-    Raises:
-        ValueError: ``neighbors`` or ``max_triplets`` is below 1; what ``BaseTeacherMiner`` refuses.
-
-    Example:
-        >>> teacher = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
-        >>> from pytorch_metric_learning.distances import LpDistance
-        >>> miner = TeacherRankMiner(distance=LpDistance(normalize_embeddings=False))
-        >>> [t.tolist() for t in miner(teacher[[0, 2, 1]], ref_emb=teacher)]
-        [[0, 1, 2], [1, 0, 1], [2, 2, 0]]
+        (a, p, n). Memory grows with B * B and the triplets returned, not with B * B * ``neighbors``.
     """
 
     def __init__(self, neighbors: int | None = 8, max_triplets: int | None = 100_000, **kwargs: Any):
@@ -44,9 +33,7 @@ class TeacherRankMiner(BaseTeacherMiner):
         self.neighbors, self.max_triplets = neighbors, max_triplets
         self.add_to_recordable_attributes(list_of_names=["max_triplets"], is_stat=False)
 
-    def mine(
-        self, embeddings: torch.Tensor, labels: torch.Tensor | None, ref_emb: torch.Tensor, ref_labels: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
         size = len(embeddings)
         count = min(self.neighbors or size, size - 1)
         student, teacher = self.farness(embeddings), self.farness(ref_emb)

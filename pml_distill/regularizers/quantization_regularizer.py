@@ -14,16 +14,7 @@ class QuantizationRegularizer(BaseRegularizer):
     Source: the quantization term of Yuan et al., "Central Similarity Quantization", CVPR 2020, for use with any PML
     loss.
 
-    Args:
-        **kwargs: ``reducer`` as in every PML regularizer.
-
-    Shapes:
-        embeddings: (B, bits). Reducer input: ``loss``, one value per sample (``element``).
-
-    Example:
-        >>> import torch
-        >>> QuantizationRegularizer()(torch.tensor([[1.0, -1.0], [0.0, 2.0]])).item()
-        0.5
+    Shapes: embeddings (B, bits). One value per sample (``element``).
     """
 
     def compute_loss(self, embeddings):

@@ -1,7 +1,6 @@
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -34,10 +33,7 @@ class FeatureTap:
 
     def __init__(self, network: torch.nn.Module, names: Sequence[str]):
         if isinstance(network, torch.nn.DataParallel):
-            raise ValueError(
-                "network is a DataParallel, which runs copies of its modules; tap a plain network or one in "
-                "DistributedDataParallel."
-            )
+            raise ValueError("network is a DataParallel, which runs copies; use DistributedDataParallel or none.")
         inside: Any = network
         while inside is not None:
             network = inside
@@ -90,9 +86,7 @@ class FeatureTap:
             )
         self.outputs[name] = output.clone() if isinstance(output, torch.Tensor) else output
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
