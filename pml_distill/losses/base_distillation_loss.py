@@ -38,7 +38,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
 
     #: Whether student and teacher embeddings must have the same width, and what to do where they have not.
     equal_widths = False
-    width_advice = "Use a projection embedder of the teacher's width, for example torch.nn.Linear({}, {})."
+    width_advice = "Give the student a projection embedder, for example torch.nn.Linear({}, {})."
     #: Whether ``indices_tuple`` makes a difference; a loss on single samples ignores it.
     takes_pairs = True
     #: Whether a batch needs labels, for a ``ClassWeightedReducer`` or a loss of PML's inside.

@@ -32,7 +32,7 @@ class BaseGalleryLoss(BaseDistillationLoss):
     def __init__(self, queue_size: int | None = None, width: int | None = None, include_batch: bool = False, **kwargs):
         super().__init__(**kwargs)
         if (queue_size is None) != (width is None):
-            raise ValueError(f"queue_size and width go together, but are {queue_size} and {width}.")
+            raise ValueError(f"A queue needs both, but queue_size is {queue_size} and width is {width}.")
         if include_batch and queue_size is None:
             raise ValueError("include_batch is True, but there is no queue; without queue_size the batch is all.")
         self.queue = None if queue_size is None or width is None else TeacherQueue(queue_size, width)
