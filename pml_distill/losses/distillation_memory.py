@@ -49,7 +49,7 @@ class DistillationMemory(BaseDistillationLoss):
             raise ValueError(f"loss must be a distillation loss on pairs, but {', '.join(without)} takes no pairs.")
         if getattr(miner, "needs_labels", miner is not None):
             raise ValueError(
-                f"miner must be one that needs no labels, such as TeacherNeighborMiner, but is a {type(miner).__name__}."
+                f"miner must be one that needs no labels (TeacherNeighborMiner), but is a {type(miner).__name__}."
             )
         self.loss, self.miner = loss, miner
         self.needs_labels = loss.needs_labels
