@@ -6,14 +6,14 @@ from .checks import without_wrapper
 
 
 class LossWeightRamp:
-    """The share of a loss weight during the training: 0 until ``start``, then linearly to 1 at ``end``.
+    """The factor of a loss weight during the training: ``first`` until ``start``, then linearly to ``last`` at ``end``.
 
-    At the start all distances are near zero. A loss on distances then drives the samples apart along whatever differs,
-    before the metric loss has shaped the space; some losses lower the accuracy without a ramp.
+    A loss on distances may lower the accuracy if it acts before the metric loss has shaped the space: it rises from 0.
+    A teacher that was not made for the task helps most at the beginning: ``LossWeightRamp(0, 0.6, first=1, last=0)``.
 
     Args:
-        start: share of the training, 0 to 1, before which the loss has no weight.
-        end: share of the training from which on it has all of its weight.
+        start, end: shares of the training, 0 to 1.
+        first, last: factors up to ``start`` and from ``end`` on.
 
     Raises:
         ValueError: not 0 <= start < end.
@@ -21,17 +21,18 @@ class LossWeightRamp:
     Example:
         >>> ramp = LossWeightRamp(start=0.25, end=0.75)
         >>> [ramp(step / 10) for step in (1, 5, 8)]
-        [0, 0.5, 1]
+        [0.0, 0.5, 1.0]
     """
 
-    def __init__(self, start: float = 0.2, end: float = 0.5):
+    def __init__(self, start: float = 0.2, end: float = 0.5, first: float = 0.0, last: float = 1.0):
         if not 0 <= start < end:
             raise ValueError(f"start must be at least 0 and below end, but they are {start} and {end}.")
-        self.start, self.end = start, end
+        self.start, self.end, self.first, self.last = start, end, first, last
 
     def __call__(self, progress: float) -> float:
         """Return the factor for the weight after this share of the training, ``step / total_steps``."""
-        return min(1, max(0, (progress - self.start) / (self.end - self.start)))
+        share = min(1, max(0, (progress - self.start) / (self.end - self.start)))
+        return (1 - share) * self.first + share * self.last
 
 
 class WeightedLossTracker(LossTracker):

@@ -1,8 +1,6 @@
-import pickle
+import copy
 import random
-from collections import deque
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from types import FunctionType, ModuleType
 from typing import Any
@@ -13,6 +11,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from ..datasets import SeededViews
+from ..datasets.items import get_items
 from ..utils.distributed import joint_seed, num_processes
 from .checkpoint import get_random_state, set_random_state
 
@@ -40,15 +39,16 @@ class ResumableDataLoader:
     """A data loader that can say where it is and be set back there, shuffling and augmentation included.
 
     A pass is a function of the random state at its start and of what a sampler shuffles in place, as PML's
-    ``MPerClassSampler`` does with its list of labels. To return to a place, both are restored, the sampler's batches up
-    to there are drawn but not read, and each worker gets the random state that it had. Batches are read again, with a
-    warning, where a dataset has a random generator of its own, where a sampler draws from the global ones in the middle
-    of a pass, and those that not all workers had. Of a sampler the loader knows the attributes that are lists or arrays
-    of integers or strings, such as places and classes, and random generators of torch, not NumPy's. What a sampler
-    draws by the weights of a network, as PML's ``TuplesToWeightsSampler`` does, cannot be drawn again.
+    ``MPerClassSampler`` does with its list of labels; workers read each batch under a seed of its own. To return to a
+    place, state and lists are restored, and the sampler's batches up to there are drawn but not read. They are read
+    again, with a warning, where a dataset has a random generator of its own.
+
+    Of a sampler the loader knows the attributes that are lists or arrays of integers or strings, such as places and
+    classes, and random generators of torch, not NumPy's. What a sampler draws by the weights of a network, as PML's
+    ``TuplesToWeightsSampler`` does, cannot be drawn again.
 
     Args:
-        dataloader: the loader to walk through; it is changed and serves no other purpose then.
+        dataloader: the loader to walk through.
         position: what ``position()`` returned in the run to be continued; None for a fresh start.
 
     Raises:
@@ -56,26 +56,26 @@ class ResumableDataLoader:
     """
 
     def __init__(self, dataloader: DataLoader, position: dict[str, Any] | None = None):
-        self.dataloader, self.resume_from = dataloader, position
-        batch_sampler = getattr(dataloader.batch_sampler, "batch_sampler", dataloader.batch_sampler)
+        self.resume_from, self.dataset, self.generator = position, dataloader.dataset, dataloader.generator
+        batch_sampler = dataloader.batch_sampler
         self.samplers = (batch_sampler, getattr(batch_sampler, "sampler", dataloader.sampler))
-        # A loader allows no other sampler once it is made.
-        self.order = vars(dataloader)["batch_sampler"] = SkippingSampler(batch_sampler)
+        self.order = SkippingSampler(batch_sampler)
+        self.dataloader = copy.copy(dataloader)
+        # By vars, since a loader that is made allows no other sampler.
+        vars(self.dataloader)["batch_sampler"] = self.order
         if dataloader.num_workers:
-            dataloader.collate_fn = partial(with_random_state, dataloader.collate_fn)
+            vars(self.dataloader).update(dataset=SeededReads(self.dataset), generator=torch.Generator())
         self.start: Any = None
         self.generators_at_start: dict[str, torch.Tensor] = {}
         self.held: dict[str, tuple] = {}
         self.batches = 0
-        # Of the workers: after their latest batch, and after the latest batch up to which all had equally many.
-        self.latest: list[Any] = [None] * dataloader.num_workers
-        self.together: list[Any] = list(self.latest)
-        self.workers_stay = False
         if position is not None:
-            self.restore(position)
+            self.restore_lists(position["order"])
+            for key, state in position["generators"].items():
+                self.attributes(torch.Generator)[key].set_state(state.cpu())
 
     def __getattr__(self, name: str) -> Any:
-        # As the loader itself, for hooks that ask for its dataset or sampler; a copy asks before there is one.
+        # As the loader itself, for hooks that ask for its sampler; a copy asks before there is one.
         if name == "dataloader":
             raise AttributeError(name)
         return getattr(self.dataloader, name)
@@ -87,68 +87,31 @@ class ResumableDataLoader:
         position, self.resume_from = self.resume_from, None
         self.held = {key: (value, plain(value)) for key, value in self.lists().items()}
         self.generators_at_start = self.generator_states()
-        if not self.persistent_workers and position is None:
-            self.latest = [None] * self.num_workers
-        self.together = list(self.latest)
-        if position is None:
-            self.workers_stay = self.persistent_workers and None not in self.latest
-        now = get_random_state()
-        self.start, self.batches = now, 0
-        if position is None or not position["batches"]:
-            batches = self.received(self.begin(0))
-        else:
-            self.start = position["start"]
-            batches = self.resumed(position)
-            set_random_state(now)
-        yield from batches
-
-    def resumed(self, position: dict[str, Any]) -> Iterator[Any]:
-        """Begin a pass and go to a place in it."""
-        done = position["batches"]
-        reason = "not all workers had them"
-        again = done % (self.num_workers or 1)
-        if holds_generator(self.dataset, {}):
-            again, reason = done, "the dataset has a random generator of its own"
-            self.latest = self.together = [None] * self.num_workers
-        set_random_state(self.start)
-        iterator = self.begin(done - again)
-        if self.order.advance() and not self.num_workers:
-            again, reason = done, "the sampler draws from the global random generators during a pass"
-            self.restore(position)
+        now, again = get_random_state(), 0
+        self.start, self.batches, self.order.skip = now, 0, 0
+        if position is not None and position["batches"]:
+            self.start, self.batches = position["start"], position["batches"]
             set_random_state(self.start)
-            iterator = self.begin(0)
-        self.batches = done - again
-        if again:
-            c_f.LOGGER.warning(f"{again} of {done} batches before the checkpoint are read again: {reason}.")
-        batches = self.received(iterator)
-        for _ in islice(batches, again):
-            pass
-        return batches
-
-    def begin(self, skip: int) -> Iterator[Any]:
-        """Begin a pass behind some batches; torch's ``DistributedSampler`` takes another order only if it is told."""
+            if holds_generator(self.dataset, {}):
+                again = self.batches
+                text = "batches before the checkpoint are read again: the dataset has a random generator of its own."
+                c_f.LOGGER.warning(f"{again} {text}")
+            else:
+                self.order.skip, self.order.state_after = self.batches, now
         for sampler in self.samplers:
             if isinstance(sampler, DistributedSampler):
-                sampler.set_epoch(joint_seed())
-        loader = self.dataloader
-        self.order.skip, init, generator = skip, loader.worker_init_fn, loader.generator
-        loader.worker_init_fn = partial(start_worker, init, self.together)
-        if self.workers_stay:
-            loader.generator = torch.Generator()  # Only new workers take a seed from the global one.
-        try:
-            return iter(loader)
-        finally:
-            loader.worker_init_fn, loader.generator = init, generator
-
-    def received(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        """Yield the batches, and keep the random state of the worker that has made each."""
-        workers = self.num_workers
+                sampler.set_epoch(joint_seed())  # or it takes the same order in each pass
+        if self.num_workers:
+            # What a loader draws for new workers, here in each pass, whether they are new or stay.
+            self.order.seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
+            self.dataloader.generator.manual_seed(self.order.seed)
+        iterator = iter(self.dataloader)
+        if again:
+            for _ in islice(iterator, again):
+                pass
+            set_random_state(now)
         for batch in iterator:
-            if workers:
-                batch, self.latest[self.batches % workers] = batch
             self.batches += 1
-            if workers and self.batches % workers == 0:
-                self.together = list(self.latest)
             yield batch
 
     def position(self) -> dict[str, Any]:
@@ -158,48 +121,26 @@ class ResumableDataLoader:
         lists, ended = self.lists(), self.batches in (0, len(self))
         # What a sampler makes anew in each pass depends on the random state alone.
         kept = {key: order for key, (value, order) in self.held.items() if lists.get(key) is value}
-        order = {key: plain(lists[key]) if ended else order for key, order in kept.items() if order is not None}
-        lasting = self.latest if self.persistent_workers else []
         return {
             "start": None if ended else self.start,
             "generators": self.generator_states() if ended else self.generators_at_start,
-            "order": order,
+            "order": {key: plain(lists[key]) if ended else order for key, order in kept.items() if order is not None},
             "batches": 0 if ended else self.batches,
-            "workers": [state and pickle.loads(state) for state in (lasting if ended else self.together)],
-            "workers_stay": self.persistent_workers if ended else self.workers_stay,
         }
 
-    def restore(self, position: dict[str, Any]) -> None:
-        """Bring samplers and workers to where they were at the start of a pass."""
-        self.restore_lists(position["order"])
-        for key, state in position["generators"].items():
-            self.generators()[key].set_state(state.cpu())
-        self.workers_stay = position["workers_stay"]
-        workers: list[Any] = [state and pickle.dumps(state) for state in position["workers"]]
-        self.latest = workers if len(workers) == self.num_workers else [None] * self.num_workers
-
-    def attributes(self) -> Iterator[tuple[str, Any]]:
-        """Yield the attributes of the samplers by class and name."""
-        for sampler in self.samplers:
-            for name, value in getattr(sampler, "__dict__", {}).items():
-                yield f"{type(sampler).__name__}.{name}", value
-
-    def generators(self) -> dict[str, torch.Generator]:
-        """Return the random generators of the samplers by class and attribute."""
-        return {key: value for key, value in self.attributes() if isinstance(value, torch.Generator)}
+    def attributes(self, kind: Any) -> dict[str, Any]:
+        """Return the attributes of the samplers that are of a kind, by class and name."""
+        named = [(type(sampler).__name__, getattr(sampler, "__dict__", {})) for sampler in self.samplers]
+        return {f"{cls}.{key}": part for cls, parts in named for key, part in parts.items() if isinstance(part, kind)}
 
     def generator_states(self) -> dict[str, torch.Tensor]:
-        """Return the states of the random generators."""
-        return {key: generator.get_state() for key, generator in self.generators().items()}
+        """Return the states of the samplers' random generators."""
+        return {key: generator.get_state() for key, generator in self.attributes(torch.Generator).items()}
 
     def lists(self) -> dict[str, Any]:
-        """Return the lists and arrays of the samplers by class and attribute."""
-        dataset: object = self.dataloader.dataset  # torch's samplers hold it, and it may be a list
-        return {
-            key: value
-            for key, value in self.attributes()
-            if (isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim)) and value is not dataset
-        }
+        """Return the lists and arrays of the samplers, but for the dataset, which may be a list too."""
+        found = self.attributes((list, np.ndarray)).items()
+        return {key: value for key, value in found if np.ndim(value) and value is not self.dataset}
 
     def restore_lists(self, order: dict[str, list]) -> None:
         """Bring the lists of the samplers into a recorded order."""
@@ -220,49 +161,44 @@ class ResumableDataLoader:
 
 
 class SkippingSampler:
-    """A batch sampler that leaves out batches at the start of a pass, which are drawn with the first that is not."""
+    """A batch sampler that draws batches at the start of a pass in vain; with ``seed`` it yields (seed, batch)."""
 
     def __init__(self, batch_sampler: Any):
         self.batch_sampler, self.skip = batch_sampler, 0
+        self.seed: int | None = None
+        self.state_after: Any = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        self.batches = iter(self.batch_sampler)
-        return self.remaining()
-
-    def remaining(self) -> Iterator[Any]:
-        """Yield the batches that are not left out."""
-        self.advance()
-        yield from self.batches
-
-    def advance(self) -> bool:
-        """Draw what is left out; return whether that took random numbers after the first batch."""
-        first, self.skip = islice(self.batches, min(self.skip, 1)), self.skip - 1
-        after_first = [comparable_state() for _ in first]
-        deque(islice(self.batches, max(0, self.skip)), maxlen=0)
-        self.skip = 0
-        return bool(after_first) and after_first[0] != comparable_state()
+        seeds = random.Random(self.seed)
+        for number, batch in enumerate(self.batch_sampler, start=1):
+            seed = seeds.getrandbits(32)
+            if number > self.skip:
+                yield batch if self.seed is None else (seed, batch)
+            elif number == self.skip:
+                set_random_state(self.state_after)
 
 
-def comparable_state() -> dict[str, Any]:
-    """Return the random state without tensors, which cannot be compared as a whole."""
-    state = get_random_state(cuda=False)
-    return state | {"torch": state["torch"].tolist()}
+class SeededReads:
+    """A dataset whose reads of a batch, and the transforms in it, draw random numbers from the seed of the batch."""
 
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
 
-def with_random_state(collate_fn: Any, samples: Any) -> tuple:
-    """Return a batch and the random state that its worker has after it, as bytes, which nobody pins or shares."""
-    return collate_fn(samples), pickle.dumps(get_random_state(cuda=False))
+    def __getattr__(self, name: str) -> Any:
+        # For a worker_init_fn; a copy asks before there is a dataset.
+        if name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
-
-def start_worker(init: Any, states: list[Any], worker: int) -> None:
-    """Set the random state of a worker, if there is one."""
-    if init is not None:
-        init(worker)
-    if states[worker] is not None:
-        set_random_state(pickle.loads(states[worker]))
+    def __getitems__(self, batch: tuple[int, Any]) -> list:
+        seed, indices = batch
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.random.default_generator.manual_seed(seed)
+        return get_items(self.dataset, indices)
 
 
 def holds_generator(part: Any, seen: dict[int, Any], depth: int = 8) -> bool:

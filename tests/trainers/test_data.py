@@ -260,6 +260,25 @@ def test_a_ramp_brings_a_loss_in_and_leaves_the_caller_its_weights(make_trainer)
         LossWeightRamp(0.5, 0.5)
 
 
+def test_a_ramp_lets_a_loss_fade_out(make_trainer):
+    seen = []
+    trainer = make_trainer(
+        loss_weights={"metric_loss": 1, "distillation_loss": 4},
+        loss_weight_ramps={"distillation_loss": LossWeightRamp(0.25, 0.75, first=1, last=0)},
+        end_of_iteration_hook=lambda t: seen.append((t.loss_weights["distillation_loss"], t.teacher.asked)),
+    )
+    forward, trainer.teacher.asked = trainer.teacher.forward, 0
+
+    def counted(*args):
+        trainer.teacher.asked += 1
+        return forward(*args)
+
+    trainer.teacher.forward = counted
+    trainer.train(1, 2)
+    # A loss without a weight does not ask the teacher.
+    assert seen == [(4, 1), (4, 2), (4, 3), (3, 4), (2, 5), (1, 6), (0, 6), (0, 6)]
+
+
 def test_parts_of_several_losses_are_logged_by_name(make_trainer):
     parts = {"pairs": RelativeTeacherLoss(), "angles": RKDAngleLoss()}
     trainer = make_trainer(
