@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,28 +11,27 @@ SPLITS = ("train", "val", "train+val", "test")
 
 
 class ClassDisjointImages(torch.utils.data.Dataset):
-    """Grey images in memory, (N, h, w) uint8, and their classes, split by class; see ``Glyphs``.
+    """Grey images in memory and their classes, split by class; a batch is jittered in one go. See ``Glyphs``."""
 
-    A batch is jittered in one go where a ``DataLoader`` asks for it as a whole.
-    """
+    default_size: int
 
     def __init__(
         self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        split: str,
-        size: int,
-        channels: int,
-        augment: bool | None,
-        return_index: bool,
-        seed: int,
+        split: str = "train",
+        size: int | None = None,
+        channels: int = 1,
+        augment: bool | None = None,
+        return_index: bool = False,
+        seed: int = 0,
     ):
+        size = self.default_size if size is None else size
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, but is {split!r}.")
         if not 8 <= size <= 64:
             raise ValueError(f"size must be from 8 to 64 pixels, but is {size}.")
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, but is {channels}.")
+        images, labels = self.load()
         kept = np.isin(labels, split_classes(int(labels.max()) + 1, seed)[split])
         self.labels = torch.as_tensor(labels[kept], dtype=torch.int64)
         pixels = torch.as_tensor(images[kept])[:, None].float() / 255
@@ -40,6 +40,10 @@ class ClassDisjointImages(torch.utils.data.Dataset):
         self.augment = split.startswith("train") if augment is None else augment
         self.channels, self.return_index = channels, return_index
         self.pixels = pixels if self.augment else random_jitter(pixels, torch.Generator().manual_seed(seed))
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return all images, (N, h, w) uint8, and their labels (N,)."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,11 +57,8 @@ class ClassDisjointImages(torch.utils.data.Dataset):
         images = self.pixels[places]
         if self.augment:
             images = random_jitter(images)
-        images = (2 * images - 1).expand(-1, self.channels, -1, -1)
-        labels = self.labels[places].tolist()
-        if self.return_index:
-            return list(zip(images, labels, places.tolist()))
-        return list(zip(images, labels))
+        parts: list[Any] = [(2 * images - 1).expand(-1, self.channels, -1, -1), self.labels[places].tolist()]
+        return list(zip(*parts, places.tolist())) if self.return_index else list(zip(*parts))
 
 
 def split_classes(num_classes: int, seed: int) -> dict[str, np.ndarray]:

@@ -1,25 +1,19 @@
+import numpy as np
+
 from .class_disjoint_images import ClassDisjointImages
 
 
 class Digits(ClassDisjointImages):
-    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, split by class like ``Glyphs``.
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels; five digits train, the others test.
 
-    Five digits train (one of them is the validation split) and five test: a small problem for quick checks.
-
-    Arguments, items, attributes and errors are those of ``Glyphs``.
+    Arguments, items, attributes and errors are those of ``Glyphs``, but ``size`` is 16 by default.
     """
 
-    def __init__(
-        self,
-        split: str = "train",
-        size: int = 16,
-        channels: int = 1,
-        augment: bool | None = None,
-        return_index: bool = False,
-        seed: int = 0,
-    ):
+    default_size = 16
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images and their labels."""
         from sklearn.datasets import load_digits
 
         data = load_digits()
-        images = (data.images * (255 / 16)).astype("uint8")
-        super().__init__(images, data.target, split, size, channels, augment, return_index, seed)
+        return (data.images * (255 / 16)).astype("uint8"), data.target

@@ -17,17 +17,15 @@ RESOLUTION = 64
 class Glyphs(ClassDisjointImages):
     """Printed characters: a class per character, an image per face. The offline default dataset.
 
-    The characters that the 16 text faces of matplotlib have in common: about 680 classes of 16 images. Half of the
-    classes train, half test, as with CUB. Characters that look alike (the Latin, Greek and Cyrillic A) are one class:
-    those whose squared difference, averaged over the faces, is below 6 % of the fainter one's squared ink.
-
-    They are rendered in a few seconds at the first use and cached in ``$XDG_CACHE_HOME/pml_distill`` (by default under
-    ``~/.cache``), for each version of matplotlib. A damaged cache is rendered anew, with a warning.
+    The characters that the 16 text faces of matplotlib have in common: about 680 classes of 16 images. Characters that
+    look alike (the Latin, Greek and Cyrillic A) are one class: those whose squared difference, averaged over the
+    faces, is below 6 % of the fainter one's squared ink. They are rendered at the first use and cached in
+    ``$XDG_CACHE_HOME/pml_distill`` (by default under ``~/.cache``), for each version of matplotlib.
 
     Args:
         split: ``"train"``, ``"val"`` (a fifth of the training classes), ``"train+val"`` or ``"test"`` (half of
             all classes); the classes are disjoint.
-        size: side of the images, 8 to 64 pixels.
+        size: side of the images, 8 to 64 pixels, by default 32.
         channels: 1, or 3 equal ones, so that standard ResNets run on them.
         augment: whether each read is jittered anew (affine map and noise, from torch's global generator); None:
             for the training splits. Without, a fixed jittered copy.
@@ -44,40 +42,33 @@ class Glyphs(ClassDisjointImages):
         ValueError: ``split``, ``size`` or ``channels`` is none of the above.
     """
 
-    def __init__(
-        self,
-        split: str = "train",
-        size: int = 32,
-        channels: int = 1,
-        augment: bool | None = None,
-        return_index: bool = False,
-        seed: int = 0,
-    ):
+    default_size = 32
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images and their labels."""
         images, labels, self.characters = cached_glyphs()
-        super().__init__(images, labels, split, size, channels, augment, return_index, seed)
+        return images, labels
 
 
 def cached_glyphs() -> tuple[np.ndarray, np.ndarray, str]:
     """Return images (N, 64, 64), labels (N,) and the characters, from the cache if it is whole."""
+    path: Path | None = None
     try:
         path = cache_path()
-        cached = path.exists()
-    except (OSError, RuntimeError) as error:
-        warnings.warn(f"Glyphs are not cached, there is no place for them ({error}).", stacklevel=3)
-        return render_glyphs()
-    if cached:
-        try:
+        if path.exists():
             with np.load(path) as archive:
                 return archive["images"], archive["labels"], str(archive["characters"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            warnings.warn(f"The cache {path} is damaged ({error}); it is rendered anew.", stacklevel=3)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        text = "Glyphs are not cached, there is no place for them" if path is None else f"The cache {path} is damaged"
+        warnings.warn(f"{text} ({error}).", stacklevel=3)
     images, labels, characters = render_glyphs()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished, open(unfinished, "wb") as file:
-            np.savez_compressed(file, images=images, labels=labels, characters=np.array(characters))
-    except OSError as error:
-        warnings.warn(f"Glyphs are not cached, {path} cannot be written ({error}).", stacklevel=3)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as unfinished, open(unfinished, "wb") as file:
+                np.savez_compressed(file, images=images, labels=labels, characters=np.array(characters))
+        except OSError as error:
+            warnings.warn(f"Glyphs are not cached, {path} cannot be written ({error}).", stacklevel=3)
     return images, labels, characters
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .glyphs import Glyphs
+
 PARTS = ("train", "query", "database")
 
 
@@ -34,8 +36,7 @@ def hashing_splits(
     """Split one dataset into ``train``, ``query`` and ``database``: the protocol of CIFAR-10 in the hashing literature.
 
     Of each class ``query_per_class`` samples, drawn at random, are the queries, ``train_per_class`` others train, and
-    all but the queries are the database, or, with ``train_in_database=False``, all but both. ``labels`` are the classes
-    of all samples.
+    all but the queries are the database, or, with ``train_in_database=False``, all but both.
 
     Raises:
         ValueError: labels of another length or below 0; counts below 1; a class with too few samples.
@@ -49,22 +50,19 @@ def hashing_splits(
     if labels.ndim != 1 or len(labels) != len(dataset):
         raise ValueError(f"labels must be ({len(dataset)},), one per sample, but have shape {tuple(labels.shape)}.")
     if train_per_class < 1 or query_per_class < 1:
-        raise ValueError(
-            f"train_per_class and query_per_class must be at least 1, but are {train_per_class} and {query_per_class}."
-        )
+        counts = f"{train_per_class} and {query_per_class}"
+        raise ValueError(f"train_per_class and query_per_class must be at least 1, but are {counts}.")
     if (labels < 0).any():
         raise ValueError(f"labels must be classes, not negative, but go from {labels.min()} to {labels.max()}.")
     order = np.random.RandomState(seed).permutation(len(labels))
-    shuffled = labels.numpy()[order]
     places: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
-    for number in np.unique(shuffled):
-        own = order[shuffled == number]
-        if len(own) < train_per_class + query_per_class:
-            raise ValueError(
-                f"class {number} has {len(own)} samples, but train_per_class + query_per_class = "
-                f"{train_per_class + query_per_class}."
-            )
-        query, train, rest = np.split(own, [query_per_class, query_per_class + train_per_class])
+    for number in labels.unique().tolist():
+        own = order[labels.numpy()[order] == number]
+        taken = train_per_class + query_per_class
+        if len(own) < taken:
+            text = f"class {number} has {len(own)} samples, but train_per_class + query_per_class = {taken}"
+            raise ValueError(f"{text}. Lower them, or leave out the class.")
+        query, train, rest = np.split(own, [query_per_class, taken])
         places["query"].append(query)
         places["train"].append(train)
         places["database"].append(np.concatenate([train, rest]) if train_in_database else rest)
@@ -78,10 +76,7 @@ def cifar10_hashing(
     train_in_database: bool = True,
     seed: int = 0,
 ) -> dict[str, HashingSplit]:
-    """Return CIFAR-10's ``train`` (500 per class), ``query`` (100 per class) and ``database``, through torchvision.
-
-    ``root``, ``transform`` and ``download`` are torchvision's, the others those of ``hashing_splits``.
-    """
+    """Return CIFAR-10 of torchvision, by ``hashing_splits`` with 500 images of a class to train and 100 queries."""
     from torchvision.datasets import CIFAR10
 
     halves = [CIFAR10(str(root), train=train, transform=transform, download=download) for train in (True, False)]
@@ -94,7 +89,7 @@ class MultiLabelList(torch.utils.data.Dataset):
     """Images named in a text file, each line a path followed by 0/1 columns, as the lists of NUS-WIDE are.
 
     Args:
-        list_file: the text file; columns separated by blanks. Empty lines do not count.
+        list_file: the text file; columns separated by blanks.
         root: folder to which the paths are relative.
         transform: of the PIL images (RGB).
 
@@ -105,8 +100,7 @@ class MultiLabelList(torch.utils.data.Dataset):
         paths: of the images. labels: (N, C) float32 tensor.
 
     Raises:
-        ValueError: a line without labels, with other columns than 0 and 1, or with another number of them than the
-            first line; an empty list. It names file and line.
+        ValueError: a line without labels, or with others than the first line has; an empty list.
     """
 
     def __init__(self, list_file: str | os.PathLike, root: str | os.PathLike, transform: Callable | None = None):
@@ -142,11 +136,8 @@ def glyph_hashing(
 ) -> dict[str, torch.utils.data.Dataset]:
     """Return ``train``, ``query`` and ``database`` of Glyphs: the same classes in all three, the faces disjoint.
 
-    Of the 16 faces 8 train, 2 query and 6 are the database. The classes are the first ``num_classes`` of
-    ``Glyphs("train+val")``; with fewer there, ``ValueError``. The other arguments are those of ``Glyphs``.
+    Of the 16 faces 8 train, 2 query and 6 are the database. The classes are the first ones of ``Glyphs("train+val")``.
     """
-    from .glyphs import Glyphs
-
     parts: dict[str, torch.utils.data.Dataset] = {}
     faces = np.random.RandomState(seed).permutation(16)
     for part, own in zip(PARTS, np.split(faces, [8, 10])):

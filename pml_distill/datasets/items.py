@@ -22,12 +22,7 @@ LIKE_A_LABEL = re.compile("label|target|class|categor", re.IGNORECASE)
 
 
 class Views(NamedTuple):
-    """Two views of a sample or of a batch; the trainers show each network its own.
-
-    Args:
-        student: what the student sees.
-        teacher: what the teacher sees.
-    """
+    """Two views of a sample or of a batch: what the student sees, and what the teacher sees."""
 
     student: Any
     teacher: Any
@@ -39,11 +34,7 @@ class Views(NamedTuple):
 
 
 def read_item(item: Any) -> tuple[Any, Any, Any]:
-    """Return (data, label, row) of an item or batch; label and row are None where it has none.
-
-    Raises:
-        ValueError: it has no data, or which of its fields is the label cannot be told.
-    """
+    """Return (data, label, row) of an item or batch, None for what it lacks; ``ValueError`` if they cannot be told."""
     if isinstance(item, Views) or not isinstance(item, (Mapping, tuple, list)):
         return item, None, None
     if isinstance(item, Mapping):
@@ -95,11 +86,7 @@ def labels_of(dataset: Any, labels: Any = None) -> torch.Tensor:
 
 
 def own_labels(dataset: Any) -> Any:
-    """Return a dataset's ``labels``, or ``targets`` as torchvision has it, also of a ``Subset`` or ``ConcatDataset``.
-
-    Raises:
-        ValueError: it has neither.
-    """
+    """Return a dataset's ``labels`` or ``targets``, also of a ``Subset`` or ``ConcatDataset``, or ``ValueError``."""
     for name in ("labels", "targets"):
         if hasattr(dataset, name):
             return getattr(dataset, name)
@@ -123,15 +110,7 @@ def class_numbers(labels: Any) -> dict[str, int]:
 
 
 def numbered(labels: Any, numbers: dict[str, int] | None = None) -> torch.Tensor:
-    """Return labels as a tensor: names by their numbers, None as -1.
-
-    Args:
-        labels: a tensor, an array, or a list of numbers or names.
-        numbers: as of ``class_numbers``; None: those of these labels.
-
-    Raises:
-        ValueError: a name has no number.
-    """
+    """Return labels as a tensor: names by their ``class_numbers``, None as -1; ``ValueError`` for an unknown name."""
     if isinstance(labels, torch.Tensor):
         return labels
     array = np.asarray(labels)
@@ -142,7 +121,6 @@ def numbered(labels: Any, numbers: dict[str, int] | None = None) -> torch.Tensor
     flat = array.flatten().tolist()
     unknown = sorted({label for label in flat if isinstance(label, str) and label not in known})
     if unknown:
-        raise ValueError(
-            f"labels has the classes {unknown[:5]}, which are not among the {len(numbers)} of dataset_labels."
-        )
+        text = f"labels has the classes {unknown[:5]}, which are not among the {len(numbers)} of dataset_labels"
+        raise ValueError(f"{text}. Give dataset_labels all of them.")
     return torch.tensor([known.get(label, label) for label in flat]).reshape(array.shape)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,13 +46,10 @@ class Keys(NamedTuple):
 
 
 def keys_of(dataset: Any) -> Keys:
-    """Return the keys of the samples: ``dataset.ids``, else its files, else row numbers.
+    """Return the keys of the samples: ``dataset.ids``, else its files, else row numbers; ``ValueError`` for bad ids.
 
     They are looked up through ``Subset`` (whatever has ``dataset`` and ``indices``), ``ConcatDataset``,
     ``LabeledAndUnlabeled`` and what wraps a dataset of the same length as ``dataset``.
-
-    Raises:
-        ValueError: two samples have the same id, or there are not as many ids as samples.
     """
     size, ids = len(dataset), getattr(dataset, "ids", None)
     if ids is not None:
@@ -107,7 +105,6 @@ def distinct(ids: list[str], size: int) -> list[str]:
     if len(ids) != size:
         raise ValueError(f"ids must be {size}, one for each sample, but are {len(ids)}.")
     if len(set(ids)) < size:
-        seen: set[str] = set()
-        twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice, _ = Counter(ids).most_common(1)[0]
         raise ValueError(f"ids has {twice!r} more than once. Give each sample an id of its own.")
     return ids

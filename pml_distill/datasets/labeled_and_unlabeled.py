@@ -23,9 +23,6 @@ class LabeledAndUnlabeled(torch.utils.data.Dataset):
     Attributes:
         labels: (len,) int64 tensor, -1 for the samples of ``unlabeled``.
 
-    Raises:
-        ValueError: there are no labels, or labels of another length or shape.
-
     Example:
         >>> dataset = LabeledAndUnlabeled([("a", 0), ("b", 1)], ["c", "d"], labels=[0, 1])
         >>> list(dataset)

@@ -10,14 +10,13 @@ from .items import UNLABELED, get_items, labels_of, plain_item, read_item
 class PartiallyLabeled(torch.utils.data.Dataset):
     """A dataset of which a fraction has labels; the label of all other samples is -1.
 
-    The labelled samples are drawn at random within each class: ``fraction`` of its samples, rounded, but at least two
-    (if there are two), since a metric loss learns nothing from a single one. Test on ``dataset.dataset``, where all
-    labels are known: a tester would take -1 for a class.
+    The labelled samples are drawn at random within each class: ``fraction`` of them, rounded, but two at least, since
+    a metric loss learns nothing from one. Test on ``dataset.dataset``: a tester would take -1 for a class.
 
     Args:
         dataset: any dataset of (data, label, ...).
         fraction: of the labels to keep, from 0 to 1.
-        labels: (N,) of all samples; None: ``dataset.labels``, or ``dataset.targets`` as torchvision has it.
+        labels: (N,) of all samples; None: ``dataset.labels``, or ``dataset.targets``.
         seed: of the draw.
 
     Items:
@@ -25,9 +24,6 @@ class PartiallyLabeled(torch.utils.data.Dataset):
 
     Attributes:
         labels: (N,) int64 tensor, -1 where not kept; what ``MixedSampler`` needs.
-
-    Raises:
-        ValueError: ``fraction`` is out of range; there are no labels, or labels of another length or shape.
 
     Example:
         >>> samples = [("image", i % 2) for i in range(20)]

@@ -15,20 +15,16 @@ from .keys import Keys, distinct, keys_of
 class SeededViews(torch.utils.data.Dataset):
     """Each sample in a fixed number of augmented views, a pure function of (seed, sample, view).
 
-    What a random augmentation makes of a sample then no longer depends on the order of the reads, on the process, or
-    on the number of workers: a teacher may see an image today, see ``TeacherCache``, and a student the same image bit
-    for bit tomorrow. Before a sample is read, the generators of Python's ``random``, of NumPy's ``np.random`` and of
-    torch on the CPU are set to a seed derived from the three; afterwards they are put back. This covers torchvision's
-    transforms, v1 and v2, and any callable that draws from these. It must wrap all that is random in an item, so it is
-    the outermost dataset but for those that only change labels.
+    A teacher may see an image today, see ``TeacherCache``, and a student the same image bit for bit tomorrow, in
+    another process or order. Before a sample is read, the generators of ``random``, of ``np.random`` and of torch on
+    the CPU are set to a seed derived from the three; afterwards they are put back. It must wrap all that is random in
+    an item, so it is the outermost dataset but for those that only change labels.
 
     For the seed a sample is known by its id (``ids``, or ``dataset.ids``), else by the content of its file (as of
     ``ImageFolder``), else by its row number, that in the whole dataset for a ``Subset``. Samples with ids or files
-    keep their augmentations when others are added, removed or put into another order, and when files are renamed or
-    moved.
+    keep their augmentations when others are added, removed or reordered, and when files are renamed or moved.
 
-    Reading a sample returns one of its views, drawn with torch's generator: training sees all of them by and by, and
-    a seeded run the same ones again.
+    Reading a sample returns one of its views, drawn with torch's generator.
 
     Args:
         dataset: any dataset with a length; see ``items`` for what it may yield.
@@ -39,11 +35,7 @@ class SeededViews(torch.utils.data.Dataset):
         ids: a name for each sample, text or number, if the dataset itself has none.
 
     Items:
-        (data, label, row), with label -1 where ``dataset`` has none. The row is that of the sample's view in the
-        dataset: ``view * len(dataset) + sample``.
-
-    Attributes:
-        labels: those of ``dataset``, also of a ``Subset`` or ``ConcatDataset``.
+        (data, label, row), with label -1 where ``dataset`` has none; the row is ``view * len(dataset) + sample``.
 
     Raises:
         ValueError: ``views`` is below 1, it or ``seed`` is no whole number, ``dataset`` has no length or no samples,
@@ -76,9 +68,8 @@ class SeededViews(torch.utils.data.Dataset):
         if views < 1:
             raise ValueError(f"views must be at least 1, but is {views}.")
         # NumPy's integers have no place in the manifest of a cache.
-        self.dataset, self.seed, self.views = dataset, int(seed), int(views)
+        self.dataset, self.seed, self.views, self.ids = dataset, int(seed), int(views), ids
         self.reseed = (reseed,) if callable(reseed) else tuple(reseed)
-        self.ids = ids
         self.keys = keys_of(dataset) if ids is None else Keys(distinct([str(i) for i in ids], size), None, size)
         self.contents: dict[int, bytes] = {}
 
@@ -105,11 +96,7 @@ class SeededViews(torch.utils.data.Dataset):
         return self.read([view * len(self) + samples[index] for view, index in zip(views, indices)])
 
     def read(self, rows: Sequence[int]) -> list[tuple]:
-        """Return the items of given rows, 0 to ``views * len(dataset) - 1``.
-
-        Raises:
-            IndexError: a row is out of range.
-        """
+        """Return the items of given rows, 0 to ``num_rows - 1``; ``IndexError`` for another."""
         for row in rows:
             if not 0 <= row < self.num_rows:
                 raise IndexError(f"rows are 0 to {self.num_rows - 1}, but {row} is asked for.")

@@ -13,9 +13,8 @@ class DistributedMPerClassSampler(Sampler[int]):
     """PML's ``MPerClassSampler`` for several processes: each draws its own part of one joint batch.
 
     The joint batch has ``m`` samples of each of its classes, and a class lies whole in the part of one process. Joined
-    in the order of the ranks, the parts are what a single process draws with ``batch_size`` times as large. A pass
-    is drawn from a seed that rank 0 takes from torch's global generator, so that all processes agree, each pass is
-    another one, and a restored random state restores it. Without a process group it is a sampler for one process.
+    in the order of the ranks, the parts are what a single process draws with ``batch_size`` times as large. A pass is
+    drawn from a seed that rank 0 takes from torch's global generator. Without a process group there is one process.
 
     Args:
         labels: (N,) labels of the dataset; samples with the label -1, which have none, are not drawn.

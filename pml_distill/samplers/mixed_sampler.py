@@ -11,18 +11,15 @@ from ..utils.distributed import process_rank
 class MixedSampler(Sampler[int]):
     """Batches of labelled and unlabelled samples in a fixed ratio.
 
-    The labelled part of a batch is like that of PML's ``MPerClassSampler``: ``m`` samples of each of its classes,
-    which are drawn anew for each batch. The unlabelled part goes through the unlabelled samples in random order,
-    again and again; those that do not fill a batch at the end of a round are left to the next. A pass is drawn from
-    a seed that comes from torch's global generator, so that a restored random state restores it; of several processes
-    with the same seed each draws batches of its own.
+    The labelled part of a batch is like that of PML's ``MPerClassSampler``, with classes drawn anew for each batch.
+    The unlabelled part goes through the unlabelled samples in random order, again and again. A pass is drawn from a
+    seed of torch's global generator; of several processes with the same seed each draws batches of its own.
 
     Args:
         labels: (N,) labels of the dataset, -1 for samples without; see ``PartiallyLabeled``.
         m: samples per class; those of smaller classes are repeated.
         batch_size: samples per batch.
-        labeled_fraction: share of the labelled samples in a batch, rounded to a multiple of ``m``. 1: labelled
-            samples alone.
+        labeled_fraction: share of the labelled samples in a batch, rounded to a multiple of ``m``.
         length_before_new_iter: samples per pass, rounded down to whole batches; None: as many as the dataset has.
 
     Raises:
@@ -51,10 +48,8 @@ class MixedSampler(Sampler[int]):
             raise ValueError(f"labels must be (N,), one class for each sample, but have shape {known.shape}.")
         length = len(known) if length_before_new_iter is None else length_before_new_iter
         if not 0 < batch_size <= length:
-            raise ValueError(
-                f"batch_size must be from 1 to the length of a pass, {length}, but is {batch_size}; "
-                "see length_before_new_iter."
-            )
+            text = f"batch_size must be from 1 to the length of a pass, {length}, but is {batch_size}"
+            raise ValueError(f"{text}; see length_before_new_iter.")
         self.classes = tuple(np.flatnonzero(known == c) for c in np.unique(known) if c != UNLABELED)
         self.unlabeled = np.flatnonzero(known == UNLABELED)
         self.m, self.batch_size, self.num_batches = m, batch_size, length // batch_size

@@ -28,16 +28,10 @@ class BaseDistillationTrainer(Checkpoints, BaseTrainer):
     Everything else is PML's: miners, samplers, schedulers, hooks, ``HookContainer``, ``freeze_these``. Keys must match
     exactly. The end-of-epoch hook finds the mean of each loss in ``trainer.epoch_losses``.
 
-    A batch is ``(data, labels)``, ``(data, labels, index)``, just ``data``, or a dictionary or named tuple with a field
-    ``label`` (see ``pml_distill.datasets.items``). Labels may be text: classes are numbered in the alphabetical order
-    of ``dataset_labels`` or the dataset's own labels, or as they come. Of ``Views`` each network sees its own.
-
-    ``tuple_miner`` mines the student's embeddings, one of ``pml_distill.miners`` the teacher's too. Its pairs go to
-    both losses, unless ``distillation_miner`` finds others for the distillation loss.
-
-    A row with the label -1 is unlabelled: losses and miners that need labels do not see it. Losses with a teacher
-    see all rows. If a batch has unlabelled rows, they get ``labels=None`` and no pairs, but those of a miner of
-    ``pml_distill.miners`` that needs no labels, which then mines all rows.
+    A batch is read by the rule of ``pml_distill.datasets.items``. Labels may be text: classes are numbered in the
+    alphabetical order of ``dataset_labels`` or the dataset's own labels, or as they come. Of ``Views`` each network
+    sees its own. Rows with the label -1 have none: losses with a teacher see them, with ``labels=None`` and the pairs
+    of a teacher's miner that needs no labels; other losses and miners do not.
 
     Args:
         *args: those of PML's trainer: models, optimizers, batch_size, loss_funcs, dataset.
@@ -56,10 +50,12 @@ class BaseDistillationTrainer(Checkpoints, BaseTrainer):
         **kwargs: PML's further arguments.
 
     Keys:
-        ``mining_funcs["distillation_miner"]``: a miner of ``pml_distill.miners`` for ``distillation_loss`` alone.
-        ``models["projection"]``: maps the student's embeddings to the teacher's width for ``distillation_loss`` alone;
-        trained and saved, but no part of the student. ``loss_funcs["feature_distillation_loss"]``: a loss of two lists
-        of feature maps; ``optimizers["feature_distillation_loss_optimizer"]`` trains its parameters.
+        ``mining_funcs["tuple_miner"]``: its pairs go to ``metric_loss`` and ``distillation_loss``; one of
+        ``pml_distill.miners`` sees the teacher's embeddings too. ``["distillation_miner"]``: one of those for
+        ``distillation_loss`` alone. ``models["projection"]``: maps the student's embeddings to the teacher's width for
+        ``distillation_loss`` alone; trained and saved, but no part of the student.
+        ``loss_funcs["feature_distillation_loss"]``: a loss of two lists of feature maps;
+        ``optimizers["feature_distillation_loss_optimizer"]`` trains its parameters.
 
     Raises:
         ValueError: the parts do not go together; a network or the teacher returns no single tensor; no batch of the
@@ -133,12 +129,9 @@ class BaseDistillationTrainer(Checkpoints, BaseTrainer):
     def training_step(self, *batches: Any) -> dict[str, torch.Tensor]:
         """Update the student once, from one batch or from several whose gradients are summed.
 
-        ``train`` calls it for you. In a loop of your own, switch the modules to train mode yourself;
-        ``set_min_label_to_zero`` and ``label_hierarchy_level`` have no effect.
-
-        Returns:
-            The weighted losses by name and their ``total_loss``, detached, summed over the batches; of
-            ``MultipleDistillationLosses`` each part too, without its weight.
+        In a loop of your own, switch the modules to train mode yourself; ``set_min_label_to_zero`` and
+        ``label_hierarchy_level`` have no effect. Returned are the weighted losses by name and their ``total_loss``,
+        detached, summed over the batches; of ``MultipleDistillationLosses`` each part too, without its weight.
         """
         self.zero_grad()
         self.update_loss_weights()
@@ -188,9 +181,9 @@ class BaseDistillationTrainer(Checkpoints, BaseTrainer):
             if known is not batch:
                 # A -1 would be taken for a class, and pairs of labelled rows would keep the other rows from the loss.
                 seen = known if needs_labels(loss) else batch._replace(labels=None)
-            if seen is not known or "distillation_miner" in self.mining_funcs:
-                pairs = self.mine_for_distillation(seen) if rows(seen) else None
             if rows(seen):
+                if seen is not known or "distillation_miner" in self.mining_funcs:
+                    pairs = self.mine_for_distillation(seen)
                 _, projected, teacher = seen.data
                 self.losses["distillation_loss"] = loss(projected, seen.labels, pairs, ref_emb=teacher)
         if taps:
@@ -210,7 +203,7 @@ class BaseDistillationTrainer(Checkpoints, BaseTrainer):
         student, projected = in_float32(output), in_float32(projected)
         self.outputs += [student, projected]
         teacher = None
-        if any(self.wants(key) for key in self.loss_keys_with_teacher) or self.teacher_miner("tuple_miner"):
+        if any(map(self.wants, self.loss_keys_with_teacher)) or self.teacher_miner("tuple_miner"):
             # PML's losses, for asymmetric learning, compare what has one precision and is on one device.
             teacher = ask(self.teacher, teacher_data, batch.index).to(student)
         return batch._replace(data=Embeddings(student, projected, teacher))
@@ -267,15 +260,15 @@ class BaseDistillationTrainer(Checkpoints, BaseTrainer):
             embeddings = self.compute_embeddings(on_device(Views.of(data).student, self.data_device))
         finally:
             self.set_to_train()
-        batch, everything = Batch(embeddings, labels), torch.arange(len(embeddings))
+        batch, miner = Batch(embeddings, labels), self.mining_funcs["subset_batch_miner"]
         known, labeled = batch.labeled(), batch.labeled_rows()
-        if not len(known.data):
-            return everything
-        mined = torch.as_tensor(self.mining_funcs["subset_batch_miner"](known.data, known.labels))
         if labeled is None:
-            return mined
-        labeled = labeled.cpu()
-        return torch.cat([labeled[mined.cpu()], everything[~torch.isin(everything, labeled)]]).sort().values
+            return torch.as_tensor(miner(embeddings, labels))
+        labeled, kept = labeled.cpu(), torch.ones(len(embeddings), dtype=torch.bool)
+        if len(labeled):
+            kept[labeled] = False
+            kept[labeled[torch.as_tensor(miner(known.data, known.labels)).cpu()]] = True
+        return kept.nonzero().flatten()
 
     def backward(self) -> None:
         """Scale the loss for float16 and go back; one process alone does not if all weights are 0 in this step."""

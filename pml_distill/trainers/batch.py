@@ -33,19 +33,18 @@ class Batch(NamedTuple):
         elif labels is not None:
             labels = number(labels)
         if labels is not None and not 1 <= labels.ndim <= 2:
+            shape = tuple(labels.shape)
             raise ValueError(
-                f"The labels of a batch must be (B,) or (B, C), but have shape {tuple(labels.shape)}. Without labels, "
-                "let the dataset yield (data,)."
+                f"The labels of a batch must be (B,) or (B, C), but have shape {shape}. Without any, yield (data,)."
             )
         return cls(data, labels, index)
 
     def labeled_rows(self) -> torch.Tensor | None:
-        """Return which rows have a label; None: all, or there are no labels. Multi-hot rows lack all of theirs."""
+        """Return which rows have a label; None: all, or there are no labels."""
         if self.labels is None:
             return None
-        missing = self.labels == UNLABELED
-        missing = missing.all(dim=1) if missing.ndim == 2 else missing
-        return (~missing).nonzero().flatten() if missing.any() else None
+        known = (self.labels != UNLABELED).reshape(len(self.labels), -1).any(dim=1)
+        return None if known.all() else known.nonzero().flatten()
 
     def labeled(self) -> "Batch":
         """Return the rows that have a label: this batch itself if all have, or if there are no labels."""
@@ -65,14 +64,29 @@ def select(part: Any, rows: torch.Tensor) -> Any:
     """Return rows of a tensor, of a sequence of samples, or of each part of a tuple or dictionary of tensors."""
     if isinstance(part, torch.Tensor):
         return part[rows.to(part.device)]
-    if isinstance(part, Mapping):
-        return {name: select(value, rows) for name, value in part.items()}
-    if hasattr(part, "_fields"):
-        return type(part)(*(select(value, rows) for value in part))
+    in_parts = isinstance(part, (tuple, list)) and all(isinstance(p, torch.Tensor) and p.ndim for p in part)
+    if isinstance(part, Mapping) or hasattr(part, "_fields") or in_parts:
+        return mapped(part, lambda value: select(value, rows))
     if isinstance(part, (tuple, list)):
-        parts = all(isinstance(value, torch.Tensor) and value.ndim for value in part)
-        return [select(value, rows) for value in part] if parts else [part[row] for row in rows.tolist()]
+        return [part[row] for row in rows.tolist()]
     return part if part is None else part[rows.tolist()]
+
+
+def mapped(part: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a dictionary, tuple or list of what the function makes of the values."""
+    if isinstance(part, Mapping):
+        return {name: function(value) for name, value in part.items()}
+    values = map(function, part)
+    return type(part)(*values) if hasattr(part, "_fields") else type(part)(values)
+
+
+def on_device(part: Any, device: torch.device) -> Any:
+    """Return tensors, and those in tuples, lists and dictionaries, on a device; other objects as they are."""
+    if isinstance(part, torch.Tensor):
+        return part.to(device, non_blocking=torch.device(device).type == "cuda")
+    if isinstance(part, Mapping) or hasattr(part, "_fields") or type(part) in (tuple, list):
+        return mapped(part, lambda value: on_device(value, device))
+    return part
 
 
 class Embeddings(NamedTuple):
@@ -87,14 +101,3 @@ class Embeddings(NamedTuple):
     student: torch.Tensor
     projected: torch.Tensor
     teacher: torch.Tensor | None
-
-
-def on_device(part: Any, device: torch.device) -> Any:
-    """Return tensors, and those in tuples, lists and dictionaries, on a device; other objects as they are."""
-    if isinstance(part, torch.Tensor):
-        return part.to(device, non_blocking=torch.device(device).type == "cuda")
-    if isinstance(part, Mapping):
-        return {name: on_device(value, device) for name, value in part.items()}
-    if hasattr(part, "_fields"):
-        return type(part)(*(on_device(value, device) for value in part))
-    return type(part)(on_device(value, device) for value in part) if type(part) in (tuple, list) else part

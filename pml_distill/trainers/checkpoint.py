@@ -9,7 +9,7 @@ import torch
 from pytorch_metric_learning.losses import CrossBatchMemory
 from pytorch_metric_learning.utils import common_functions as c_f
 
-from ..utils.distributed import num_processes, process_rank
+from ..utils.distributed import gathered, num_processes, process_rank
 from ..utils.files import whole_file
 from ..utils.modules import unwrapped
 
@@ -20,11 +20,11 @@ class Checkpoints:
     """Saving and loading, for a trainer."""
 
     def save_checkpoint(self: Any, path: str | os.PathLike) -> None:
-        """Write all that an exact resume needs; an older file is replaced only once the new one is complete.
+        """Write all that an exact resume needs: the states of all parts, random states, the place in the data.
 
-        That is the state of all parts that have one, the epoch, the random states of Python, NumPy and torch, and the
-        place in the data. Call it last in the end-of-epoch hook: a checkpoint saved within an epoch resumes at the
-        next one, with a warning. Of several processes all call this, each with a path of its own.
+        An older file is replaced only once the new one is complete. Call it last in the end-of-epoch hook: a
+        checkpoint saved within an epoch resumes at the next one, with a warning. Of several processes all call this,
+        each with a path of its own.
         """
         left = 0 if self.dataloader is None else self.iterations_per_epoch - 1 - self.iteration
         if left:
@@ -56,8 +56,7 @@ class Checkpoints:
         weights of a run that was never interrupted. Of several processes all call this.
 
         Raises:
-            ValueError: the checkpoint is of a trainer with other parts, of another process, or of another epoch than
-                those of the other processes.
+            ValueError: the file is of other parts, of another process, or of another epoch than the others' files.
         """
         state = torch.load(path, map_location=self.data_device, weights_only=True)
         if not isinstance(state, dict) or "data_position" not in state:
@@ -68,12 +67,11 @@ class Checkpoints:
         for name, parts in ours.items():
             if state[name].keys() != parts.keys():
                 raise ValueError(f"{path} holds {name} {sorted(state[name])}, but this trainer has {sorted(parts)}.")
-        for name, parts in ours.items():
-            for key, part in parts.items():
-                try:
-                    unwrapped(part).load_state_dict(state[name][key])
-                except (RuntimeError, ValueError) as error:
-                    raise ValueError(f'{path} holds other {name}["{key}"] than this trainer: {error}') from error
+        for name, key, part in [(name, key, part) for name, parts in ours.items() for key, part in parts.items()]:
+            try:
+                unwrapped(part).load_state_dict(state[name][key])
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f'{path} holds other {name}["{key}"] than this trainer: {error}') from error
         for key, memory in memories(self):
             memory.queue_idx, memory.has_been_filled = state["queues"][key]
         self.scaler.load_state_dict(state["scaler"])
@@ -85,18 +83,16 @@ class Checkpoints:
 
 def check_process(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless all processes load files of one epoch, each its own."""
-    if state["rank"] != process_rank():
+    rank, epoch = process_rank(), state["epoch"]
+    if state["rank"] != rank:
         raise ValueError(
-            f"path {path} was written by process {state['rank']}, but this is process {process_rank()}; let each "
-            "save to and load from a path of its own."
+            f"path {path} was written by process {state['rank']}, but this is process {rank}; each needs its own path."
         )
-    epochs: list[Any] = [state["epoch"]] * num_processes()
-    if num_processes() > 1:
-        torch.distributed.all_gather_object(epochs, state["epoch"])
+    epochs = gathered(epoch)
     if len(set(epochs)) > 1:
         raise ValueError(
-            f"path must be the checkpoint of one epoch in all processes, but {path} is of epoch {state['epoch']}, "
-            f"and those of processes 0 to {len(epochs) - 1} are of the epochs {epochs}."
+            f"path must be the checkpoint of one epoch in all processes, but {path} is of epoch {epoch}, and those of "
+            f"all processes are of the epochs {epochs}."
         )
 
 
@@ -115,10 +111,12 @@ def followers(teacher: Any) -> list[Any]:
 
 def memories(trainer: Any) -> list[tuple[str, CrossBatchMemory]]:
     """Return the cross-batch memories among the losses and inside of them."""
-    modules = [
-        (f"{key}.{name}", part) for key, loss in trainer.loss_funcs.items() for name, part in loss.named_modules()
+    return [
+        (f"{key}.{name}", part)
+        for key, loss in trainer.loss_funcs.items()
+        for name, part in loss.named_modules()
+        if isinstance(part, CrossBatchMemory)
     ]
-    return [(name, part) for name, part in modules if isinstance(part, CrossBatchMemory)]
 
 
 def without_numpy(state: Any) -> Any:
@@ -134,14 +132,15 @@ def without_numpy(state: Any) -> Any:
     return type(state)(map(without_numpy, state)) if type(state) in (list, tuple) else state
 
 
-def get_random_state(cuda: bool = True) -> dict[str, Any]:
+def get_random_state() -> dict[str, Any]:
     """Return the states of Python's, NumPy's, PML's and torch's random generators, as plain types and tensors."""
+    # A safe torch.load refuses NumPy's arrays.
+    twisters = {"numpy": np.random.get_state(), "pml": c_f.NUMPY_RANDOM.get_state()}
     return {
         "python": random.getstate(),
-        "numpy": plain_twister(np.random.get_state()),
-        "pml": plain_twister(c_f.NUMPY_RANDOM.get_state()),
+        **{name: (kind, keys.tolist(), *rest) for name, (kind, keys, *rest) in twisters.items()},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if cuda else [],
+        "cuda": torch.cuda.get_rng_state_all(),
     }
 
 
@@ -153,9 +152,3 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-
-def plain_twister(state: Any) -> tuple:
-    """Return a Mersenne twister's state without NumPy's array, which a safe ``torch.load`` refuses."""
-    name, keys, *rest = state
-    return (name, keys.tolist(), *rest)

@@ -25,6 +25,7 @@ PARTS = {
     "mining_funcs": ("__call__", "a miner"),
     "gradient_clippers": ("__call__", "a function"),
 }
+MAPS = "feature_distillation_loss"
 
 
 def refuse(wrong: Any, text: str) -> None:
@@ -36,7 +37,8 @@ def refuse(wrong: Any, text: str) -> None:
 def check_setup(trainer: Any) -> None:
     """Raise ``ValueError`` for what does not go together."""
     check_parts(trainer)
-    check_losses_and_miners(trainer)
+    check_distillation_miner(trainer)
+    check_losses(trainer)
     if trainer.teacher is not None:
         check_teacher(trainer.teacher, trainer.models)
         for cache in caches(trainer.teacher):
@@ -60,11 +62,10 @@ def check_parts(trainer: Any) -> None:
         for key, part in held.items():
             text = f'{name}["{key}"] must be {kind}, but is a {type(part).__name__}; leave out the key.'
             refuse(not hasattr(part, attribute), text)
-    refuse(
-        "teacher" in trainer.models,
-        'models has the key "teacher", where PML would train and save it. Pass teacher=FrozenTeacher(trunk, embedder) '
-        "instead.",
+    text = (
+        'models has the key "teacher", where PML would train and save it. Pass teacher=FrozenTeacher(trunk, embedder).'
     )
+    refuse("teacher" in trainer.models, text)
     unknown = [key for key in trainer.loss_weight_ramps if key not in trainer.loss_funcs]
     refuse(unknown, f"loss_weight_ramps has {unknown}, but loss_funcs has only {sorted(trainer.loss_funcs)}.")
 
@@ -77,50 +78,42 @@ def check_keys(trainer: Any) -> None:
         refuse(unknown, f"{name} has the unknown keys {unknown}; known are {sorted(allowed)}.")
 
 
-def check_losses_and_miners(trainer: Any) -> None:
-    """Check the losses with a teacher, and the miners that ask it."""
-    losses, miners, teacher = trainer.loss_funcs, trainer.mining_funcs, trainer.teacher
-    keys = trainer.loss_keys_with_teacher
-    asking = [f'loss_funcs["{key}"]' for key in keys if key in losses]
-    asking += [f'mining_funcs["{key}"]' for key in ("tuple_miner",) if trainer.teacher_miner(key) is not None]
+def check_losses(trainer: Any) -> None:
+    """Check the losses with a teacher, and what asks it without there being one."""
+    losses, miners, keys = trainer.loss_funcs, trainer.mining_funcs, trainer.loss_keys_with_teacher
     refuse(not losses, 'loss_funcs is empty; give "metric_loss", "distillation_loss" or both.')
-    refuse(
-        asking and teacher is None,
-        f"{' and '.join(asking)} asks the teacher, but teacher is None; pass FrozenTeacher(trunk, embedder).",
-    )
-    if "distillation_miner" in miners:
-        own, loss = 'mining_funcs["distillation_miner"]', without_wrapper(losses.get("distillation_loss"))
-        kind, of_ours = type(miners["distillation_miner"]).__name__, trainer.teacher_miner("distillation_miner")
-        text = f"{own} must be a miner of pml_distill.miners, such as TeacherMiner(miner), but is a {kind}."
-        refuse(of_ours is None, text)
-        refuse(loss is None, f'{own} serves loss_funcs["distillation_loss"], which is not there.')
-        text = f'{own} finds pairs, but {type(loss).__name__}, loss_funcs["distillation_loss"], takes none.'
-        refuse(not getattr(loss, "takes_pairs", True), text)
+    asking = [f'loss_funcs["{key}"]' for key in keys if key in losses]
+    asking += ['mining_funcs["tuple_miner"]'] * (trainer.teacher_miner("tuple_miner") is not None)
+    text = f"{' and '.join(asking)} asks the teacher, but teacher is None; pass FrozenTeacher(trunk, embedder)."
+    refuse(asking and trainer.teacher is None, text)
     text = f"teacher is given, but loss_funcs has only {sorted(losses)}; a teacher serves {list(keys)}."
-    refuse(teacher is not None and not asking, text)
+    refuse(trainer.teacher is not None and not asking, text)
+    wrappers = {f'mining_funcs["{key}"]': miners[key] for key in miners if trainer.teacher_miner(key) is not None}
     for key in keys:
-        loss, on_maps = without_wrapper(losses.get(key)), key == "feature_distillation_loss"
-        name, several = f'loss_funcs["{key}"] is a {type(loss).__name__}', isinstance(loss, MultipleLosses)
-        refuse(
-            isinstance(loss, (MultipleLosses, CrossBatchMemory, SelfSupervisedLoss)),
-            f"{name}, which passes no ref_emb on; give {'MultipleDistillationLosses' if several else 'a single loss'}.",
-        )
-        kind = "feature maps, such as AttentionTransferLoss" if on_maps else "embeddings"
-        wrong = isinstance(loss, BaseMetricLossFunction if on_maps else BaseFeatureLoss)
-        refuse(wrong, f"{name}, but must be a loss on {kind}.")
-        check_gathering(f'loss_funcs["{key}"]', unwrapped(losses.get(key)))
-    for key in ("tuple_miner", "distillation_miner"):
-        if trainer.teacher_miner(key) is not None:
-            check_gathering(f'mining_funcs["{key}"]', miners[key])
+        loss, name = without_wrapper(losses.get(key)), f'loss_funcs["{key}"]'
+        kind, wrappers[name] = type(loss).__name__, unwrapped(losses.get(key))
+        advice = "MultipleDistillationLosses" if isinstance(loss, MultipleLosses) else "a single loss"
+        passes_none_on = isinstance(loss, (MultipleLosses, CrossBatchMemory, SelfSupervisedLoss))
+        refuse(passes_none_on, f"{name} is a {kind}, which passes no ref_emb on; give {advice}.")
+        wrong, needed = (BaseMetricLossFunction, "feature maps") if key == MAPS else (BaseFeatureLoss, "embeddings")
+        refuse(isinstance(loss, wrong), f"{name} is a {kind}, but must be a loss on {needed}.")
+    for name, wrapper in wrappers.items():
+        kind, one_sided = type(wrapper).__name__, getattr(wrapper, "efficient", False)
+        refuse(one_sided, f"{name} is a {kind} with efficient=True, which gathers only one side; use efficient=False.")
 
 
-def check_gathering(name: str, wrapper: Any) -> None:
-    """Check that one of PML's distributed wrappers gathers student and teacher."""
-    refuse(
-        getattr(wrapper, "efficient", False),
-        f"{name} is a {type(wrapper).__name__} with efficient=True, which gathers only one side of each row; use "
-        "efficient=False.",
-    )
+def check_distillation_miner(trainer: Any) -> None:
+    """Check that this miner asks the teacher, for a loss that takes its pairs."""
+    if "distillation_miner" not in trainer.mining_funcs:
+        return
+    name, served = 'mining_funcs["distillation_miner"]', 'loss_funcs["distillation_loss"]'
+    loss, kind = trainer.loss_funcs.get("distillation_loss"), type(trainer.mining_funcs["distillation_miner"]).__name__
+    text = f"{name} must be a miner of pml_distill.miners, such as TeacherMiner(miner), but is a {kind}."
+    refuse(trainer.teacher_miner("distillation_miner") is None, text)
+    refuse(loss is None, f"{name} serves {served}, which is not there.")
+    loss = without_wrapper(loss)
+    text = f"{name} finds pairs, but {type(loss).__name__}, {served}, takes none."
+    refuse(not getattr(loss, "takes_pairs", True), text)
 
 
 def check_teacher(teacher: Any, models: dict[str, torch.nn.Module]) -> None:
@@ -141,47 +134,33 @@ def check_teacher(teacher: Any, models: dict[str, torch.nn.Module]) -> None:
 
 def check_features(trainer: Any) -> None:
     """Check what the feature distillation needs."""
-    key, (ours, theirs) = "feature_distillation_loss", (trainer.student_features, trainer.teacher_features)
-    if key not in trainer.loss_funcs:
-        text = f'student_features and teacher_features serve loss_funcs["{key}"], which is not there.'
+    teacher, ours, theirs = trainer.teacher, trainer.student_features, trainer.teacher_features
+    if MAPS not in trainer.loss_funcs:
+        text = f'student_features and teacher_features serve loss_funcs["{MAPS}"], which is not there.'
         return refuse(ours or theirs, text)
-    refuse(
-        len(ours) != len(theirs) or not ours or isinstance(ours, str) or isinstance(theirs, str),
-        f'loss_funcs["{key}"] needs student_features and teacher_features, two lists of names of modules that go pair '
-        f"by pair, but they are {ours!r} and {theirs!r}.",
-    )
-    refuse(
-        not isinstance(trainer.teacher, (FrozenTeacher, CachedTeacher)),
-        f'loss_funcs["{key}"] taps the layers of the teacher, which must be a FrozenTeacher or a CachedTeacher, but is '
-        f"a {type(trainer.teacher).__name__}.",
-    )
+    text = "student_features and teacher_features, two lists of names of modules that go pair by pair"
+    wrong = not ours or len(ours) != len(theirs) or isinstance(ours, str) or isinstance(theirs, str)
+    refuse(wrong, f'loss_funcs["{MAPS}"] needs {text}, but they are {ours!r} and {theirs!r}.')
+    text = f"the teacher, which must be a FrozenTeacher or a CachedTeacher, but is a {type(teacher).__name__}"
+    refuse(not isinstance(teacher, (FrozenTeacher, CachedTeacher)), f'loss_funcs["{MAPS}"] taps {text}.')
     FeatureTap(trainer.models["trunk"], ours)
-    trainer.teacher.tap(theirs)
+    teacher.tap(theirs)
 
 
 def check_trained(trainer: Any) -> None:
     """Check that the networks and what bridges student and teacher learn, unless they are frozen."""
-    trained, bridges = (
-        trained_by(trainer.optimizers),
-        (("loss_funcs", "feature_distillation_loss"), ("models", "projection")),
-    )
+    trained = trained_by(trainer.optimizers)
     for key, model in trainer.models.items():
         held = [p for p in model.parameters() if id(p) in trained]
-        refuse(
-            held and key not in trainer.freeze_these and not any(p.requires_grad for p in held),
-            f'models["{key}"] is in an optimizer, but none of its parameters requires a gradient. A copy of what '
-            f'FrozenTeacher holds is frozen too: call requires_grad_(True) on it, or give "{key}" in freeze_these.',
-        )
-    for holder, key in bridges:
-        module = None if key in trainer.freeze_these else getattr(trainer, holder).get(key)
-        untrained = (
-            [name for name, p in module.named_parameters() if id(p) not in trained] if module is not None else []
-        )
-        refuse(
-            untrained,
-            f'{holder}["{key}"] has parameters that no optimizer trains, {untrained}; give '
-            f'optimizers["{key}_optimizer"], or "{key}" in freeze_these.',
-        )
+        frozen = held and key not in trainer.freeze_these and not any(p.requires_grad for p in held)
+        advice = f'Call requires_grad_(True) on it, or give "{key}" in freeze_these'
+        refuse(frozen, f'models["{key}"] is in an optimizer, but none of its parameters requires a gradient. {advice}.')
+    for holder, key in (("loss_funcs", MAPS), ("models", "projection")):
+        module = getattr(trainer, holder).get(key)
+        if module is not None and key not in trainer.freeze_these:
+            untrained = [name for name, p in module.named_parameters() if id(p) not in trained]
+            advice = f'give optimizers["{key}_optimizer"], or "{key}" in freeze_these'
+            refuse(untrained, f'{holder}["{key}"] has parameters that no optimizer trains, {untrained}; {advice}.')
 
 
 def check_processes(trainer: Any) -> None:
@@ -217,14 +196,13 @@ def check_multi_hot_level(labels: torch.Tensor, level: Any, loss: Any) -> None:
 def check_labels_seen(trainer: Any) -> None:
     """Say after the first epoch that no label has been seen; of several processes one may have none."""
     wanting = [key for key in ("metric_loss", "classifier_loss") if trainer.wants(key)]
-    if trainer.labels_seen or not wanting:
-        return
-    text = (
-        f'loss_funcs["{wanting[0]}"] has learned nothing: all labels of the first epoch are -1, which means that a '
-        "sample has none. Let the dataset yield (data, label)."
-    )
-    refuse(num_processes() == 1, text)
-    c_f.LOGGER.warning(text)
+    if wanting and not trainer.labels_seen:
+        text = (
+            f'loss_funcs["{wanting[0]}"] has learned nothing: all labels of the first epoch are -1, which means that a '
+            "sample has none. Let the dataset yield (data, label)."
+        )
+        refuse(num_processes() == 1, text)
+        c_f.LOGGER.warning(text)
 
 
 def trained_by(optimizers: dict[str, torch.optim.Optimizer]) -> set[int]:

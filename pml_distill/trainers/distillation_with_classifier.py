@@ -8,7 +8,7 @@ from ..teachers import CachedTeacher, FrozenTeacher
 from ..utils.tensors import in_float32
 from .base_distillation_trainer import BaseDistillationTrainer
 from .batch import Batch
-from .checks import check_teacher
+from .checks import check_teacher, refuse
 
 
 class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
@@ -24,9 +24,8 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
         ``classifier_loss``, ``distillation_loss``, ``feature_distillation_loss``, ``logit_distillation_loss``.
 
     Raises:
-        ValueError: as for ``BaseDistillationTrainer``; ``logit_distillation_loss`` without ``teacher_classifier``
-            and cached logits, or without a ``classifier`` among the models; ``teacher_classifier`` without that loss;
-            in a step: ``classifier_loss`` without labels.
+        ValueError: as for ``BaseDistillationTrainer``; a loss without its classifier, or the other way round; in a
+            step: ``classifier_loss`` without labels.
     """
 
     loss_keys_with_teacher = (*BaseDistillationTrainer.loss_keys_with_teacher, "logit_distillation_loss")
@@ -40,34 +39,26 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
     def custom_setup(self) -> None:
         """Check that both sides of the logit distillation are there."""
         super().custom_setup()
+        losses, loss = self.loss_funcs, 'loss_funcs["logit_distillation_loss"]'
         has_logits = isinstance(self.teacher, CachedTeacher) and "logits" in self.teacher.file.widths
-        if "logit_distillation_loss" in self.loss_funcs and self.teacher_classifier is None and not has_logits:
-            raise ValueError(
-                'loss_funcs has "logit_distillation_loss", which needs teacher_classifier, a module from the '
-                "teacher's embeddings to its logits, or a CachedTeacher whose cache was written with a classifier, but "
-                f"teacher_classifier is None and teacher a {type(self.teacher).__name__} without logits."
-            )
+        lacking = "logit_distillation_loss" in losses and self.teacher_classifier is None and not has_logits
+        text = "teacher_classifier, from embeddings to logits, or a CachedTeacher that was written with a classifier"
+        refuse(lacking, f"{loss} needs {text}, but teacher is a {type(self.teacher).__name__} without.")
         if self.teacher_classifier is not None:
             check_teacher(self.teacher_classifier, self.models)
-            if "logit_distillation_loss" not in self.loss_funcs:
-                raise ValueError(
-                    'teacher_classifier serves loss_funcs["logit_distillation_loss"], but loss_funcs has only '
-                    f"{sorted(self.loss_funcs)}."
-                )
+            unused = "logit_distillation_loss" not in losses
+            refuse(unused, f"teacher_classifier serves {loss}, but loss_funcs has only {sorted(losses)}.")
         for key in ("classifier_loss", "logit_distillation_loss"):
-            if key in self.loss_funcs and "classifier" not in self.models:
-                raise ValueError(
-                    f'loss_funcs has "{key}", which needs models["classifier"], but models has only '
-                    f"{sorted(self.models)}."
-                )
+            text = f'loss_funcs["{key}"] needs models["classifier"], but models has only {sorted(self.models)}.'
+            refuse(key in losses and "classifier" not in self.models, text)
 
     def calculate_loss(self, curr_batch: Batch) -> Batch:
         """Add the losses of the classifier to those of the embeddings."""
         batch = super().calculate_loss(curr_batch)
         if not (self.wants("classifier_loss") or self.wants("logit_distillation_loss")):
             return batch
-        if batch.labels is None and self.wants("classifier_loss"):
-            raise ValueError('loss_funcs["classifier_loss"] needs labels, but the dataset yields none.')
+        unlabeled = batch.labels is None and self.wants("classifier_loss")
+        refuse(unlabeled, 'loss_funcs["classifier_loss"] needs labels, but the dataset yields none.')
         with self.autocast():
             weight = next(self.models["classifier"].parameters(), batch.data.student)
             logits = in_float32(self.models["classifier"](batch.data.student.to(weight.dtype)))
@@ -78,11 +69,7 @@ class DistillationWithClassifier(BaseDistillationTrainer, TrainWithClassifier):
                 labels = c_f.to_device(known.labels, logits)
                 self.losses["classifier_loss"] = self.loss_funcs["classifier_loss"](known.data, labels)
         if self.wants("logit_distillation_loss"):
-            if self.teacher_classifier is None:
-                teacher_logits = self.teacher.logits(batch.index)
-            else:
-                teacher_logits = self.teacher_classifier(batch.data.teacher)
-            self.losses["logit_distillation_loss"] = self.loss_funcs["logit_distillation_loss"](
-                logits, batch.all_or_none(), ref_emb=teacher_logits
-            )
+            own, loss = self.teacher_classifier, self.loss_funcs["logit_distillation_loss"]
+            teacher_logits = self.teacher.logits(batch.index) if own is None else own(batch.data.teacher)
+            self.losses["logit_distillation_loss"] = loss(logits, batch.all_or_none(), ref_emb=teacher_logits)
         return batch

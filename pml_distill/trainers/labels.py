@@ -9,10 +9,9 @@ from ..utils.distributed import num_processes
 
 
 class ClassNumbers:
-    """Turns labels that are text into numbers, the same in all batches.
+    """Turns labels that are text into numbers: in the alphabetical order of ``dataset_labels``, or of the dataset's.
 
-    Classes are numbered in the alphabetical order of ``dataset_labels``, or of the labels that the dataset has, or else
-    as they come: ``as_they_come`` then holds what a checkpoint needs.
+    Of a dataset that does not tell its labels classes are numbered as they come, and kept in ``as_they_come``.
     """
 
     def __init__(self, dataset_labels: Any, dataset: Any):

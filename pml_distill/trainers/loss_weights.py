@@ -47,10 +47,9 @@ class WeightedLossTracker(LossTracker):
 
 def sub_losses(trainer: Any) -> dict[str, Any]:
     """Return the parts of losses that hold several, by the names of both."""
-    found = {key: getattr(without_wrapper(loss), "sub_losses", None) for key, loss in trainer.loss_funcs.items()}
-    return {
-        f"{key}_{name}": value
-        for key, parts in found.items()
-        if isinstance(parts, dict) and trainer.wants(key)  # of hashing losses it is something else
-        for name, value in parts.items()
-    }
+    found = {}
+    for key, loss in trainer.loss_funcs.items():
+        parts = getattr(without_wrapper(loss), "sub_losses", None)
+        if isinstance(parts, dict) and trainer.wants(key):  # of hashing losses it is something else
+            found.update({f"{key}_{name}": value for name, value in parts.items()})
+    return found

@@ -1,8 +1,9 @@
 import copy
 import random
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,11 @@ def train_loader(trainer: Any) -> "ResumableDataLoader":
 class ResumableDataLoader:
     """A data loader that can say where it is and be set back there, shuffling and augmentation included.
 
-    A pass is a function of the random state at its start and of what a sampler shuffles in place, as PML's
-    ``MPerClassSampler`` does with its list of labels; workers read each batch under a seed of its own. To return to a
-    place, state and lists are restored, and the sampler's batches up to there are drawn but not read. They are read
-    again, with a warning, where a dataset has a random generator of its own.
-
-    Of a sampler the loader knows the attributes that are lists or arrays of integers or strings, such as places and
-    classes, and random generators of torch, not NumPy's. What a sampler draws by the weights of a network, as PML's
-    ``TuplesToWeightsSampler`` does, cannot be drawn again.
+    A pass is a function of the random state at its start and of what a sampler holds: lists and arrays of integers or
+    strings, as ``MPerClassSampler`` shuffles in place, and random generators of torch. Workers read each batch under a
+    seed of its own. To return to a place, these are restored, and the sampler's batches up to there are drawn but not
+    read. They are read again, with a warning, where a dataset has a random generator of its own. What a sampler draws
+    by the weights of a network, as PML's ``TuplesToWeightsSampler`` does, cannot be drawn again.
 
     Args:
         dataloader: the loader to walk through.
@@ -93,9 +91,8 @@ class ResumableDataLoader:
             self.start, self.batches = position["start"], position["batches"]
             set_random_state(self.start)
             if holds_generator(self.dataset, {}):
-                again = self.batches
-                text = "batches before the checkpoint are read again: the dataset has a random generator of its own."
-                c_f.LOGGER.warning(f"{again} {text}")
+                again, reason = self.batches, "the dataset has a random generator of its own"
+                c_f.LOGGER.warning(f"{again} batches before the checkpoint are read again: {reason}.")
             else:
                 self.order.skip, self.order.state_after = self.batches, now
         for sampler in self.samplers:
@@ -107,8 +104,7 @@ class ResumableDataLoader:
             self.dataloader.generator.manual_seed(self.order.seed)
         iterator = iter(self.dataloader)
         if again:
-            for _ in islice(iterator, again):
-                pass
+            deque(islice(iterator, again), maxlen=0)
             set_random_state(now)
         for batch in iterator:
             self.batches += 1
@@ -140,7 +136,9 @@ class ResumableDataLoader:
     def lists(self) -> dict[str, Any]:
         """Return the lists and arrays of the samplers, but for the dataset, which may be a list too."""
         found = self.attributes((list, np.ndarray)).items()
-        return {key: value for key, value in found if np.ndim(value) and value is not self.dataset}
+        return {
+            key: value for key, value in found if value is not self.dataset and (isinstance(value, list) or value.ndim)
+        }
 
     def restore_lists(self, order: dict[str, list]) -> None:
         """Bring the lists of the samplers into a recorded order."""
@@ -149,15 +147,13 @@ class ResumableDataLoader:
             current: Any = lists.get(key)
             if current is not None and len(current) == 0:
                 continue  # the sampler fills it itself
-            wanted, present = ([repr(item) for item in items or []] for items in (value, plain(current)))
-            if current is None or sorted(wanted) != sorted(present):
+            present = plain(current)
+            if present is None or sorted(map(repr, value)) != sorted(map(repr, present)):
                 raise ValueError(
                     f"sampler must be as it was when the checkpoint was written, but {key} holds other items."
                 )
-            items = current.copy()
-            for place, source in zip(argsort(wanted), argsort(present)):
-                if place != source:
-                    current[place] = items[source]
+            if present != value:
+                current[:] = value
 
 
 class SkippingSampler:
@@ -205,18 +201,11 @@ def holds_generator(part: Any, seen: dict[int, Any], depth: int = 8) -> bool:
     """Whether a dataset, or a transform in it, has a random generator of its own that nobody seeds for each item."""
     if isinstance(part, GENERATORS):
         return True
-    known = id(part) in seen or isinstance(part, (SeededViews, torch.Tensor, type, FunctionType, ModuleType))
-    if known or depth == 0:
+    if id(part) in seen or depth == 0 or isinstance(part, (SeededViews, torch.Tensor, type, ModuleType)):
         return False
     seen[id(part)] = part
-    inner = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else None
-    inner = getattr(part, "__dict__", {}).values() if inner is None else inner
+    inner = part if isinstance(part, (list, tuple)) else getattr(part, "__dict__", {}).values()
     return any(holds_generator(value, seen, depth - 1) for value in islice(inner, 100))
-
-
-def argsort(items: list[str]) -> list[int]:
-    """Return the places of the items in ascending order."""
-    return sorted(range(len(items)), key=items.__getitem__)
 
 
 def plain(value: Any) -> Any:
