@@ -42,7 +42,7 @@ def picture(rows, path):
             float(row[MAP])
         )
     colors = {"teacher": "black", "TF-IDF": "gray", "static": "tab:orange", "cut": "tab:blue"}
-    for ((name, method, speed), values), marker in zip(points.items(), "*PosvD^Xosv^D"):
+    for ((name, method, speed), values), marker in zip(points.items(), "*DPosv^<X>osv^"):
         label = f"{name}, {method}"
         axes.plot(speed, np.mean(values), marker, color=colors[name], label=label, alpha=0.7, linestyle="none")
     figure.legend(loc="outside right upper", fontsize=8)
