@@ -20,9 +20,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from record import append, claim, finished
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.samplers import MPerClassSampler
+from record import append, claim, finished
 
 from pml_distill.datasets import Glyphs, glyph_hashing
 from pml_distill.evaluation import HashAccuracyCalculator, model_cost
