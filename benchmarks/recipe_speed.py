@@ -28,7 +28,6 @@ from pml_distill.recipe.run import new_machine
 from pml_distill.recipe.training import Training, placed
 from pml_distill.recipe.views import Augmentation, SharedViews
 from pml_distill.teachers import CachedTeacher, FrozenTeacher, StandardizedTeacher, TeacherCache
-from pml_distill.teachers.teacher_cache import AllRows
 from pml_distill.utils.report import format_table
 
 WIDTH = 64
@@ -49,10 +48,22 @@ def seconds(function) -> float:
     return time.perf_counter() - start
 
 
+class AllRows(torch.utils.data.Dataset):
+    """The data of all views, by row."""
+
+    def __init__(self, views: SeededViews):
+        self.views = views
+
+    def __len__(self) -> int:
+        return self.views.num_rows
+
+    def __getitems__(self, rows: list[int]) -> list:
+        return [item[0] for item in self.views.read(rows)]
+
+
 def bare_pass(frozen: FrozenTeacher, views: SeededViews, batch_size: int) -> None:
     """Ask the teacher for all views, and keep nothing."""
-    batches = torch.arange(views.num_rows).split(batch_size)
-    for data, _ in DataLoader(AllRows(views), batch_sampler=[batch.tolist() for batch in batches]):
+    for data in DataLoader(AllRows(views), batch_size):
         frozen(data)
 
 
@@ -85,7 +96,7 @@ def recipe_training(training: Training, epochs: int, folder: Path) -> float:
     """Train by the recipe's trainer with its logs; return its seconds."""
     trainer = training.trainer(training.network)
     keeper, _, _ = get_record_keeper(str(folder / "logs"), str(folder / "tensorboard"))
-    trainer.end_of_iteration_hook = HookContainer(keeper, log_freq=10).end_of_iteration_hook
+    trainer.end_of_iteration_hook = HookContainer(keeper, log_freq=50).end_of_iteration_hook
     taken = seconds(lambda: trainer.train(1, epochs))
     keeper.tensorboard_writer.close()
     return taken
@@ -97,6 +108,8 @@ def main() -> None:
     parser.add_argument("--teacher", default="torchvision/resnet18")
     parser.add_argument("--student", default="timm/mobilenetv3_small_050")
     parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=12, help="of three steps each")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -108,11 +121,13 @@ def main() -> None:
     }
     shown = {
         role: SeededViews(
-            SharedViews(images, Augmentation(), **{"student": None, "teacher": None, role: n.preprocessing})
+            SharedViews(images, Augmentation(), **{"student": None, "teacher": None, role: n.preprocessing}),
+            views=options.views,
         )
         for role, n in networks.items()
     }
     frozen = FrozenTeacher(placed(networks["teacher"].network, machine.device))
+    rows = shown["teacher"].num_rows
     ratios: dict[str, list[float]] = {"stored outputs": [], "training loop": []}
     with tempfile.TemporaryDirectory() as name:
         for turn in range(options.rounds + 1):
@@ -120,13 +135,16 @@ def main() -> None:
             cache = TeacherCache(folder / "outputs", frozen, shown["teacher"], torch.float16, 64)
             written, bare = seconds(cache.write), seconds(lambda: bare_pass(frozen, shown["teacher"], 64))
             teacher = StandardizedTeacher(CachedTeacher(cache.folder), WIDTH)
-            teacher.fit([[torch.empty(len(images)), None, torch.arange(len(images))]])
+            teacher.fit([[torch.empty(rows), None, torch.arange(rows)]])
             training = Training(
-                folder, build_student(networks["student"], WIDTH), shown["student"], machine, 2, 1e-3, 0,
+                folder, build_student(networks["student"], WIDTH), shown["student"], machine, options.epochs, 1e-3, 0,
                 MultiSimilarityLoss(), MultipleDistillationLosses({"cosine_teacher": CosineTeacherLoss()}, [3.0]),
                 teacher=teacher, projection=torch.nn.Linear(WIDTH, WIDTH),
             )  # fmt: skip
-            trained, plain = recipe_training(training, 2, folder), bare_training(training, 2)
+            # Whoever comes second finds warm caches: the two take turns at that.
+            first = bare_training(training, options.epochs) if turn % 2 else 0.0
+            trained = recipe_training(training, options.epochs, folder)
+            plain = first or bare_training(training, options.epochs)
             if turn:  # the first is for warming up
                 ratios["stored outputs"].append(bare / written)
                 ratios["training loop"].append(plain / trained)

@@ -119,7 +119,7 @@ class Training:
             self.curve = json.loads((self.folder / CURVE).read_text(encoding="utf-8"))[: start - 1]
         if first:
             keeper, _, _ = get_record_keeper(str(self.folder / "logs"), str(self.folder / "tensorboard"))
-            trainer.end_of_iteration_hook = HookContainer(keeper, log_freq=10).end_of_iteration_hook
+            trainer.end_of_iteration_hook = HookContainer(keeper, log_freq=50).end_of_iteration_hook
 
         def end_of_epoch(trainer: Any) -> None:
             point = {name: float(loss) for name, loss in trainer.epoch_losses.items()} | {"epoch": trainer.epoch}
