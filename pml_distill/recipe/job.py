@@ -198,8 +198,8 @@ class Job:
             validate=self.validate,
         )
 
-    def students(self) -> dict[str, EmbeddingNetwork]:
-        """Return the student to deploy, called distilled, and the one without a teacher if there is one."""
+    def students(self) -> tuple[dict[str, EmbeddingNetwork], str]:
+        """Return the students by name, and which of them is to be deployed: the better one on validation images."""
         weights, bits, found = self.weights(), self.settings.bits, {}
 
         def finish(name: str, training: Training) -> None:
@@ -214,15 +214,14 @@ class Job:
             finish(DISTILLED, self.training("student", weights))
         if bits:
             finish(DISTILLED, self.hashing("hashing", found[DISTILLED].trunk))
-        if ALONE in found and self.images["val"].labeled:
-            figures = {name: self.validate(network) for name, network in found.items()}
-            if max(figures, key=lambda name: figures[name]) == ALONE:
-                self.note(
-                    "Distillation did not help on validation images: the student to deploy is that without a teacher "
-                    f"(MAP@R {', '.join(f'{value:.3f} {name}' for name, value in figures.items())})."
-                )
-                found[DISTILLED] = found[ALONE]
-        return found
+        best = DISTILLED if weights else ALONE
+        if len(found) == 2 and self.images["val"].labeled:
+            figures = {name: self.validate(found[name]) for name in (DISTILLED, ALONE)}
+            best = max(figures, key=lambda name: figures[name])
+            shown = " and ".join(f"{value:.3f} by the {name}" for name, value in figures.items())
+            self.note(f"MAP@R on validation images is {shown}.")
+        self.note(f"The student to deploy is the {best}.")
+        return found, best
 
     def validate(self, network: EmbeddingNetwork) -> float:
         """Measure a student on the validation images: MAP@R, or without labels the agreement with the teacher."""

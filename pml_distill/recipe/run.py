@@ -18,7 +18,7 @@ from ..utils.distributed import in_first_process
 from ..utils.files import whole_file, write_json
 from . import deploy, report
 from .images import ImageSet, find_images
-from .job import DISTILLED, Job
+from .job import Job
 from .networks import CONFIG, build_student, find_network, load_student
 from .settings import Settings
 from .training import Machine
@@ -100,8 +100,8 @@ def distill(
     if not (out / CONFIG).exists():
         job.note(str(found))
         job.teach()
-        networks = job.students()
-        in_first_process(lambda: finish(job, networks, given is None))
+        networks, best = job.students()
+        in_first_process(lambda: finish(job, networks, best, given is None))
     config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
     return Run(out, load_student(out, given), config["table"], config["notes"], out / REPORT)
 
@@ -135,13 +135,13 @@ def claim(out: Path, ours: dict[str, Any]) -> None:
     in_first_process(in_one_process)
 
 
-def finish(job: Job, networks: dict[str, Any], has_name: bool) -> None:
+def finish(job: Job, networks: dict[str, Any], best: str, has_name: bool) -> None:
     """Write the files and try them, test all networks, write the report; the configuration comes last."""
     out, settings, sees, test = job.out, job.settings, job.student.preprocessing, job.images["test"]
     tested = SharedViews(test, None, sees, None)
     calibration = SharedViews(job.images["train"], None, sees, None) if settings.int8 else None
     again = build_student(job.student, job.width, settings.bits)
-    files = deploy.write_files(out, networks[DISTILLED], again, sees.image_shape, tested, calibration)
+    files = deploy.write_files(out, networks[best], again, sees.image_shape, tested, calibration)
     for name, result in files.items():
         job.notes.append(
             f"{name} was run on {result['images']} test images: largest difference from the student "

@@ -17,7 +17,7 @@ from ..datasets import SeededViews
 from ..datasets.items import UNLABELED
 from ..models import EmbeddingNetwork
 from ..samplers import DistributedMPerClassSampler, MixedSampler
-from ..trainers import DistillationTrainer
+from ..trainers import DistillationTrainer, LossWeightRamp
 from ..utils.distributed import in_first_process, num_processes, process_rank
 from ..utils.files import write_json
 from ..utils.modules import eval_mode
@@ -176,7 +176,7 @@ class Training:
             loss_funcs=losses,
             loss_weights=dict.fromkeys(losses, 1.0),
             # The teacher comes first, the labels have the last word.
-            loss_weight_ramps={"distillation_loss": lambda done: max(0.0, 1 - done / self.fade)} if self.fade else None,
+            loss_weight_ramps={"distillation_loss": LossWeightRamp(0, self.fade, 1, 0)} if self.fade else None,
             dataset=self.views,
             sampler=sampler,
             iterations_per_epoch=steps,

@@ -63,17 +63,18 @@ def tiny():
 
 def test_a_run_leaves_a_table_pictures_logs_and_a_report(finished):
     rows = list(csv.DictReader(open(finished / "results.csv")))
-    assert [row["network"] for row in rows] == ["teacher", "student without teacher", "distilled student"]
+    names = [row["network"] for row in rows]
+    assert names[:2] == ["teacher", "student without teacher"] and names[2:] in ([], ["distilled student"])
     for row in rows:
         assert 0 < float(row["mean_average_precision_at_r"]) <= float(row["recall_at_10"]) <= 1
         assert int(row["flops"]) > 1e6 and float(row["latency_ms_batch_32"]) > 0
-    assert float(rows[0]["agreement"]) == 1 and int(rows[0]["parameters"]) > 10 * int(rows[2]["parameters"])
+    assert float(rows[0]["agreement"]) == 1 and int(rows[0]["parameters"]) > 10 * int(rows[1]["parameters"])
     for picture in finished.glob("*.png"):
         assert min(Image.open(picture).size) > 300
     page = (finished / "report.html").read_text()
     assert not re.search(r"https?:|//|<link|<script|url\(", re.sub(r"base64,[\w+/=]+", "", page))
-    assert page.count("data:image/png;base64,") == len(list(finished.glob("*.png"))) == 5
-    assert f"<td>{float(rows[2]['precision_at_1']):.3f}</td>" in page and "width=device-width" in page
+    assert page.count("data:image/png;base64,") == len(list(finished.glob("*.png"))) == 2 + len(rows)
+    assert f"<td>{float(rows[1]['precision_at_1']):.3f}</td>" in page and "width=device-width" in page
     for name in ("teacher", "baseline", "choice/0"):
         assert (finished / name / "logs" / "loss_histories.csv").exists()
         assert list((finished / name / "tensorboard").iterdir())
@@ -84,6 +85,7 @@ def test_the_report_says_what_was_decided(finished):
     notes = " ".join(json.loads((finished / "config.json").read_text())["notes"])
     assert re.search(r"The teacher was tuned on labels: MAP@R on validation images 0\.\d+ before, 0\.\d+ after", notes)
     assert re.search(r"The weight .* chosen on validation images: .* short runs with 0 times 0\.\d+, 1 times", notes)
+    assert re.search(r"The student to deploy is the (distilled student|student without teacher)\.", notes)
     for name in ("student.safetensors", "student.onnx", "student.int8.onnx"):
         assert f"{name} was run on 40 test images" in notes
 
@@ -111,7 +113,7 @@ def test_finished_it_trains_nothing_again(finished, photos, capsys, monkeypatch)
     monkeypatch.setattr(training.Training, "train", lambda self: pytest.fail("trained again"))
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert cli.main(train_flags(photos, finished, "--baseline", "--int8")) == 0
-    assert "distilled student" in capsys.readouterr().out
+    assert "student without teacher" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
@@ -157,7 +159,7 @@ def test_networks_are_compared_on_the_images_that_did_not_train(finished, photos
     assert cli.main(["test", str(photos), "--networks", str(finished), TEACHER, *FLAGS]) == 0
     table = capsys.readouterr().out
     rows = list(csv.DictReader(open(finished / "results.csv")))
-    assert f" {float(rows[2]['mean_average_precision_at_r']):.3f} " in table and TEACHER in table
+    assert any(f" {float(row['mean_average_precision_at_r']):.3f} " in table for row in rows[1:]) and TEACHER in table
 
 
 def test_embeddings_in_place_of_a_teacher(finished, photos, tmp_path):
@@ -208,7 +210,7 @@ def test_few_labels(photos, tmp_path):
     with open(tmp_path / "list.csv", "w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "split"), *known])
     run = short(tmp_path / "list.csv", tmp_path / "run", losses=(), baseline=True, **tiny())
-    assert len(run.table) == 3
+    assert len(run.table) == 3 and "was chosen" not in " ".join(run.notes)
 
 
 def test_networks_of_your_own(photos, tmp_path):
