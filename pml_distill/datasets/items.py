@@ -63,6 +63,11 @@ def read_fields(item: Any, fields: dict[Any, Any]) -> tuple[Any, Any, Any]:
     return item if len(data) == len(fields) else data, label, row
 
 
+def data_and_label(batch: Any) -> tuple[Any, Any]:
+    """Return (data, label) of a batch, the ``data_and_label_getter`` of testers."""
+    return read_item(batch)[:2]
+
+
 def plain_item(data: Any, label: Any, row: Any) -> Any:
     """Return what ``read_item`` reads as these: data alone, (data, label) or (data, label, row)."""
     if row is not None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..distances.packed_codes import PART, check_outputs, check_packed, is_packed, pack_codes, unpack_codes
+from ..distances.packed_codes import check_outputs, check_packed, is_packed, pack_codes, unpack_codes
 from ..utils.files import whole_file
 
 Codes = torch.Tensor | np.ndarray
@@ -17,9 +17,6 @@ class HammingKNN:
     packed codes; on a GPU torch does, by products of the codes in chunks. The search is exact; between equal
     distances the order is arbitrary.
 
-    Args:
-        only_codes: refuse whatever is not a code of -1 and 1 instead of taking signs.
-
     Example:
         >>> codes = torch.tensor([[1.0, 1, 1, 1], [1, 1, -1, -1], [1, 1, 1, -1]])
         >>> knn = HammingKNN()
@@ -28,8 +25,7 @@ class HammingKNN:
         ([[1.0, 2.0]], [[1, 0]])
     """
 
-    def __init__(self, only_codes: bool = False):
-        self.only_codes = only_codes
+    def __init__(self) -> None:
         self.parts: list[torch.Tensor] = []
         self.bits = 0
 
@@ -43,14 +39,14 @@ class HammingKNN:
 
     def train(self, reference: torch.Tensor) -> None:
         """Keep the packed codes of a database (N, bits), to be searched without giving ``reference`` again."""
-        self.parts, self.bits = [self.packed(reference, "reference")], reference.shape[1]
+        self.parts, self.bits = [packed(reference, "reference")], reference.shape[1]
 
     def add(self, reference: torch.Tensor) -> None:
         """Append to the database, for one that does not fit into memory as real outputs."""
         if not self.parts:
             return self.train(reference)
         check_bits(reference, self.bits, "reference")
-        self.parts.append(self.packed(reference, "reference").to(self.parts[0].device))
+        self.parts.append(packed(reference, "reference").to(self.parts[0].device))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the database that is kept; ``InferenceModel.save_knn_func`` calls this."""
@@ -73,10 +69,10 @@ class HammingKNN:
     def __call__(
         self, query: torch.Tensor, k: int, reference: Codes | None = None, ref_includes_query: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Search the k nearest.
+        """Search the k nearest of each query (Q, bits).
 
         Args:
-            query: (Q, bits) outputs or codes.
+            query: outputs or codes.
             k: how many.
             reference: (N, bits), or packed by ``pack_codes``, (N, ceil(bits / 8)) uint8, also a ``numpy.memmap``;
                 None: the database kept by ``train``.
@@ -86,8 +82,7 @@ class HammingKNN:
             Distances (Q, k), float32, ascending, and indices (Q, k).
 
         Raises:
-            ValueError: there is no database or an empty one, fewer than k codes, a different number of bits, values
-                that are not finite, or, with ``only_codes``, not -1 or 1.
+            ValueError: there are fewer than k codes, of another number of bits, or values are not finite.
         """
         if reference is None:
             if self.database is None:
@@ -101,25 +96,23 @@ class HammingKNN:
             # A file that is mapped to memory stays one on the CPU.
             database = torch.as_tensor(reference).to(query.device) if query.is_cuda else reference
         else:
-            database, bits = self.packed(torch.as_tensor(reference), "reference").to(query.device), reference.shape[1]
+            database, bits = packed(torch.as_tensor(reference), "reference").to(query.device), reference.shape[1]
         check_bits(query, bits, "query")
         wanted = k + ref_includes_query
         if not 0 < wanted <= len(database):
             beside = " beside the query itself" if ref_includes_query else ""
             raise ValueError(f"k = {k} neighbours{beside} are wanted of a database of {len(database)} codes.")
         search: Callable = search_on_gpu if query.is_cuda else search_on_cpu
-        distances, indices = search(self.packed(query, "query"), database, bits, wanted)
+        distances, indices = search(packed(query, "query"), database, bits, wanted)
         return without_own(distances, indices) if ref_includes_query else (distances, indices)
 
-    def packed(self, codes: torch.Tensor, name: str) -> torch.Tensor:
-        """Return the codes packed, if they are codes."""
-        if codes.ndim != 2 or codes.numel() == 0:
-            raise ValueError(f"{name} must be (N, bits) and not empty, but has shape {tuple(codes.shape)}.")
-        check_outputs(codes, name)
-        # In parts, since what the check allocates is as large as the outputs.
-        if self.only_codes and not all((part.abs() == 1).all() for part in codes.split(PART)):
-            raise ValueError(f"{name} {tuple(codes.shape)} must hold only -1 and 1, but has other values.")
-        return pack_codes(codes)
+
+def packed(codes: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the codes packed, if they are codes."""
+    if codes.ndim != 2 or codes.numel() == 0:
+        raise ValueError(f"{name} must be (N, bits) and not empty, but has shape {tuple(codes.shape)}.")
+    check_outputs(codes, name)
+    return pack_codes(codes)
 
 
 def without_own(distances: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,17 +139,15 @@ def search_on_cpu(query: torch.Tensor, database: Codes, bits: int, k: int) -> tu
 
 def search_on_gpu(query: torch.Tensor, database: torch.Tensor, bits: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Search packed codes with torch, a chunk of queries and of the database at a time."""
-    queries, size = unpack_codes(query, bits), 1 << 17
     found = []
-    for part in queries.split(1024):
-        best = torch.empty(len(part), 0, device=query.device)
-        places = torch.empty(len(part), 0, dtype=torch.long, device=query.device)
-        for start in range(0, len(database), size):
-            distances = (bits - part @ unpack_codes(database[start : start + size], bits).T) / 2
-            near = distances.topk(min(k, distances.shape[1]), largest=False)
-            best, places = torch.cat([best, near.values], 1), torch.cat([places, near.indices + start], 1)
-            near = best.topk(min(k, best.shape[1]), largest=False)
-            best, places = near.values, places.gather(1, near.indices)
-        found.append((best, places))
+    for part in unpack_codes(query, bits).split(1024):
+        near = []
+        for start, codes in enumerate(database.split(1 << 17)):
+            distances = (bits - part @ unpack_codes(codes, bits).T) / 2
+            values, places = distances.topk(min(k, len(codes)), largest=False)
+            near.append((values, places + (start << 17)))
+        distances, places = (torch.cat(each, dim=1) for each in zip(*near))
+        distances, nearest = distances.topk(k, largest=False)
+        found.append((distances, places.gather(1, nearest)))
     distances, indices = (torch.cat(parts) for parts in zip(*found))
     return distances, indices

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..utils.labels import check_multi_hot, flat, share_a_label
+from ..utils.labels import check_labels, flat, share_a_label
 from ..utils.tensors import check_finite, in_float32
 
 METRICS = ("precision_at_1", "recall_at_10", "mean_average_precision_at_r")
@@ -169,17 +169,9 @@ def check(queries, labels, gallery, gallery_labels, own: bool, cameras, gallery_
             f"The gallery has {len(gallery)} rows for {len(queries)} queries, so that row i cannot be query i; "
             "give gallery_labels for a gallery of other items."
         )
-    names = ("labels", "gallery_labels", "cameras", "gallery_cameras")
-    for name, of_rows in zip(names, (labels, gallery_labels, cameras, gallery_cameras)):
-        rows = len(gallery if name.startswith("gallery") else queries)
-        if of_rows is not None and len(of_rows) != rows:
-            raise ValueError(f"{name} must have one entry for each of {rows} rows, but has {len(of_rows)}.")
+    rows = len(queries), len(gallery)
+    check_labels(rows, labels=labels, gallery_labels=gallery_labels)
     if (cameras is None) != (gallery_cameras is None):
         raise ValueError("cameras and gallery_cameras must both be given, but one of them is None.")
-    check_multi_hot(labels, "labels")
-    check_multi_hot(gallery_labels, "gallery_labels")
-    if labels.shape[1:] != gallery_labels.shape[1:]:
-        raise ValueError(
-            f"labels {tuple(labels.shape)} and gallery_labels {tuple(gallery_labels.shape)} must both be classes, or "
-            "multi-hot with the same number of columns."
-        )
+    if cameras is not None:
+        check_labels(rows, cameras=cameras, gallery_cameras=gallery_cameras)

@@ -4,6 +4,7 @@ import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
+from ..datasets.items import data_and_label
 from ..evaluation.hash_accuracy_calculator import HashAccuracyCalculator
 
 RETRIEVAL = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
@@ -12,9 +13,8 @@ RETRIEVAL = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 class MultiLabelTester(GlobalEmbeddingSpaceTester):
     """PML's ``GlobalEmbeddingSpaceTester`` for multi-hot labels, which it would take for so many hierarchy levels.
 
-    The accuracy calculator gets all columns at once: ``HashAccuracyCalculator`` counts as relevant what shares a label,
-    and so does the default, PML's calculator with its metrics of retrieval. The figures are named as at level 0, such
-    as ``mean_average_precision_level0``, so that ``HookContainer`` finds them. In a trainer
+    What shares a label is relevant, to ``HashAccuracyCalculator`` and to the default, PML's calculator with its metrics
+    of retrieval. The figures are named as at level 0, such as ``mean_average_precision_level0``. In a trainer
     ``label_hierarchy_level="all"`` hands multi-hot labels to the loss.
 
     Args:
@@ -36,11 +36,14 @@ class MultiLabelTester(GlobalEmbeddingSpaceTester):
 
     accuracy_calculator: Any
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"data_and_label_getter": data_and_label} | kwargs)
+
     def initialize_accuracy_calculator(self) -> None:
         """Take the default calculator, or check the given one."""
         if self.accuracy_calculator is None:
             self.accuracy_calculator = AccuracyCalculator(
-                include=RETRIEVAL, k="max_bin_count", label_comparison_fn=share_one
+                include=RETRIEVAL, k="max_bin_count", label_comparison_fn=lambda x, y: (x * y).any(-1)
             )
         compares = getattr(self.accuracy_calculator, "label_comparison_fn", None)
         if compares is torch.eq and not isinstance(self.accuracy_calculator, HashAccuracyCalculator):
@@ -49,21 +52,9 @@ class MultiLabelTester(GlobalEmbeddingSpaceTester):
                 "x, y: (x * y).any(-1), or pass a HashAccuracyCalculator."
             )
 
-    def do_knn_and_accuracies(
-        self,
-        accuracies: dict[str, Any],
-        embeddings_and_labels: dict[str, Any],
-        query_split_name: str,
-        reference_split_names: list[str],
-    ) -> None:
+    def do_knn_and_accuracies(self, accuracies: dict, embeddings_and_labels: dict, *splits: Any) -> None:
         """Measure one split."""
-        splits = self.set_reference_and_query(embeddings_and_labels, query_split_name, reference_split_names)
+        arguments = self.set_reference_and_query(embeddings_and_labels, *splits)
         self.label_levels = [0]
-        own = self.ref_includes_query(query_split_name, reference_split_names)
-        found = self.accuracy_calculator.get_accuracy(*splits, own)
+        found = self.accuracy_calculator.get_accuracy(*arguments, self.ref_includes_query(*splits))
         accuracies.update({self.accuracies_keyname(name): value for name, value in found.items()})
-
-
-def share_one(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return where multi-hot labels have one in common, in the shapes of PML's calculator."""
-    return (labels * others).any(dim=-1)

@@ -1,8 +1,9 @@
 from typing import Any
 
-import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
+from torch.nn.functional import normalize
 
+from ..datasets.items import data_and_label
 from ..evaluation.accuracy_by_width import check_widths
 
 
@@ -25,7 +26,7 @@ class WidthTester(GlobalEmbeddingSpaceTester):
     """
 
     def __init__(self, *args: Any, widths: tuple[int, ...], **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"data_and_label_getter": data_and_label} | kwargs)
         self.widths = widths
 
     def do_knn_and_accuracies(self, accuracies: dict, embeddings_and_labels: dict, *splits: Any) -> None:
@@ -34,11 +35,8 @@ class WidthTester(GlobalEmbeddingSpaceTester):
         check_widths(self.widths, embeddings_and_labels[splits[0]][0].shape[1])
         for width in self.widths:
             found: dict[str, float] = {}
-            cut = {split: (self.cut(rows, width), labels) for split, (rows, labels) in embeddings_and_labels.items()}
+            cut = {split: (rows[:, :width].contiguous(), y) for split, (rows, y) in embeddings_and_labels.items()}
+            if self.normalize_embeddings:
+                cut = {split: (normalize(rows), y) for split, (rows, y) in cut.items()}
             super().do_knn_and_accuracies(found, cut, *splits)
             accuracies.update({f"width_{width}_{name}": value for name, value in found.items()})
-
-    def cut(self, embeddings: torch.Tensor, width: int) -> torch.Tensor:
-        """Return the first coordinates."""
-        rows = embeddings[:, :width].contiguous()
-        return torch.nn.functional.normalize(rows) if self.normalize_embeddings else rows

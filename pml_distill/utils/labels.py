@@ -19,3 +19,18 @@ def share_a_label(labels: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     if labels.ndim == 1:
         return labels[:, None] == others
     return labels.float() @ others.float().T > 0
+
+
+def check_labels(rows: tuple[int, int], any_kind: bool = False, **labels: torch.Tensor) -> None:
+    """Raise ``ValueError`` for labels of queries and of a database that do not fit their rows or one another."""
+    for size, (name, of_rows) in zip(rows, labels.items()):
+        if len(of_rows) != size:
+            raise ValueError(f"{name} must have one entry for each of {size} rows, but has {len(of_rows)}.")
+        if not any_kind:
+            check_multi_hot(of_rows, name)
+    shapes = [tuple(of_rows.shape) for of_rows in labels.values()]
+    if shapes[0][1:] != shapes[1][1:]:
+        raise ValueError(
+            f"{' and '.join(labels)} must both be classes, or multi-hot with the same number of columns, but have "
+            f"shapes {shapes[0]} and {shapes[1]}."
+        )

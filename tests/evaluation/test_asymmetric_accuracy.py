@@ -51,9 +51,9 @@ def test_a_rotated_student_finds_nothing_in_the_teachers_gallery():
 
 
 def test_wrong_input_is_named():
-    with pytest.raises(ValueError, match=r"\(4, 3\), \(4, 2\) and \(4,\); where widths differ, project"):
+    with pytest.raises(ValueError, match=r"\(4, 3\) and \(4, 2\); where widths differ, project"):
         asymmetric_accuracy(torch.zeros(4, 3), torch.zeros(4, 2), torch.zeros(4))
-    with pytest.raises(ValueError, match="no class with two samples"):
+    with pytest.raises(ValueError, match="No query has a relevant item"):
         asymmetric_accuracy(torch.zeros(4, 3), torch.zeros(4, 3), torch.arange(4))
 
 

@@ -107,7 +107,6 @@ def test_files_of_the_former_order_are_converted(tmp_path):
         (lambda knn: knn(codes(2, 32), 1, torch.zeros(0, 32)), r"reference must be .* not empty.*\(0, 32\)"),
         (lambda knn: knn(torch.full((2, 32), torch.nan), 1), r"query \(2, 32\) must be finite"),
         (lambda knn: HammingKNN()(codes(2, 32), 1), "no database is kept"),
-        (lambda knn: HammingKNN(only_codes=True).train(torch.rand(2, 8)), "must hold only -1 and 1"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(call, message):

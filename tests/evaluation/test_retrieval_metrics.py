@@ -186,7 +186,7 @@ def test_widths_equal_embeddings_that_were_cut():
         ({"labels": torch.zeros(5)}, "labels must have one entry for each of 6 rows, but has 5"),
         ({"cameras": torch.zeros(5), "gallery_cameras": torch.zeros(6)}, "cameras must have one entry"),
         ({"cameras": torch.zeros(6), "gallery": torch.zeros(7, 4), "gallery_labels": torch.zeros(7)}, "both be given"),
-        ({"gallery_labels": torch.zeros(6, 2)}, r"labels \(6,\) and gallery_labels \(6, 2\)"),
+        ({"gallery_labels": torch.zeros(6, 2)}, r"labels and gallery_labels must both be classes.*\(6,\) and \(6, 2\)"),
         ({"metrics": ("precision_at_0",)}, "metrics has 'precision_at_0', but can have precision_at_K"),
         ({"lone_queries": "drop"}, "lone_queries must be 'skip' or 'zero', but is 'drop'"),
         ({"labels": torch.arange(6)}, "No query has a relevant item"),

@@ -87,9 +87,18 @@ def test_after_an_error_of_the_teacher_the_student_sees_its_view_again(glyphs):
 
 def test_data_with_an_index(glyphs):
     few = torch.utils.data.Subset(glyphs, range(160))
-    tester = make_tester(teacher=FrozenTeacher(network(4, 1)), data_and_label_getter=lambda batch: batch[:2])
     expected = make_tester(teacher=FrozenTeacher(network(4, 1))).test({SPLIT: few}, 1, network(4, 0))
-    assert tester.test({SPLIT: SeededViews(few)}, 1, network(4, 0)) == expected
+    for getter in ({}, {"data_and_label_getter": lambda batch: batch[:2]}):
+        tester = make_tester(teacher=FrozenTeacher(network(4, 1)), **getter)
+        assert tester.test({SPLIT: SeededViews(few)}, 1, network(4, 0)) == expected
+
+
+def test_batches_that_are_dictionaries(glyphs):
+    few = [glyphs[i] for i in range(160)]
+    rows = [{"image": image, "label": label} for image, label, *_ in few]
+    tester = make_tester(teacher=FrozenTeacher(network(4, 1)))
+    expected = tester.test({SPLIT: few}, 1, network(4, 0))[SPLIT]
+    assert tester.test({SPLIT: rows}, 1, network(4, 0))[SPLIT] == expected
 
 
 def test_a_teacher_that_embeds_nothing_is_refused():
