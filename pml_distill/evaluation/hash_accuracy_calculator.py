@@ -16,6 +16,7 @@ TIES = ("expected", "stable", "best", "worst")
 DEFAULT = ("mean_average_precision", "precision_within_radius", "precision_at_k", "recall_at_k")
 METRICS = (*DEFAULT, "mean_average_precision_within_radius")
 Values = torch.Tensor | np.ndarray
+Prepared = tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor, bool]
 
 
 class HashAccuracyCalculator(AccuracyCalculator):
@@ -120,7 +121,7 @@ class HashAccuracyCalculator(AccuracyCalculator):
         query, query_labels, reference, reference_labels, own = arguments
         names = self.get_function_dict(include, exclude)
         others = [name for name in names if name not in METRICS]
-        found = {name: values.mean().item() for name, values in self.values(names, *arguments).items()}
+        found = {name: values.mean().item() for name, values in self.values(names, arguments).items()}
         if others and query_labels.ndim > 1 and self.compare is None:
             raise ValueError(
                 f"{', '.join(others)} need one class label for each code, but query_labels has shape "
@@ -149,11 +150,11 @@ class HashAccuracyCalculator(AccuracyCalculator):
         Args:
             *arguments: as in ``get_accuracy``; queries that are ignored have no value.
         """
-        return self.values(self.get_function_dict(), *self.prepared(*arguments))
+        return self.values(self.get_function_dict(), self.prepared(*arguments))
 
     def prepared(
         self, query: Any, query_labels: Any, reference: Any = None, reference_labels: Any = None, own: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor, bool]:
+    ) -> Prepared:
         """Return the arguments on the calculator's device, without items that are ignored."""
         if reference is None:
             reference, reference_labels, own = query, query_labels, True
@@ -173,13 +174,13 @@ class HashAccuracyCalculator(AccuracyCalculator):
 
     def kept(self, rows: Values, labels: torch.Tensor) -> tuple[Values, torch.Tensor]:
         """Return rows and labels without those that are ignored."""
-        places = (labels != self.ignore_label).nonzero()[:, 0]
+        places = torch.as_tensor(labels != self.ignore_label).nonzero()[:, 0]
         # What does not fit is refused later.
         if len(places) == len(labels) or len(rows) != len(labels):
             return rows, labels
         return rows[places.cpu().numpy() if isinstance(rows, np.ndarray) else places], labels[places]
 
-    def values(self, names: Iterable[str], *arguments: Any) -> dict[str, torch.Tensor]:
+    def values(self, names: Iterable[str], arguments: Prepared) -> dict[str, torch.Tensor]:
         """Return those of our metrics that are among the names, for each query."""
         found: dict[str, list[torch.Tensor]] = {name: [] for name in names if name in METRICS}
         if not found:

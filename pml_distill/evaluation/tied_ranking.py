@@ -26,8 +26,8 @@ def average_precision(relevant: torch.Tensor, total: torch.Tensor, k: int, ties:
     """Return the (Q,) average precisions of the first k items, divided by the number of relevant ones among them."""
     places = places_within(total, k)
     before, hits_before = total.cumsum(dim=1) - total, relevant.cumsum(dim=1) - relevant
-    whole = places == total
-    sums = (precision_sums(relevant, total, before, hits_before, ties) * whole).sum(dim=1, keepdim=True)
+    size, whole = int(total.sum(dim=1).max()), places == total
+    sums = (precision_sums(relevant, total, before, hits_before, size, ties) * whole).sum(dim=1, keepdim=True)
     hits = (relevant * whole).sum(dim=1, keepdim=True)
 
     # The first group that is not whole, if there is one, is cut by the k-th place; h relevant items of it come in.
@@ -35,7 +35,7 @@ def average_precision(relevant: torch.Tensor, total: torch.Tensor, k: int, ties:
     n, r, m, start = ((x * ~whole).gather(1, column) for x in (total, relevant, places, before))
     h = torch.arange(int(torch.minimum(r, m).max()) + 1, dtype=torch.float64, device=total.device)
     possible = (h <= r) & (h <= m) & (m - h <= n - r)
-    values = (sums + precision_sums(h, m, start, hits, ties)) / (hits + h).clamp(min=1)
+    values = (sums + precision_sums(h, m, start, hits, size, ties)) / (hits + h).clamp(min=1)
     # One more relevant item can lower the average precision, so that the bounds try each number of them.
     if ties == "best":
         return values.where(possible, -torch.inf).amax(dim=1)
@@ -45,13 +45,16 @@ def average_precision(relevant: torch.Tensor, total: torch.Tensor, k: int, ties:
     return (chances * values).where(possible, 0).sum(dim=1)
 
 
-def precision_sums(relevant, total, before, hits_before, ties: str) -> torch.Tensor:
-    """Return the sum of the precisions at the relevant ones of ``total`` tied places."""
+def precision_sums(relevant, total, before, hits_before, size: int, ties: str) -> torch.Tensor:
+    """Return the sum of the precisions at the relevant ones of ``total`` tied places, of ``size`` in all."""
     if ties in ("best", "worst"):
         # They come first or last, one after the other: a group of relevant items alone.
         before = before + (total - relevant if ties == "worst" else 0)
         total = relevant
-    reciprocals = torch.digamma(before + total + 1) - torch.digamma(before + 1)
+    harmonic = 1 / torch.arange(size + 1, dtype=torch.float64, device=before.device)
+    harmonic[0] = 0
+    harmonic = harmonic.cumsum(dim=0)
+    reciprocals = harmonic[(before + total).long().clamp(0, size)] - harmonic[before.long().clamp(0, size)]
     # At place j the relevant ones before it within the tie are (j - 1)(r - 1) / (n - 1) on average.
     others = (relevant - 1) / (total - 1).clamp(min=1)
     sums = (hits_before + 1) * reciprocals + others * (total - (before + 1) * reciprocals)

@@ -1,7 +1,7 @@
 from typing import Any
 
+import torch
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
-from torch.nn.functional import normalize
 
 from ..datasets.items import data_and_label
 from ..evaluation.accuracy_by_width import check_widths
@@ -37,6 +37,6 @@ class WidthTester(GlobalEmbeddingSpaceTester):
             found: dict[str, float] = {}
             cut = {split: (rows[:, :width].contiguous(), y) for split, (rows, y) in embeddings_and_labels.items()}
             if self.normalize_embeddings:
-                cut = {split: (normalize(rows), y) for split, (rows, y) in cut.items()}
+                cut = {split: (torch.nn.functional.normalize(rows), y) for split, (rows, y) in cut.items()}
             super().do_knn_and_accuracies(found, cut, *splits)
             accuracies.update({f"width_{width}_{name}": value for name, value in found.items()})
