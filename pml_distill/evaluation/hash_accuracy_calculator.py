@@ -188,13 +188,12 @@ class HashAccuracyCalculator(AccuracyCalculator):
         ranking = Ranking(*arguments, self.compare)
         for relevant, total, distances in ranking.groups(self.ties == "stable"):
             relevant, total = relevant.double(), total.double()
+            near, k = distances <= self.radius, self.k if isinstance(self.k, int) else ranking.size
             for name, values in found.items():
                 if name.endswith("within_radius"):
-                    near = distances <= self.radius
                     values.append(self.figure(name, relevant * near, total * near, ranking.size))
                 else:
-                    k = min(self.k, ranking.size) if isinstance(self.k, int) else ranking.size
-                    values.append(self.figure(name, relevant, total, k))
+                    values.append(self.figure(name, relevant, total, min(k, ranking.size)))
         return {name: torch.cat(values) for name, values in found.items()}
 
     def figure(self, name: str, relevant: torch.Tensor, total: torch.Tensor, k: int) -> torch.Tensor:

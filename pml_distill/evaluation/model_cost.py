@@ -17,10 +17,7 @@ class ModelCost:
 
 
 def model_cost(
-    model: torch.nn.Module,
-    image_shape: tuple[int, ...],
-    batch_sizes: tuple[int, ...] = (1, 64),
-    repeats: int = 20,
+    model: torch.nn.Module, image_shape: tuple[int, ...], batch_sizes: tuple[int, ...] = (1, 64), repeats: int = 20
 ) -> ModelCost:
     """Measure a network in eval mode on its own device, the CPU if it has no parameters.
 
@@ -37,13 +34,13 @@ def model_cost(
     # It imports triton, which costs more than PML.
     from torch.utils.flop_counter import FlopCounterMode
 
-    parameter = next(model.parameters(), torch.empty(0))
+    like = next(model.parameters(), torch.empty(0))
     with eval_mode(model), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype))
+            model(like.new_zeros(1, *image_shape))
         latency = {}
         for size in batch_sizes:
-            images = torch.zeros(size, *image_shape, device=parameter.device, dtype=parameter.dtype)
+            images = like.new_zeros(size, *image_shape)
             times = [timed(model, images) for _ in range(repeats + 3)][3:]
             latency[size] = 1000 * float(np.median(times)) / size
     return ModelCost(sum(p.numel() for p in model.parameters()), counter.get_total_flops(), latency)

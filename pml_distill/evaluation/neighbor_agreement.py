@@ -18,9 +18,6 @@ def neighbor_agreement(embeddings: torch.Tensor, ref_emb: torch.Tensor, k: int =
 
     Returns:
         A number in [0, 1]; two unrelated embeddings reach about k / N.
-
-    Raises:
-        ValueError: the numbers of rows differ, ``k`` is not in 1 ... N - 1, or values are not finite.
     """
     if len(embeddings) != len(ref_emb):
         raise ValueError(f"embeddings has {len(embeddings)} rows and ref_emb {len(ref_emb)}; they must be aligned.")
@@ -32,8 +29,7 @@ def neighbor_agreement(embeddings: torch.Tensor, ref_emb: torch.Tensor, k: int =
     for rows in torch.arange(len(student), device=student.device).split(1024):
         found = []
         for space in (student, teacher):
-            similarity = space[rows] @ space.t()
-            similarity[torch.arange(len(rows)), rows] = -torch.inf
+            similarity = (space[rows] @ space.t()).scatter_(1, rows[:, None], -torch.inf)
             found.append(torch.zeros_like(similarity).scatter_(1, similarity.topk(k).indices, 1))
         common += (found[0] * found[1]).sum().item()
     return common / (len(student) * k)

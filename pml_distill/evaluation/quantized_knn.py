@@ -27,14 +27,11 @@ class QuantizedKNN:
 
     Args:
         bits: 8 or 1.
-        rescore: how many candidates for each neighbour; 1: no more than are wanted.
-        rescore_with: what candidates are compared with. ``"float"``: the embeddings themselves, which are not copied:
-            ``reference`` of the call or the attribute ``originals``. ``"int8"``: int8 copies, which with bits=1 take
-            another D bytes, but may stay on disk (``load``). ``"bits"``: the bits alone. Default: float where they
-            are at hand, otherwise int8.
-
-    Attributes:
-        originals: (N, D) embeddings in the order of the database, such as ``np.load(path, mmap_mode="r")``, or None.
+        rescore: how many candidates for each neighbour.
+        rescore_with: what candidates are compared with. ``"float"``: the embeddings themselves, ``reference`` of the
+            call or the attribute ``originals``, such as ``np.load(path, mmap_mode="r")``. ``"int8"``: int8 copies,
+            which with bits=1 take another D bytes, but may stay on disk (``load``). ``"bits"``: the bits alone.
+            Default: float where they are at hand, otherwise int8.
 
     Example:
         >>> embeddings = torch.nn.functional.normalize(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)))
@@ -62,7 +59,8 @@ class QuantizedKNN:
         import faiss
 
         check_finite(sample=sample)
-        sample = sample[torch.randperm(len(sample), generator=torch.Generator().manual_seed(0))[:SAMPLE]].cpu().float()
+        chosen = torch.randperm(len(sample), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+        sample = sample[chosen].cpu().float()
         self.index = faiss.IndexScalarQuantizer(sample.shape[1], faiss.ScalarQuantizer.QT_8bit)
         self.index.train(sample.numpy())
         means = sample.mean(dim=0)
@@ -84,9 +82,8 @@ class QuantizedKNN:
         reference = self.checked(reference, "reference")
         if self.bits == 8:
             return self.index.add(reference.numpy())
-        int8 = np.empty((len(reference), 0), np.uint8)
-        if self.rescore_with in (None, "int8"):
-            int8 = self.index.sa_encode(reference.numpy())
+        wanted = self.rescore_with in (None, "int8")
+        int8 = self.index.sa_encode(reference.numpy()) if wanted else np.empty((len(reference), 0), np.uint8)
         self.parts.append((pack_codes(reference - self.levels[0]).numpy(), int8))
 
     def checked(self, embeddings: torch.Tensor, name: str) -> torch.Tensor:
@@ -118,13 +115,9 @@ class QuantizedKNN:
 
         if not len(self):
             raise ValueError("no database is kept that could be saved: call train first.")
-        state: dict[str, Any] = {
-            "bits": self.bits,
-            "levels": self.levels,
-            "index": torch.from_numpy(faiss.serialize_index(self.index)),
-        }
-        if self.bits == 1:
-            state["copies"] = [torch.from_numpy(copy) for copy in self.copies()]
+        index = torch.from_numpy(faiss.serialize_index(self.index))
+        copies = [torch.from_numpy(copy) for copy in self.copies()] if self.bits == 1 else []
+        state = {"bits": self.bits, "levels": self.levels, "index": index, "copies": copies}
         with whole_file(path) as unfinished:
             torch.save(state, unfinished)
 
@@ -143,16 +136,13 @@ class QuantizedKNN:
     def __call__(
         self, query: torch.Tensor, k: int, reference: torch.Tensor | None = None, ref_includes_query: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Search the k nearest.
+        """Return squared distances (Q, k), ascending, and indices (Q, k) of the k nearest of each query (Q, D).
 
         Args:
-            query: (Q, D).
+            query: on whatever device.
             k: how many.
             reference: (N, D); None: the database that is kept.
             ref_includes_query: whether row i of the reference is query i, which is then left out.
-
-        Returns:
-            Squared distances (Q, k), ascending, and indices (Q, k), on the query's device.
         """
         if reference is not None:
             search = QuantizedKNN(self.bits, self.rescore, self.rescore_with)

@@ -59,8 +59,8 @@ def retrieval_accuracy(
         >>> retrieval_accuracy(embeddings, torch.tensor([0, 0, 1, 1]), metrics=("recall_at_1", "recall_at_2"))
         {'recall_at_1': 1.0, 'recall_at_2': 1.0}
     """
-    values = retrieval_values(queries, labels, gallery, gallery_labels, metrics, **settings)
-    return {name: of_queries.nanmean().item() for name, of_queries in values.items()}
+    found = retrieval_values(queries, labels, gallery, gallery_labels, metrics, **settings)
+    return {name: values.nanmean().item() for name, values in found.items()}
 
 
 @torch.no_grad()
@@ -104,24 +104,20 @@ def retrieval_values(
             left_out |= gallery_labels == ignore_label
         if own:
             left_out.diagonal(start).fill_(True)
-        hits, relevant = ranked(queries[rows], gallery, relevant & ~left_out, left_out, depths)
+        relevant &= ~left_out
+        counts = relevant.sum(dim=1, dtype=torch.int32)
+        similarities = (queries[rows] @ gallery.T).masked_fill_(left_out, -torch.inf)
+        most = max([len(gallery) if depth is None else depth or int(counts.max()) for depth in depths], default=1)
+        hits = relevant.gather(1, similarities.topk(max(1, min(most, len(gallery)))).indices)
         for place, name in enumerate(metrics):
-            found = figure(name, hits, relevant)
-            values[place, rows] = found.where(relevant > 0, torch.nan if lone_queries == "skip" else 0.0)
+            values[place, rows] = figure(name, hits, counts).where(
+                counts > 0, torch.nan if lone_queries == "skip" else 0.0
+            )
     if ignore_label is not None and labels.ndim == 1:
         values[:, labels == ignore_label] = torch.nan
     if metrics and values[0].isnan().all():
         raise ValueError("No query has a relevant item in the gallery, so that there is nothing to retrieve.")
     return dict(zip(metrics, values))
-
-
-def ranked(queries, gallery, relevant, left_out, depths: list[int | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the relevance of the items that each query finds first, and how many relevant ones there are in all."""
-    counts = relevant.sum(dim=1, dtype=torch.int32)
-    similarities = (queries @ gallery.T).masked_fill_(left_out, -torch.inf)
-    most = max(len(gallery) if depth is None else depth or int(counts.max()) for depth in depths)
-    found = similarities.topk(max(1, min(most, len(gallery)))).indices
-    return relevant.gather(1, found), counts
 
 
 def depth_of(name: str) -> int | None:
