@@ -124,7 +124,16 @@ def subjects(size: int, width: int, device: torch.device) -> dict[str, Subject]:
             found[name] = differentiated(family, loss, given, {}, maps)
         else:
             found[name] = differentiated(family, loss, (student, labels), ref, student)
-    for loss in (losses.DeepCauchyHashingLoss(), losses.CentralSimilarityLoss(-(-size // PER_CLASS), width)):
+    classes = -(-size // PER_CLASS)
+    hashing = (
+        losses.DeepCauchyHashingLoss(),
+        losses.CentralSimilarityLoss(classes, width),
+        losses.HashNetLoss(),
+        losses.DPSHLoss(),
+        losses.GreedyHashLoss(classes, width),
+        losses.OrthoHashLoss(classes, width),
+    )
+    for loss in hashing:
         found[type(loss).__name__] = differentiated(HASHING, loss, (student, labels), {}, student)
     points = student.detach()
     for name in PML_MINERS:
