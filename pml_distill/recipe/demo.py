@@ -4,20 +4,23 @@ import csv
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..datasets import Digits, Glyphs
+from ..datasets import Digits, Glyphs, SeededViews
 from ..models import Preprocessing, SmallResNet
+from ..trainers import LossWeightRamp
 from ..utils.files import whole_file, write_json
 from ..utils.report import bar_chart, format_table, mean_and_error, shown, write
-from .images import find_images
+from .images import ImageSet, find_images
 from .job import Job
 from .report import accuracy, beside_teacher, cost, draw_neighbors
 from .run import claim, new_machine
 from .settings import METRIC, WEIGHTS, Settings, aligned
+from .training import Training
 from .views import SharedViews
 
 DATASETS = {"glyphs": Glyphs, "digits": Digits}
@@ -37,6 +40,35 @@ def network(width: int, size: int) -> Any:
 def unchanged(image: torch.Tensor) -> torch.Tensor:
     """Return an image as it is: these datasets jitter their images themselves."""
     return image
+
+
+class RememberedViews(SeededViews):
+    """Views that are drawn once and kept in memory, since all networks of the demo see the same."""
+
+    def __init__(self, *args: Any, seen: dict[int, tuple]):
+        super().__init__(*args)
+        self.seen = seen
+
+    def read_one(self, row: int) -> tuple:
+        """Return the item of a row."""
+        if row not in self.seen:
+            self.seen[row] = super().read_one(row)
+        return self.seen[row]
+
+
+class DemoJob(Job):
+    """The recipe for one seed, whose networks all have the same preprocessing and training images."""
+
+    def views(self, images: ImageSet | None = None, **sides: Any) -> SeededViews:
+        """Return the augmented views of the training images."""
+        views = super().views(images, **sides)
+        self.seen: dict[int, tuple] = getattr(self, "seen", {})
+        return RememberedViews(views.dataset, views.seed, views.views, seen=self.seen)
+
+    def training(self, folder: str, weights: dict[str, float], epochs: int | None = None) -> Training:
+        """Return the training of a new student, as the usual weights were chosen for: straight from the teacher."""
+        training = super().training(folder, weights, epochs)
+        return replace(training, projection=None, ramp=LossWeightRamp(0.2, 0.5) if weights else None)
 
 
 class Demo:
@@ -62,11 +94,11 @@ class Demo:
         """Return the recipe for a seed, with the teacher trained and asked."""
         epochs, size = self.epochs, self.images.all[0][0].shape[-1]
         settings = Settings(
-            "teacher", "student", epochs=epochs, tune_teacher=epochs, views=epochs, lr=RATE, seed=seed, pretrained=False
+            "teacher", "student", epochs=epochs, tune_teacher=epochs, lr=RATE, seed=seed, pretrained=False
         )
         torch.manual_seed(seed)
         networks = network(32, size), network(8, size)
-        job = Job(self.out / f"seed{seed}", settings, self.machine, self.images, *networks, unchanged)
+        job = DemoJob(self.out / f"seed{seed}", settings, self.machine, self.images, *networks, unchanged)
         job.teach()
         return job
 

@@ -15,6 +15,7 @@ from ..datasets.items import UNLABELED
 from ..evaluation import neighbor_agreement
 from ..losses import DeepCauchyHashingLoss, MultipleDistillationLosses
 from ..models import EmbeddingNetwork, NamedNetwork
+from ..trainers import LossWeightRamp
 from ..utils.distributed import in_first_process
 from ..utils.files import write_json
 from ..utils.report import write
@@ -176,7 +177,8 @@ class Job:
             MultipleDistillationLosses(losses, weights) if losses else None,
             teacher=self.teaching.teacher if losses else None,
             projection=nn.Linear(self.width, self.width) if beside_labels else None,
-            fade=usual.FADE if beside_labels else 0.0,
+            # The teacher comes first, the labels have the last word.
+            ramp=LossWeightRamp(0, usual.FADE, 1, 0) if beside_labels else None,
             validate=self.validate,
             keep_flops=self.settings.keep_flops if epochs is None else None,
             image_shape=self.student.preprocessing.image_shape,

@@ -68,7 +68,7 @@ class Training:
         distillation: on the teacher's outputs; None for none.
         teacher: called on the data.
         projection: between the embeddings and the teacher's, for the training alone.
-        fade: share of the training after which the distillation has faded out; 0 for never.
+        ramp: of the weight of ``distillation``; None for none.
         validate: measures the network now and then.
         keep_flops: share of the trunk's FLOPs that shall remain; None for all.
         image_shape: (C, H, W), to count them.
@@ -85,7 +85,7 @@ class Training:
     distillation: nn.Module | None = None
     teacher: Any = None
     projection: nn.Module | None = None
-    fade: float = 0.0
+    ramp: LossWeightRamp | None = None
     validate: Callable[[EmbeddingNetwork], float] | None = None
     keep_flops: float | None = None
     image_shape: tuple[int, ...] = ()
@@ -175,8 +175,7 @@ class Training:
             batch_size=batch_size,
             loss_funcs=losses,
             loss_weights=dict.fromkeys(losses, 1.0),
-            # The teacher comes first, the labels have the last word.
-            loss_weight_ramps={"distillation_loss": LossWeightRamp(0, self.fade, 1, 0)} if self.fade else None,
+            loss_weight_ramps={"distillation_loss": self.ramp} if self.ramp is not None else None,
             dataset=self.views,
             sampler=sampler,
             iterations_per_epoch=steps,
