@@ -57,7 +57,12 @@ class RememberedViews(SeededViews):
 
 
 class DemoJob(Job):
-    """The recipe for one seed, whose networks all have the same preprocessing and training images."""
+    """The recipe for one seed: all networks have the same preprocessing and training images.
+
+    The usual weights were chosen for a teacher whose outputs are centred and no more.
+    """
+
+    standardization, tunes = "pca", False
 
     def views(self, images: ImageSet | None = None, **sides: Any) -> SeededViews:
         """Return the augmented views of the training images."""

@@ -48,6 +48,9 @@ class Job:
         ValueError: a name is unknown, or settings and images do not go together.
     """
 
+    #: What is done to the teacher's outputs, and whether their rotation may be tuned.
+    standardization, tunes = usual.STANDARDIZATION, True
+
     def __init__(
         self,
         out: Path,
@@ -123,7 +126,7 @@ class Job:
                 result, self.curves["teacher"] = self.teaching.train(views, epochs, rate, self.settings.seed)
                 self.tell_tuning("The teacher", result)
         tune, width = self.can_tune and epochs != 0, min(self.width, self.widest)
-        result = self.teaching.standardize(width, self.views(teacher=sees), tune or bool(epochs))
+        result = self.teaching.standardize(width, self.views(teacher=sees), tune and self.tunes, self.standardization)
         if result:
             self.tell_tuning("The rotation of the teacher's outputs", result)
 

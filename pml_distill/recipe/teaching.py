@@ -85,13 +85,16 @@ class Teaching:
             named.network = tuned.trunk
         return result, training.curve
 
-    def standardize(self, width: int, views: SeededViews, tune: bool) -> dict[str, float]:
+    def standardize(
+        self, width: int, views: SeededViews, tune: bool, kind: str = usual.STANDARDIZATION
+    ) -> dict[str, float]:
         """Store the outputs for all views of the training images; centre, rotate and scale them.
 
         Args:
             width: of the result.
             views: of the training images, as the teacher sees them.
             tune: whether to tune the rotation on labels, and to keep that if it retrieves better.
+            kind: of the standardisation, see ``StandardizedTeacher``.
 
         Returns:
             MAP@R on validation images ``before`` and ``after`` the tuning, nothing without one.
@@ -107,7 +110,7 @@ class Teaching:
             cache = TeacherCache(self.folder / "outputs", frozen, views, torch.float16, self.machine.batch_size)
             cache.write(self.machine.workers)
             stored = CachedTeacher(cache.folder)
-        self.teacher = StandardizedTeacher(stored, width, usual.STANDARDIZATION)
+        self.teacher = StandardizedTeacher(stored, width, kind)
         if not path.exists():
             rows = torch.arange(process_rank(), views.num_rows, num_processes()).split(1024)
             self.teacher.fit([torch.empty(len(part)), None, part] for part in rows)
