@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +89,6 @@ class Demo:
     """
 
     def __init__(self, out: Path, dataset: str, epochs: int, device: str | None = None):
-        logging.getLogger("PML").setLevel(logging.ERROR)
         self.machine, self.out, self.epochs = new_machine(device, 0, 128), out, epochs
         self.images = find_images({split: DATASETS[dataset](split) for split in ("train", "val", "test")})
         claim(out, {"dataset": dataset, "epochs": epochs, "images": self.images.digest})

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,25 @@ def compared(path: Path, outputs: torch.Tensor, wanted: torch.Tensor) -> dict[st
     return {"images": len(wanted), "difference": difference, "common_neighbors": common}
 
 
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Keep warnings, and what these loggers say below an error, from the user for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
 def write_onnx(folder: Path, student: nn.Module, shape: tuple[int, ...]) -> None:
     """Write ``student.onnx``, images (batch, C, H, W) to embeddings, for batches of any size."""
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), whole_file(folder / ONNX) as unfinished:
-        warnings.simplefilter("ignore")
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), whole_file(folder / ONNX) as unfinished:
         program: Any = torch.onnx.export(
             student,
             (torch.zeros(2, *shape),),
@@ -114,10 +128,10 @@ def write_int8(folder: Path, images: Dataset) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = folder / "prepared.onnx.tmp"
-    logging.getLogger("root").setLevel(logging.ERROR)
     try:
-        quant_pre_process(str(folder / ONNX), str(prepared), skip_symbolic_shape=True)
-        with whole_file(folder / INT8) as unfinished:
+        # onnxruntime's quantisation logs by the root logger.
+        with quiet("root"), whole_file(folder / INT8) as unfinished:
+            quant_pre_process(str(folder / ONNX), str(prepared), skip_symbolic_shape=True)
             quantize_static(
                 str(prepared),
                 str(unfinished),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -107,6 +108,16 @@ def test_onnxruntime_alone_embeds_as_the_student_does(finished, photos, tmp_path
     assert student.preprocessing.interpolation == "bicubic" and wanted.norm().item() == pytest.approx(1)
     assert np.abs(embedding - wanted.numpy()).max() < 1e-5
     assert (finished / "student.int8.onnx").stat().st_size < 0.5 * (finished / "student.onnx").stat().st_size
+
+
+def test_the_loggers_of_the_caller_are_as_before(tmp_path):
+    loggers = [logging.getLogger(name) for name in ("", "PML", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    student = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 8)).eval()
+    deploy.write_onnx(tmp_path, student, (3, 8, 8))
+    deploy.write_int8(tmp_path, [(image, 0) for image in torch.rand(4, 3, 8, 8)])
+    assert (tmp_path / "student.int8.onnx").exists()
+    assert [logger.level for logger in loggers] == levels
 
 
 def test_finished_it_trains_nothing_again(finished, photos, capsys, monkeypatch):
