@@ -28,12 +28,12 @@ STATE_KEY = "capacity_dynamics"
 
 
 class CapacityDynamics:
-    r"""Shrinks a student while it learns: group lasso on its compactors, and gradient resetting led by retrieval.
+    """Shrinks a student while it learns (capacity dynamics): group lasso on its compactors, resetting led by retrieval.
 
     It works in the step hooks of the optimizer. Before a step, the rows of each compactor that ``reset`` marks lose
-    their gradient. After the step the lasso shortens all rows: by learning rate times ``lasso_weight``, and a row not
-    longer than that becomes exactly zero (``proximal=True``). A row of zeros is a channel that ``export`` drops.
-    Clipping, accumulation and a ``GradScaler`` need nothing of you. ::
+    their gradient. After it the lasso shortens all rows by learning rate times ``lasso_weight``, and a row not longer
+    than that becomes exactly zero: a channel that ``export`` drops. Clipping, accumulation and a ``GradScaler`` need
+    nothing of you, and the optimizer's state dict carries the progress. ::
 
         insert_compactors(student)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
@@ -41,14 +41,8 @@ class CapacityDynamics:
             student, optimizer, (3, 224, 224), reset=RetrievalReset(teacher), budget=SizeBudget(flops=0.5, steps=10_000)
         )
 
-    In a PML trainer add ``end_of_epoch_hook=dynamics.end_of_epoch_hook(...)``; in a loop of your own call
-    ``dynamics.end_epoch()``. The optimizer's state dict carries the progress, so that a checkpoint resumes it.
-
-    Rows begin at length 1 and shrink by the sum of learning rate times ``lasso_weight`` over all steps: the paper's
-    0.004 sums to 1.6 over its 40,000 steps at 0.01. Give the compactors a parameter group with ``weight_decay=0``,
-    since decay shortens all rows alike, and keep them in float32: in bfloat16 a row of length 1 does not feel a step
-    below 0.002. While it is attached neither network can be pickled as a whole; ``close()`` first. Of several processes
-    all need as many images in each step (``drop_last=True``).
+    In a PML trainer add ``end_of_epoch_hook=dynamics.end_of_epoch_hook(...)``; elsewhere call ``end_epoch()``. Give the
+    compactors a parameter group with ``weight_decay=0``, keep them in float32, and ``close()`` before pickling.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
     CVPR 2023; the defaults are its settings.
@@ -61,20 +55,16 @@ class CapacityDynamics:
         reset: the teacher, and how it guides the resetting of gradients; None for plain group lasso.
         budget: the target and the steps to it; None to go on shrinking.
         threshold: rows shorter than this count as gone.
-        proximal: False for the authors' form of the lasso, lasso_weight * w / ||w|| in the gradient: its rows never
-            reach zero but swing around it, and Adam divides the pull away.
+        proximal: False for the authors' form, lasso_weight * w / ||w|| in the gradient: its rows never reach zero.
         example_inputs: instead of ``image_shape``, for a network that takes something else, see ``ExportMeter``.
 
     Attributes:
-        history: one entry per epoch: epoch, lasso weight, parameters, flops, and of each block by name its parameters,
-            flops and the widths behind its compactors; all as if the network were exported then.
+        history: one entry per epoch: epoch, lasso weight, parameters, flops, and the same of each block by name.
 
     Raises:
-        ValueError: the student cannot be driven (wrapped, sharded, no compactors, not trained by the optimizer), the
-            teacher has other blocks or widths, a number is out of range, a budget out of reach; in a step: a compactor
-            with values that are not finite, a block that runs more than once in a pass.
-        RuntimeError: in ``optimizer.step()`` of a resetting epoch, when compactors have gradients but no pass of the
-            student in training mode was heard.
+        ValueError: the student cannot be driven, the teacher has other blocks or widths, a number is out of range, a
+            budget out of reach; in a step: values that are not finite, a block that runs twice in a pass.
+        RuntimeError: in ``optimizer.step()``, when no pass of the student in training mode was heard.
     """
 
     def __init__(
@@ -209,13 +199,7 @@ class CapacityDynamics:
     ) -> Callable[[Any], Any]:
         """Return the hook for a PML trainer, which writes a line of the history, and the blocks into PML's log.
 
-        Args:
-            then: another hook to run after it, such as a HookContainer's.
-            export_after: after this epoch ``replace_student`` is called, whose errors come after the first epoch; None
-                for never.
-
-        Raises:
-            ValueError: ``export_after`` is no positive whole number.
+        ``then`` is another hook to run after it; after epoch ``export_after`` the student is replaced.
         """
         if export_after is not None and not (isinstance(export_after, Integral) and export_after >= 1):
             raise ValueError(f"export_after must be None or a whole number, at least 1, but is {export_after!r}.")
@@ -237,19 +221,10 @@ class CapacityDynamics:
         return hook
 
     def replace_student(self, trainer: Any) -> nn.Module:
-        """Put the exported network in the student's place in a trainer, where the training goes on with it.
+        """Put the exported network in the student's place in a trainer, close the dynamics, and return it.
 
-        Parameter groups get the new parameters where the old ones of the same name stood, without their momentum, and
-        the bias of a merged convolution where that of its normalisation stood; learning rates and schedulers stay. A
-        DistributedDataParallel wrapper is made anew with the same settings, but for communication hooks and the size
-        of its buckets. The hooks are removed. A checkpoint taken from now on holds the small network.
-
-        Returns:
-            The exported network, in training mode.
-
-        Raises:
-            ValueError: the trainer has no model that is this student, or has it as ``torch.compile`` returned it and
-                not compiled in place; its ``student_features`` are outputs of modules that are merged.
+        Parameter groups get the new parameters where the old ones stood, without momentum; a DistributedDataParallel
+        is made anew, without communication hooks. ``ValueError`` if the trainer has no such model that can be replaced.
         """
         small = self.export().train()
         replace_student(trainer, self.student, small)

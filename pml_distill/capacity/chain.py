@@ -59,8 +59,7 @@ class Chain:
     def constants(self) -> dict[Any, torch.Tensor]:
         """Return what consumers read of channels that are zero behind the compactor, where that is not zero.
 
-        Raises:
-            Refused: that is no constant, or the consumer's bias cannot make up for it.
+        Raises ``Refused`` if that is no constant, or the consumer's bias cannot make up for it.
         """
         weight, culprit = self.producer.weight, ""
         values = [weight.new_zeros((1, 16, 17, self.width) if self.last else (1, self.width, 16, 17))]
@@ -104,11 +103,7 @@ REGISTERED: dict[type[nn.Module], tuple[tuple[tuple[str, ...], ...], tuple[tuple
 
 
 def find_chains(model: nn.Module, reasons: dict[str, str] | None = None, positions: str = "all") -> list[Chain]:
-    """Return the chains of a network in the order of its modules; ``reasons`` is told why other layers have none.
-
-    Raises:
-        Refused: a registered block has no such chain.
-    """
+    """Return the chains of a network in the order of its modules; ``reasons`` is told why other layers have none."""
     names = {module: name for name, module in model.named_modules()}
     owners: dict[int, list[nn.Module]] = {}
     for module in names:
@@ -178,9 +173,7 @@ def stem_of(net: Net, model: nn.Module) -> set[nn.Module]:
 
 
 def register_block(
-    block_type: type[nn.Module],
-    inner: Sequence[Sequence[str]],
-    all_positions: Sequence[Sequence[str]] | None = None,
+    block_type: type[nn.Module], inner: Sequence[Sequence[str]], all_positions: Sequence[Sequence[str]] | None = None
 ) -> None:
     """Tell ``insert_compactors`` which widths of your block can shrink, where it cannot find them itself.
 

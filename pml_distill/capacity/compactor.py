@@ -14,21 +14,12 @@ from .walk import Refused
 class Compactor(nn.Conv2d):
     r"""A 1x1 convolution without bias, the identity at first, whose rows can be taught to vanish.
 
-    It stands behind a normalisation, :math:`y = W \, \mathrm{norm}(\mathrm{conv}(x))`, and is linear, so that
-    convolution, normalisation and compactor are one convolution in the end, with as many channels as
-    :math:`W` has rows that are not zero. Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic
-    Distillation for Efficient Image Retrieval" (CVPR 2023); the compactor itself is that of Ding et al., "ResRep"
-    (ICCV 2021).
-
-    Args:
-        channels: C, as many in as out.
-
-    Shapes:
-        input and output: (B, C, H, W).
+    It stands behind a normalisation, :math:`y = W \, \mathrm{norm}(\mathrm{conv}(x))`, of shape (B, C, H, W), so that
+    in the end all are one convolution with as many channels as :math:`W` has rows that are not zero. Source: Ding et
+    al., "ResRep" (ICCV 2021); Xie et al., "Towards a Smaller Student" (CVPR 2023).
 
     Example:
-        >>> compactor = Compactor(3)
-        >>> compactor.row_norms().tolist()
+        >>> Compactor(3).row_norms().tolist()
         [1.0, 1.0, 1.0]
     """
 
@@ -58,15 +49,10 @@ class Compactor(nn.Conv2d):
 
 
 class ChannelGate(nn.Module):
-    r"""A diagonal compactor: one factor for each channel, or for each group of channels, 1 at first.
+    """A diagonal compactor: one factor for each of ``units`` channels, or groups of ``group`` channels, 1 at first.
 
-    It stands where mixing channels is impossible, as behind grouped convolutions, or too dear, as in the wide hidden
-    layer of an MLP.
-
-    Args:
-        units: how many factors.
-        group: channels for each factor.
-        last: whether channels are the last dimension of the input, or the second.
+    It stands where channels cannot be mixed, as behind grouped convolutions, or where that is too dear, as in an MLP;
+    ``last`` says whether channels are the last dimension of the input, or the second.
     """
 
     chain: Any = None
@@ -124,15 +110,10 @@ def fill_in(norm: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
 def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, Compactor | ChannelGate]:
     """Put a compactor where a hidden width of a network can shrink, in place.
 
-    Hidden is a width whose channels are treated one by one until other layers read them, and that no shortcut adds
-    to: inside of residual blocks, inverted residuals (with squeeze-and-excitation), MLPs, dense and plain networks.
-    They are found in the graph of the forward pass, which ``torch.fx`` traces. Behind a batch norm of an ungrouped
-    convolution stands a ``Compactor``, elsewhere a ``ChannelGate``. In a network with shortcuts the stem is left
-    alone.
-
-    The module before the compactor is replaced, at its own name, by a sequence of both; the outputs stay what they
-    were. Plain weights can be loaded before or after. Make optimizer, moving averages and ``DistributedDataParallel``
-    afterwards, since compactors are new parameters.
+    Hidden is a width whose channels are treated one by one until other layers read them, and that no shortcut adds to:
+    inside of residual blocks, inverted residuals, MLPs, dense and plain networks; ``torch.fx`` finds them. Behind a
+    batch norm of an ungrouped convolution stands a ``Compactor``, elsewhere a ``ChannelGate``. The outputs stay what
+    they were, plain weights can be loaded before or after; make optimizer, moving averages and wrappers afterwards.
 
     Args:
         model: the network; nothing is changed when an error is raised.
@@ -140,18 +121,15 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
             "all": also that of the 1x1 convolution before it.
 
     Returns:
-        The compactors in the order of the network's modules, each under the dotted name of the module before it, such
-        as ``"layer2.0.bn2"``; in a teacher of the same family that module itself has that name.
+        The compactors in the network's order, under the name of the module before each, such as ``"layer2.0.bn2"``.
 
     Raises:
-        ValueError: for a model that is no network, wrapped, already in a DistributedDataParallel, with compactors or
-            without a hidden width that can shrink, with the reasons; for registered blocks that cannot be compacted.
+        ValueError: for what is no network, is wrapped, or has compactors or no hidden width, with the reasons.
 
     Example:
         >>> from pml_distill.models import SmallResNet
-        >>> compactors = insert_compactors(SmallResNet(width=8))
-        >>> list(compactors)[:2], len(compactors)
-        (['layer1.0.bn1', 'layer1.1.bn1'], 6)
+        >>> list(insert_compactors(SmallResNet(width=8)))[:2]
+        ['layer1.0.bn1', 'layer1.1.bn1']
     """
     if positions not in ("inner", "all"):
         raise ValueError(f'positions must be "inner" or "all", but is {positions!r}.')

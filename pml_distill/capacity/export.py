@@ -19,41 +19,35 @@ def export(
 ) -> nn.Module:
     r"""Return the small plain network that a network with compactors has become.
 
-    Rows of a compactor with a norm under the threshold are dropped, with all that made, carried and read their
-    channels. Convolution, normalisation (scale :math:`s`, shift :math:`t`) and the rows :math:`W` that are kept become
-    one convolution with bias,
+    Rows of a compactor shorter than the threshold are dropped, with all that made, carried and read their channels.
+    Convolution, normalisation (scale :math:`s`, shift :math:`t`) and the rows :math:`W` that stay become one layer,
 
     .. math:: K' = W \, \mathrm{diag}(s) \, K, \qquad b' = W (s \, b + t)
 
-    computed in float64, and the normalisation becomes ``nn.Identity``. The factors of a gate go into the module before
-    it. For rows that are zero this is exact: where an activation turns zeros into a constant, the next layer's bias
-    takes it over. The network is of the class it was of and has no class of this subpackage in it. It is a copy in
-    eval mode, without forward hooks; the one given stays as it is.
+    computed in float64. For rows that are zero this is exact: constants go into the next layer's bias. The result is a
+    copy in eval mode, of the same class, without forward hooks.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval"
-    (CVPR 2023). The authors' merging fails for a block that keeps one channel; this one does not.
+    (CVPR 2023).
 
     Args:
         model: a network from ``insert_compactors``, in eval mode.
         threshold: rows shorter than this are dropped; of each compactor the longest row stays.
-        fold_norms: also merge every other normalisation that directly follows a convolution, such as those of stem,
-            shortcuts and block outputs. The network has to be traceable by ``torch.fx``.
+        fold_norms: also merge every other normalisation that directly follows a convolution.
         multiple_of: widths are rounded up to multiples of it, by the longest rows of those that would go.
-        rows_of: the network whose compactors decide which rows stay; for a moving average of a student, the student.
+        rows_of: the network whose compactors decide which rows stay; for a moving average, the student.
 
     Raises:
-        ValueError: for a network in training mode, without compactors or with values that are not finite; a module that
-            has learned to lift zeros or was replaced after the insertion; a threshold below 0 or above all rows;
-            ``fold_norms`` of a network that cannot be traced.
+        ValueError: for a network in training mode, without compactors or with values that are not finite; a layer that
+            was replaced or lifts zeros; a threshold below 0 or above all rows; ``fold_norms`` of what fx cannot trace.
 
     Example:
-        >>> from pml_distill.capacity import insert_compactors
         >>> from pml_distill.models import SmallResNet
+        >>> from pml_distill.capacity import insert_compactors
         >>> model = SmallResNet(width=8).eval()
-        >>> compactor = insert_compactors(model)["layer1.0.bn1"]
-        >>> _ = compactor.weight.data[3:].zero_()
-        >>> export(model).layer1[0].conv1
-        Conv2d(8, 3, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+        >>> _ = insert_compactors(model)["layer1.0.bn1"].weight.data[3:].zero_()
+        >>> export(model).layer1[0].conv1.out_channels
+        3
     """
     model = check_model(model)
     check_compactors(model, threshold)

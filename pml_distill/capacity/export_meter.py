@@ -33,8 +33,7 @@ class ExportedCost:
 class ExportMeter:
     """Says what a network with compactors would cost if it were exported now, without exporting it.
 
-    The network runs once, when the meter is made, on one black image in eval mode; measuring then takes the row
-    norms and arithmetic alone. Parameters and FLOPs (two per multiply-add) are those that
+    The network runs once, on one black image in eval mode. Parameters and FLOPs (two per multiply-add) are those that
     ``pml_distill.evaluation.model_cost`` finds for ``export(model, threshold)``.
 
     Args:
@@ -45,16 +44,6 @@ class ExportMeter:
 
     Raises:
         ValueError: for a network without compactors; ``image_shape`` is no (C, H, W), or the network cannot run on it.
-
-    Example:
-        >>> from pml_distill.capacity import insert_compactors
-        >>> from pml_distill.models import SmallResNet
-        >>> model = SmallResNet(width=8)
-        >>> compactors = insert_compactors(model)
-        >>> meter = ExportMeter(model, (1, 32, 32))
-        >>> _ = compactors["layer1.0.bn1"].weight.data[3:].zero_()
-        >>> meter.measure().blocks["layer1.0"]
-        BlockCost(parameters=451, flops=221184, widths={'layer1.0.bn1': 3})
     """
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...] | None = None, example_inputs: Any = None):

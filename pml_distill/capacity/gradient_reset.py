@@ -10,14 +10,9 @@ METRICS = ("cosine", "euclidean")
 class GradientReset(nn.Module):
     r"""Which channels of one block may go, judged by what retrieval needs (retrieval-guided gradient resetting).
 
-    Keeps a queue of the teacher's pooled features. A channel is marked when for every sample i of a batch and each of
-    its ``neighbors`` nearest teacher features g of the queue, which holds the batch too,
-
-    .. math:: |g_c \cdot s_{i, c}|
-
-    is among the floor(``ratio`` C) smallest of the C channels, s being the student's features: it adds least to any
-    similarity that the ranking rests on. All samples must agree, so that small batches mark far more channels than
-    large ones; ``refresh_interval`` and ``accumulate=False`` are there for that.
+    A channel c is marked when for every sample i of a batch and each of its ``neighbors`` nearest teacher features g
+    of a queue, which holds the batch too, :math:`|g_c \cdot s_{i, c}|` is among the floor(``ratio`` C) smallest of the
+    C channels, s being the student's features. Small batches mark far more channels than large ones.
 
     Source: Xie et al., "Towards a Smaller Student: Capacity Dynamic Distillation for Efficient Image Retrieval",
     CVPR 2023, and its code, SCY-X/Capacity_Dynamic_Distillation. Ties are broken by ``torch.topk``.
@@ -33,9 +28,6 @@ class GradientReset(nn.Module):
 
     Attributes:
         mask: (C,) bool, False where a channel is marked; in the state dict, with the queue and its counters.
-
-    Raises:
-        ValueError: an argument out of range; features of another shape.
 
     Example:
         >>> reset = GradientReset(num_channels=4, queue_size=8, neighbors=1)
@@ -85,14 +77,9 @@ class GradientReset(nn.Module):
 
     @torch.no_grad()
     def update(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Let a batch enter the queue, mark channels, and return the mask, False where gradients shall be reset.
+        """Let (B, C) pooled features of the same samples enter, mark channels, and return the mask.
 
-        Rows with values that are not finite have no say, neither of the batch nor of the queue; a batch without any
-        other row marks nothing.
-
-        Args:
-            student: (B, C) pooled features behind the compactor.
-            teacher: (B, C) pooled features of the teacher at the same place, of the same samples.
+        Rows with values that are not finite have no say; a batch without any other row marks nothing.
         """
         size, channels = self.queue.shape
         if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] != channels:

@@ -9,11 +9,7 @@ def row_lengths(weight: torch.Tensor) -> torch.Tensor:
 def group_lasso(weights: list[torch.Tensor]) -> torch.Tensor:
     r"""Return the sum of the lengths of all rows, :math:`\sum_W \sum_j \|W_j\|_2`; a zero row has gradient zero.
 
-    Source: the compression loss of Xie et al., "Towards a Smaller Student" (CVPR 2023). In the authors' code a zero
-    row has gradient NaN.
-
-    Args:
-        weights: compactor weights, (C, C, 1, 1) or (C, C) each.
+    Source: the compression loss of Xie et al., "Towards a Smaller Student" (CVPR 2023).
     """
     return torch.stack([torch.linalg.vector_norm(weight.flatten(1), dim=1).sum() for weight in weights]).sum()
 

@@ -16,15 +16,8 @@ class Pass(NamedTuple):
 class PassTap:
     """Keeps, pass by pass, what goes into a network and the spatial means of what comes out of some of its modules.
 
-    A pass is one call of ``entry`` from its beginning to its end. Modules that run outside of one are not heard, such
-    as a stage called alone, or a block that is computed once more in the backward pass (activation checkpointing).
-
-    Args:
-        entry: what is called with the images.
-        modules: modules inside of it, by name.
-        last: whether their channels are the last dimension of the output, or the second.
-        wanted: asked at the beginning of a pass whether to keep it.
-        still_wanted: asked then about each of the ``passes`` that are kept until the next ``take``.
+    A pass is one call of ``entry``, if it is ``wanted``; what runs outside of one, as in activation checkpointing, is
+    not heard. A pass is kept as long as it is ``still_wanted`` when the next begins, until ``take``.
     """
 
     def __init__(

@@ -20,20 +20,11 @@ class RetrievalReset:
     """Retrieval-guided gradient resetting for ``CapacityDynamics``: the teacher, and how channels are marked.
 
     Args:
-        teacher: a network of the same blocks and widths as the student, or a ``FrozenTeacher`` with one as trunk. It is
-            put into eval mode, and runs on the student's input if nothing else has run it on the batch. None: a copy
-            of the student as it is when ``CapacityDynamics`` is made.
+        teacher: a network of the same blocks and widths as the student, or a ``FrozenTeacher`` with one as trunk; it runs
+            on the student's input if nothing else has. None: a copy of the student when ``CapacityDynamics`` is made.
         warmup_epochs: resetting begins after so many epochs.
-        ratio: share of channels that may be marked, see ``GradientReset``; likewise the others, but ``queue_dtype``.
-        neighbors: of the teacher.
-        queue_size: of the teacher's features, for each compactor.
-        queue_dtype: their precision, such as ``torch.float16`` for half the memory; None: that of the compactors.
-        metric: of the teacher's features.
-        accumulate: whether marks stay.
-        refresh_interval: after how many steps they are taken back.
-
-    Raises:
-        ValueError: ``warmup_epochs`` is negative.
+        ratio, neighbors, queue_size, metric, accumulate, refresh_interval: see ``GradientReset``.
+        queue_dtype: precision of the queue, such as ``torch.float16`` for half the memory; None: that of the compactors.
     """
 
     teacher: nn.Module | None = None

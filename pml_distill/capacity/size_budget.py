@@ -19,15 +19,10 @@ class SizeBudget:
         parameters: share of the parameters of the network without compactors that shall remain, from 0 to 1.
         flops: share of its FLOPs that shall remain. One of both.
         steps: of the optimizer, until the target is met.
-        multiple_of: the widths that are left are multiples of it. ONNX Runtime computes convolutions in blocks of 8
-            channels, so that other widths are slower for as many FLOPs.
+        multiple_of: widths are multiples of it; ONNX Runtime computes convolutions in blocks of 8 channels.
 
     Raises:
         ValueError: no target or two, a share out of range, a number that is no positive whole one.
-
-    Example:
-        >>> SizeBudget(flops=0.5, steps=1000).share
-        0.5
     """
 
     parameters: float | None = None
@@ -63,11 +58,7 @@ class BudgetSchedule:
     """Brings a network to its ``SizeBudget``, and settles which rows of its compactors stay.
 
     Of the rows that have to go, the longest is led to zero along a straight line: the lasso grows stronger or weaker
-    as that row is behind or ahead. When the target is met or the time is over, the shortest rows that are still too
-    many go, and from then on those that are zero stay zero.
-
-    Raises:
-        ValueError: the target is out of reach.
+    as that row is behind or ahead. In the end the shortest rows that are still too many go, and zeros stay zero.
     """
 
     def __init__(self, settings: SizeBudget, compactors: dict[str, Compactor], meter: ExportMeter, threshold: float):
@@ -168,10 +159,7 @@ class BudgetSchedule:
         self.hold()
 
     def fill_up(self, widths: dict[str, int], lengths: Sequence[torch.Tensor], ranks: Sequence[torch.Tensor]) -> None:
-        """Let the longest rows that go from each compactor stay where the target allows it.
-
-        The last of all rows to go may cost more than what was missing.
-        """
+        """Let the longest rows that go from each compactor stay where the target allows it."""
         found = []
         for name, own, rank, step in zip(self.compactors, lengths, ranks, self.portion):
             if widths[name] < len(own):

@@ -65,17 +65,10 @@ def flat(x: torch.Tensor) -> torch.Tensor:
 
 
 class Walk:
-    """Follows the channels of one layer through a graph.
+    """Follows the channels of one layer through a graph, or raises ``Refused``; see ``Chain`` for what it finds.
 
-    Attributes:
-        units: how many channels, or groups of them, can go on their own.
-        tags: of each node that returns these channels, how many it has and whether they are the last dimension.
-        functions: what such a node does, with the nodes it reads.
-        places: nodes of modules behind which a compactor may stand.
-        carriers, companions, consumers, reads: see ``Chain``; ``reads`` by node.
-
-    Raises:
-        Refused: something reads them that neither treats each alone nor is a layer whose inputs can shrink.
+    ``tags`` holds for each node that returns these channels how many it has and whether they are the last dimension,
+    ``functions`` what it does and the nodes it reads, ``places`` nodes behind which a compactor may stand.
     """
 
     def __init__(self, net: Net, producer: Any):

@@ -27,7 +27,7 @@ def small():
 def test_comes_back_as_it_was(name, fold_norms, tmp_path):
     small = export(pruned(name, "all"), fold_norms=fold_norms)
     save_compact(small, tmp_path / "small.safetensors")
-    loaded = load_compact(tmp_path / "small.safetensors")
+    loaded = load_compact(tmp_path / "small.safetensors", network(name))
     with torch.no_grad():
         assert torch.equal(loaded(images()), small(images()))
     assert not loaded.training and type(loaded) is type(small)
@@ -38,8 +38,9 @@ def test_wide_networks_come_back_as_the_narrow_one_widened(tmp_path):
     insert_compactors(model)
     small = export(model)
     save_compact(small, tmp_path / "wide")
+    loaded = load_compact(tmp_path / "wide", torchvision.models.resnet50())
     with torch.no_grad():
-        assert torch.equal(load_compact(tmp_path / "wide")(images()), small(images()))
+        assert torch.equal(loaded(images()), small(images()))
 
 
 def test_headless_networks_and_other_types_come_back(tmp_path):
@@ -47,17 +48,16 @@ def test_headless_networks_and_other_types_come_back(tmp_path):
     model.fc = torch.nn.Linear(512, 16)
     model.double()
     save_compact(model, tmp_path / "head")
-    torch.testing.assert_close(load_compact(tmp_path / "head")(images().double()), model(images().double()))
+    given = network("torchvision resnet18")
+    torch.testing.assert_close(load_compact(tmp_path / "head", given)(images().double()), model(images().double()))
     model.fc = torch.nn.Identity()
     save_compact(model, tmp_path / "head")
-    assert load_compact(tmp_path / "head")(images().double()).shape == (2, 512)
+    assert load_compact(tmp_path / "head", given)(images().double()).shape == (2, 512)
 
 
 def test_other_networks_come_back_with_their_architecture_given(tmp_path):
     small = export(pruned("SmallResNet"))
     save_compact(small, tmp_path / "small")
-    with pytest.raises(ValueError, match="names no architecture of torchvision or timm: give model"):
-        load_compact(tmp_path / "small")
     given = SmallResNet(width=8, in_channels=3)
     loaded = load_compact(tmp_path / "small", given)
     with torch.no_grad():
@@ -80,14 +80,12 @@ def without(stage):
         lambda: torchvision.models.resnet.BasicBlock(3, 3),
     ],
 )
-def test_networks_that_no_function_of_a_library_makes_have_no_architecture(make, tmp_path):
+def test_networks_that_no_function_of_a_library_makes_come_back(make, tmp_path):
     model = make()
     model.fc = torch.nn.Identity()
     insert_compactors(model)
     small = export(model.eval())
     save_compact(small, tmp_path / "small")
-    with safetensors.safe_open(tmp_path / "small", "pt") as file:
-        assert file.metadata()["architecture"] == ""
     given = make()
     given.fc = torch.nn.Identity()
     with torch.no_grad():
@@ -103,8 +101,6 @@ def test_can_be_read_without_this_package(tmp_path):
     exec(textwrap.dedent(lines), names)
     with torch.no_grad():
         assert torch.equal(names["model"](images()), small(images()))
-    with safetensors.safe_open(path, "pt") as file:
-        assert file.metadata()["architecture"] == "torchvision resnet50"
 
 
 def test_a_failed_save_leaves_the_old_file_whole(small, tmp_path, monkeypatch):
@@ -126,7 +122,7 @@ def test_a_failed_save_leaves_the_old_file_whole(small, tmp_path, monkeypatch):
 def test_files_of_other_architectures_are_refused(small, tmp_path):
     path = tmp_path / "small.safetensors"
     save_compact(small, path)
-    with pytest.raises(ValueError, match="torchvision resnet18 and does not fit ResNet: layer1.2.conv1 is in the netw"):
+    with pytest.raises(ValueError, match="does not fit ResNet: layer1.2.conv1 is in the network only"):
         load_compact(path, torchvision.models.resnet34())
     with pytest.raises(ValueError, match="does not fit SmallResNet: layer1.0.downsample is in the network only"):
         load_compact(path, SmallResNet())
@@ -142,11 +138,9 @@ def test_another_pooling_is_not_taken_for_the_architectures_own(tmp_path):
     insert_compactors(model)
     small = export(model.eval())
     save_compact(small, tmp_path / "small")
-    with pytest.raises(ValueError, match="names no architecture"):
-        load_compact(tmp_path / "small")
     with pytest.raises(
         ValueError,
-        match=r"maxpool is MaxPool2d\(kernel_size=3, .* in the network, MaxPool2d\(kernel_size=2, .* in the file",
+        match=r"maxpool is .*'kernel_size': 3.* in the network, .*'kernel_size': 2.* in the file",
     ):
         load_compact(tmp_path / "small", torchvision.models.resnet18())
     with torch.no_grad():
@@ -162,9 +156,7 @@ def test_a_frozen_normalisation_of_another_eps_is_refused(tmp_path):
     insert_compactors(model)
     small = export(model.eval())
     save_compact(small, tmp_path / "small")
-    with pytest.raises(
-        ValueError, match=r"bn1 is FrozenBatchNorm2d\(64, eps=1e-05\) in the net.*eps=0.1\) in the file"
-    ):
+    with pytest.raises(ValueError, match=r"bn1 is .*'eps': 1e-05.* in the net.*'eps': 0.1.* in the file"):
         load_compact(tmp_path / "small", frozen(1e-5))
     with torch.no_grad():
         assert torch.equal(load_compact(tmp_path / "small", frozen(0.1))(images()), small(images()))
@@ -172,19 +164,21 @@ def test_a_frozen_normalisation_of_another_eps_is_refused(tmp_path):
 
 def test_a_model_that_is_no_network_is_refused(small, tmp_path):
     save_compact(small, tmp_path / "small")
-    with pytest.raises(ValueError, match="model must be a network or None, but is a str"):
+    with pytest.raises(
+        ValueError, match="model must be a network as it was before insert_compactors, but is 'resnet18'"
+    ):
         load_compact(tmp_path / "small", "resnet18")
 
 
 def test_other_files_are_refused(tmp_path):
     safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "plain")
     with pytest.raises(ValueError, match="plain is not from save_compact: its format must be"):
-        load_compact(tmp_path / "plain")
+        load_compact(tmp_path / "plain", SmallResNet())
     (tmp_path / "text").write_text("no tensors in here")
     with pytest.raises(ValueError, match="text is not a safetensors file"):
-        load_compact(tmp_path / "text")
+        load_compact(tmp_path / "text", SmallResNet())
     with pytest.raises(FileNotFoundError):
-        load_compact(tmp_path / "nothing")
+        load_compact(tmp_path / "nothing", SmallResNet())
 
 
 def test_networks_with_compactors_are_refused(tmp_path):
