@@ -20,11 +20,11 @@ class RetrievalReset:
     """Retrieval-guided gradient resetting for ``CapacityDynamics``: the teacher, and how channels are marked.
 
     Args:
-        teacher: a network of the same blocks and widths as the student, or a ``FrozenTeacher`` with one as trunk; it runs
-            on the student's input if nothing else has. None: a copy of the student when ``CapacityDynamics`` is made.
+        teacher: a network of the same blocks and widths as the student, or a ``FrozenTeacher`` with one as trunk; None
+            for a copy of the student as it is. It runs on the student's input if nothing else has run it.
         warmup_epochs: resetting begins after so many epochs.
         ratio, neighbors, queue_size, metric, accumulate, refresh_interval: see ``GradientReset``.
-        queue_dtype: precision of the queue, such as ``torch.float16`` for half the memory; None: that of the compactors.
+        queue_dtype: of the queue, such as ``torch.float16`` for half the memory; None: that of the compactors.
     """
 
     teacher: nn.Module | None = None

@@ -164,9 +164,7 @@ def test_a_frozen_normalisation_of_another_eps_is_refused(tmp_path):
 
 def test_a_model_that_is_no_network_is_refused(small, tmp_path):
     save_compact(small, tmp_path / "small")
-    with pytest.raises(
-        ValueError, match="model must be a network as it was before insert_compactors, but is 'resnet18'"
-    ):
+    with pytest.raises(ValueError, match="network as it was before insert_compactors, but is 'resnet18'"):
         load_compact(tmp_path / "small", "resnet18")
 
 
