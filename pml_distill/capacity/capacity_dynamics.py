@@ -79,21 +79,13 @@ class CapacityDynamics:
         proximal: bool = True,
         example_inputs: Any = None,
     ):
-        for name, given, kind in (("reset", reset, RetrievalReset), ("budget", budget, SizeBudget)):
-            if not isinstance(given, kind | None):
-                raise ValueError(f"{name} must be a {kind.__name__} or None, but is a {type(given).__name__}.")
         check_networks(student, None if reset is None else reset.teacher)
-        for name, value, good, expected in (
-            ("lasso_weight", lasso_weight, 0 <= lasso_weight < math.inf, "finite and at least 0"),
-            ("threshold", threshold, 0 < threshold < 1, "above 0 and below 1, the length at which rows begin"),
-        ):
-            if not good:
-                raise ValueError(f"{name} must be {expected}, but is {value}.")
+        if not 0 <= lasso_weight < math.inf:
+            raise ValueError(f"lasso_weight must be finite and at least 0, but is {lasso_weight}.")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must be above 0 and below 1, where rows begin, but is {threshold}.")
         if budget is not None and not (proximal and lasso_weight):
-            raise ValueError(
-                f"a budget needs proximal=True, since no row reaches zero without, and a lasso_weight above 0, which "
-                f"it multiplies; given are {proximal} and {lasso_weight}."
-            )
+            raise ValueError(f"a budget needs proximal=True and lasso_weight > 0, not {proximal} and {lasso_weight}.")
         self.student = unwrapped(student)
         if id(self.student) in ATTACHED:
             raise ValueError("student must have no other CapacityDynamics, but has one: call close() on that first.")
@@ -118,22 +110,14 @@ class CapacityDynamics:
         ATTACHED[id(self.student)] = self
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ``ValueError`` for what is no optimizer, a compactor that it leaves untrained, or a frozen student."""
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"optimizer must be a torch.optim.Optimizer, but is a {type(optimizer).__name__}.")
+        """Raise ``ValueError`` for a compactor that the optimizer leaves untrained, or a frozen student."""
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, c in self.compactors.items() if id(c.weight) not in trained]
         if missing:
-            raise ValueError(
-                f"optimizer does not train the compactors behind {missing}; make it after insert_compactors, of "
-                "student.parameters()."
-            )
+            raise ValueError(f"optimizer does not train the compactors behind {missing}: make it afterwards.")
         compactors = {id(weight) for weight in self.weights}
         if not any(p.requires_grad for p in self.student.parameters() if id(p) not in compactors):
-            raise ValueError(
-                "student learns nothing but its compactors, since no other parameter requires a gradient. A copy of "
-                "what FrozenTeacher holds is frozen too: call requires_grad_(True) on it."
-            )
+            raise ValueError("student learns nothing but its compactors: call requires_grad_(True) on it.")
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -182,16 +166,13 @@ class CapacityDynamics:
         broken = [name for name, whole in zip(self.compactors, finite) if not whole]
         if broken:
             raise ValueError(f"the compactors behind {broken} have values that are not finite.")
-        chains = [compactor.chain for compactor in self.compactors.values()]
-        return {
-            name: rounded(width, chain, self.multiple_of) for name, chain, width in zip(self.compactors, chains, widths)
-        }
+        pairs = zip(self.compactors.items(), widths)
+        return {name: rounded(width, compactor.chain, self.multiple_of) for (name, compactor), width in pairs}
 
     def end_epoch(self) -> None:
         """Enter the sizes into the history and go on to the next epoch."""
         # As plain values, for a checkpoint to hold.
-        cost = asdict(self.measure())
-        self.history.append({"epoch": self.epoch, "lasso_weight": self.lasso_weight, **cost})
+        self.history.append({"epoch": self.epoch, "lasso_weight": self.lasso_weight, **asdict(self.measure())})
         self.epoch += 1
 
     def end_of_epoch_hook(
@@ -201,7 +182,7 @@ class CapacityDynamics:
 
         ``then`` is another hook to run after it; after epoch ``export_after`` the student is replaced.
         """
-        if export_after is not None and not (isinstance(export_after, Integral) and export_after >= 1):
+        if not (export_after is None or isinstance(export_after, Integral) and export_after >= 1):
             raise ValueError(f"export_after must be None or a whole number, at least 1, but is {export_after!r}.")
         begun = False
 
@@ -275,8 +256,7 @@ class CapacityDynamics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; under other settings raise ``ValueError`` and load nothing."""
         own = self.state_dict()
-        missing = [key for key in own if key not in state]
-        if missing:
+        if missing := [key for key in own if key not in state]:
             raise ValueError(f"the state must be what state_dict returned, but lacks {missing}.")
         if state["widths"] != own["widths"]:
             raise ValueError(
@@ -287,10 +267,7 @@ class CapacityDynamics:
             raise ValueError(f"the {with_one} has a budget, but the {without} has none.")
         shapes, own_shapes = ({key: part.shape for key, part in each["resets"].items()} for each in (state, own))
         if shapes != own_shapes or (state["teacher"] is None) != (own["teacher"] is None):
-            raise ValueError(
-                "the state was taken with another queue_size or kind of teacher, or with reset where there is none "
-                "now, or the other way round."
-            )
+            raise ValueError("the state was taken with another queue_size or kind of teacher, or use of reset.")
         if self.budget is not None:
             self.budget.load_state_dict(state["budget"])
         if self.resetting:

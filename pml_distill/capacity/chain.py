@@ -1,6 +1,7 @@
 """Hidden widths of a network: from the layer that makes the channels to the layers that read them."""
 
 import operator
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,37 +16,21 @@ from .walk import Net, Refused, Walk, name_of, reads_shape, spread
 
 @dataclass(eq=False)
 class Chain:
-    """A hidden width: what makes its channels, what treats each alone, and what reads them.
+    """A hidden width: what makes its channels, what treats each alone, and what reads them."""
 
-    Attributes:
-        block: the smallest module around it.
-        producer: the convolution or linear layer whose outputs shrink.
-        place: the module behind which the compactor stands: its normalisation, a grouped convolution, or itself.
-        carriers: the modules between that hold something for each channel, with their widths.
-        companions: layers whose outputs are multiplied with the channels, as in squeeze-and-excitation.
-        consumers: the layers whose inputs shrink.
-        units: how many rows the compactor has: channels, or groups of them.
-        width: of the place.
-        last: whether channels are the last dimension of the place's output, or the second.
-        full: whether the compactor may mix channels.
-        steps: functions from the compactor on, with the numbers of the values that each reads; 0 is the compactor's.
-        read: which values the consumers read.
-        inner: whether it is one of ``positions="inner"``.
-    """
-
-    block: nn.Module
-    producer: Any
-    place: Any
-    carriers: dict[Any, int]
-    companions: list[Any]
-    consumers: list[Any]
-    units: int
-    width: int
-    last: bool
-    full: bool
-    steps: list[tuple[Any, tuple[int, ...]]]
-    read: dict[Any, int]
-    inner: bool = True
+    block: nn.Module  # the smallest module around it
+    producer: Any  # the convolution or linear layer whose outputs shrink
+    place: Any  # the module before the compactor: its normalisation, a grouped convolution, or the producer
+    carriers: dict[Any, int]  # the modules between that hold something for each channel, with their widths
+    companions: list[Any]  # layers whose outputs are multiplied with the channels, as in squeeze-and-excitation
+    consumers: list[Any]  # the layers whose inputs shrink
+    units: int  # how many rows the compactor has: channels, or groups of them
+    width: int  # of the place
+    last: bool  # whether channels are the last dimension of the place's output, or the second
+    full: bool  # whether the compactor may mix channels
+    steps: list[tuple[Any, tuple[int, ...]]]  # functions behind the compactor, and the values that each reads
+    read: dict[Any, int]  # which values the consumers read
+    inner: bool = True  # whether it is one of positions="inner"
 
     def modules(self) -> list[Any]:
         """Return all that changes with the width."""
@@ -82,9 +67,7 @@ class Chain:
             value = values[number].flatten(0, -2) if linear else values[number].transpose(0, 1).flatten(1).t()
             padded = consumer.bias is None or not linear and any(consumer.padding)
             if padded or not torch.equal(value, value[:1].expand_as(value)):
-                raise Refused(
-                    f"{culprit} stands before the next layer and does not keep zeros zero, for which no bias makes up"
-                )
+                raise Refused(f"{culprit} stands before a layer and does not keep zeros zero: no bias makes up for it")
             found[consumer] = value[0].repeat_interleave(consumer.weight.shape[1] // value.shape[1])
         return found
 
@@ -177,18 +160,14 @@ def register_block(
 ) -> None:
     """Tell ``insert_compactors`` which widths of your block can shrink, where it cannot find them itself.
 
-    A chain is a sequence of names of modules of the block, ``(layer, ..., next layer)``, dotted where they lie deeper
-    (``"body.0"``), in the order of the forward pass and complete. What stands between is checked to treat each channel
-    alone; activations called as functions cannot be checked and must keep zeros zero. Nothing else may read the first
-    layer's output. Blocks of the class that lack a module of a chain have no such chain.
+    A chain is a complete sequence of dotted names, ``(layer, ..., next layer)``, in the order of the forward pass.
+    Activations called as functions cannot be checked and must keep zeros zero; nothing else may read the first layer's
+    output. Blocks of the class that lack a module of a chain have no such chain. ``ValueError`` for anything else.
 
     Args:
         block_type: the block's class; subclasses have to be registered themselves.
         inner: the chains of ``positions="inner"``.
         all_positions: those of ``positions="all"``, the inner ones among them. Default: the same.
-
-    Raises:
-        ValueError: an argument is no class of modules or no such sequence, or ``all_positions`` lacks an inner chain.
 
     Example:
         >>> from torch import nn
@@ -262,14 +241,9 @@ def described(walk: Walk, node: fx.Node, model: nn.Module) -> Chain:
             values[later] = len(steps)
     direct = is_batch_norm(place) and not inside and node.args[0] in net.calls[producer]
     width, last = walk.tags[node]
-    common: Any = zip(*(net.names[m].split(".")[:-1] for m in (producer, place, *walk.consumers)))
-    prefix = []
-    for parts in common:
-        if len(set(parts)) > 1:
-            break
-        prefix.append(parts[0])
+    paths: Any = [net.names[m].split(".")[:-1] for m in (producer, place, *walk.consumers)]
     return Chain(
-        block=model.get_submodule(".".join(prefix)),
+        block=model.get_submodule(".".join(os.path.commonprefix(paths))),
         producer=producer,
         place=place,
         carriers=walk.carriers,

@@ -76,7 +76,7 @@ def load_compact(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         if layer.pop("type") == "Identity":
             replace_module(model, name, nn.Identity())
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         # Lists were tuples.
         vars(module).update({k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()})
         if type(module).__name__ == "BlurPool2d" and module.channels is not None:

@@ -11,7 +11,26 @@ from .tracing import is_norm_act
 from .walk import Refused
 
 
-class Compactor(nn.Conv2d):
+class Shrinking(nn.Module):
+    """What both kinds of compactors share."""
+
+    weight: Any
+    chain: Any = None
+    # Not a hook: those that come after torch.compile are not heard.
+    listener: Any = None
+
+    def heard(self, out: torch.Tensor) -> torch.Tensor:
+        """Let who listens hear an output, and return it."""
+        if self.listener is not None:
+            self.listener(out)
+        return out
+
+    def row_norms(self) -> torch.Tensor:
+        """Return the length of each row: how much each output channel, or group of them, still carries."""
+        return row_lengths(self.weight)
+
+
+class Compactor(Shrinking, nn.Conv2d):
     r"""A 1x1 convolution without bias, the identity at first, whose rows can be taught to vanish.
 
     It stands behind a normalisation, :math:`y = W \, \mathrm{norm}(\mathrm{conv}(x))`, of shape (B, C, H, W), so that
@@ -23,10 +42,6 @@ class Compactor(nn.Conv2d):
         [1.0, 1.0, 1.0]
     """
 
-    chain: Any = None
-    # Not a hook: those that come after torch.compile are not heard.
-    listener: Any = None
-
     def __init__(self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__(channels, channels, 1, bias=False, device=device, dtype=dtype)
         with torch.no_grad():
@@ -37,27 +52,16 @@ class Compactor(nn.Conv2d):
         return torch.eye(len(self.weight)).view(self.weight.shape).to(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve, and let who listens hear."""
-        out = super().forward(x)
-        if self.listener is not None:
-            self.listener(out)
-        return out
-
-    def row_norms(self) -> torch.Tensor:
-        """Return the length of each row, (C,): how much each output channel still carries."""
-        return row_lengths(self.weight)
+        """Mix the channels."""
+        return self.heard(super().forward(x))
 
 
-class ChannelGate(nn.Module):
+class ChannelGate(Shrinking):
     """A diagonal compactor: one factor for each of ``units`` channels, or groups of ``group`` channels, 1 at first.
 
     It stands where channels cannot be mixed, as behind grouped convolutions, or where that is too dear, as in an MLP;
     ``last`` says whether channels are the last dimension of the input, or the second.
     """
-
-    chain: Any = None
-    # Not a hook: those that come after torch.compile are not heard.
-    listener: Any = None
 
     def __init__(
         self,
@@ -78,14 +82,7 @@ class ChannelGate(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply each channel with its factor."""
         factors = self.weight.expand(-1, self.group).reshape(-1)
-        out = x * (factors if self.last else factors.view(-1, 1, 1))
-        if self.listener is not None:
-            self.listener(out)
-        return out
-
-    def row_norms(self) -> torch.Tensor:
-        """Return the size of each factor, (units,)."""
-        return row_lengths(self.weight)
+        return self.heard(x * (factors if self.last else factors.view(-1, 1, 1)))
 
 
 class Compacted(nn.Sequential):
@@ -145,7 +142,7 @@ def insert_compactors(model: nn.Module, positions: str = "inner") -> dict[str, C
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
         raise ValueError(
             f"{type(model).__name__} has no block to put compactors in, since no hidden width can shrink ({listed}). "
-            "Give a block of your own to register_block if its channels can be dropped all the same."
+            "Give a block of your own to register_block."
         )
     for chain in chains:
         put_compactor(model, chain)

@@ -17,26 +17,18 @@ def check_networks(student: Any, teacher: Any) -> None:
         raise ValueError(f"student must be a network, but is a {type(student).__name__}.")
     if isinstance(student, nn.DataParallel) or hasattr(student, "_orig_mod"):
         raise ValueError(
-            f"student must be the network itself, or in DistributedDataParallel, but is of type "
-            f"{type(student).__name__}, behind which its passes cannot be seen."
+            f"student must be the network itself, or in DistributedDataParallel, but is a {type(student).__name__}."
         )
-    if any(is_sharded(parameter) for parameter in student.parameters()):
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is not None and any(isinstance(parameter, tensor.DTensor) for parameter in student.parameters()):
         raise ValueError(
             "student is sharded by fully_shard, so that no process holds whole rows of its compactors: train it in "
             "DistributedDataParallel instead."
         )
-    if not isinstance(teacher, nn.Module | None):
-        raise ValueError(f"teacher must be a network, a FrozenTeacher or None, but is a {type(teacher).__name__}.")
-    if isinstance(teacher, EnsembleTeacher):
-        raise ValueError("teacher must be a single network, but is an EnsembleTeacher: give one of its teachers.")
+    if not isinstance(teacher, nn.Module | None) or isinstance(teacher, EnsembleTeacher):
+        raise ValueError(f"teacher must be a network of its own or None, but is a {type(teacher).__name__}.")
     if teacher is not None and any(module is unwrapped(student) for module in teacher.modules()):
         raise ValueError("teacher is the student; give it a network of its own.")
-
-
-def is_sharded(parameter: Any) -> bool:
-    """Whether a parameter is spread over processes."""
-    tensor = sys.modules.get("torch.distributed.tensor")
-    return tensor is not None and isinstance(parameter, tensor.DTensor)
 
 
 def check_correspondence(student: nn.Module, teacher: nn.Module) -> None:
@@ -64,15 +56,11 @@ def check_correspondence(student: nn.Module, teacher: nn.Module) -> None:
 def blocks(model: nn.Module, chains: list[Chain]) -> list[tuple[str, str]]:
     """Return the blocks with chains, each once, as name and class."""
     names = {module: name for name, module in model.named_modules()}
-    return list(dict.fromkeys((names[chain.block], class_name(chain.block)) for chain in chains))
+    kinds = {module: f"{type(module).__module__}.{type(module).__qualname__}" for module in names}
+    return list(dict.fromkeys((names[chain.block], kinds[chain.block]) for chain in chains))
 
 
 def names_of(model: nn.Module, chains: list[Chain]) -> list[str]:
     """Return what compactors of these chains would be called, or are."""
     names = {module: name for name, module in model.named_modules()}
     return [f"{names[c.place]}.drop" if is_norm_act(c.place) else names[c.place].removesuffix(".0") for c in chains]
-
-
-def class_name(module: nn.Module) -> str:
-    """Return the full name of a module's class: libraries call different blocks alike."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,4 +1,3 @@
-import copy
 from typing import Any
 
 import torch
@@ -6,7 +5,7 @@ from torch import nn
 
 from .chain import Chain
 from .compactor import Compacted, check_model, find_compactors, replace_module
-from .tracing import Tracer, forget_hooks, is_batch_norm, is_global_response_norm, is_norm_act, shrunk
+from .tracing import Tracer, copied, is_batch_norm, is_global_response_norm, is_norm_act, shrunk
 from .walk import Refused
 
 
@@ -62,11 +61,10 @@ def export(
         except Refused as reason:
             raise ValueError(f"cannot merge the compactor behind {name}: {reason}.") from None
     for module in model.modules():
-        forget_hooks(module, merged)
         if isinstance(module, Compacted) and id(module[0]) in merged:
             merged[id(module)] = merged[id(module[0])]
     # What stands in the memo is taken for the copy, so that nothing that hangs on a compactor is copied.
-    exported = copy.deepcopy(model, merged)
+    exported = copied(model, merged)
     if fold_norms:
         fold(exported)
     return exported
@@ -96,9 +94,8 @@ def shrink(chain: Chain, compactor: Any, rows: torch.Tensor, merged: dict[int, A
             groups = module.groups * len(rows) // chain.units
             small: Any = with_rows(now(module), index, factors if here else None, groups)
         else:
-            small = shrunk(
-                module, index, width, {id(module.drop): module.drop[0]} if here and is_norm_act(module) else {}
-            )
+            plain = {id(module.drop): module.drop[0]} if here and is_norm_act(module) else {}
+            small = shrunk(module, index, width, plain)
             small._load_state_dict_pre_hooks.clear()
             for tensor in (small.weight, small.bias) if here else ():
                 tensor.copy_(tensor.double() * factors)
@@ -197,19 +194,10 @@ def with_values(layer: Any, weight: torch.Tensor, bias: torch.Tensor | None, gro
     if isinstance(layer, nn.Linear):
         new: Any = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], **options).eval()
     else:
-        groups = layer.groups if groups is None else groups
-        new = nn.utils.skip_init(
-            nn.Conv2d,
-            weight.shape[1] * groups,
-            weight.shape[0],
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            groups,
-            padding_mode=layer.padding_mode,
-            **options,
-        ).eval()
+        options["groups"] = groups = layer.groups if groups is None else groups
+        same = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        options |= {name: getattr(layer, name) for name in same}
+        new = nn.utils.skip_init(nn.Conv2d, weight.shape[1] * groups, weight.shape[0], **options).eval()
     new.weight.copy_(weight)
     if new.bias is not None and bias is not None:
         new.bias.copy_(bias)
@@ -224,9 +212,8 @@ def fold(model: nn.Module) -> None:
     try:
         graph = Tracer().trace(model)
     except Exception as error:
-        raise ValueError(
-            f"fold_norms=True needs a network that torch.fx can trace, {type(model).__name__} is not: {error}"
-        ) from error
+        kind = type(model).__name__
+        raise ValueError(f"fold_norms=True needs a network that torch.fx can trace, {kind} is not: {error}") from error
     modules = dict(model.named_modules())
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in list(graph.nodes):

@@ -14,7 +14,7 @@ from .tracing import is_norm_act
 
 @dataclass
 class BlockCost:
-    """What one block costs: ``parameters``, ``flops`` per image, and the ``widths`` behind each normalisation."""
+    """What one block costs, and the ``widths`` behind each normalisation."""
 
     parameters: int
     flops: int
@@ -58,9 +58,9 @@ class ExportMeter:
             try:
                 model(*args, **kwargs)
             except (RuntimeError, ValueError, TypeError) as error:
-                given = f"image_shape must be a shape that {type(model).__name__} takes, but is {image_shape}"
-                if example_inputs is not None:
-                    given = f"example_inputs must be what {type(model).__name__} takes"
+                kind = type(model).__name__
+                given = f"image_shape must be a shape that {kind} takes, but is {image_shape}"
+                given = given if example_inputs is None else f"example_inputs must be what {kind} takes"
                 raise ValueError(f"{given}: {error}") from error
         counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         self.total_flops, root = counter.get_total_flops(), type(model).__name__
@@ -80,7 +80,7 @@ class ExportMeter:
                 part.cuts[cut if module not in merged else "gone"] = name
                 part.bias |= chain.full and module is chain.producer
         for part_module, part in self.parts.items():
-            part.blocks = [names[chain.block] for chain in chains if within(names[part_module], names[chain.block])]
+            part.blocks = [name for name in self.blocks if not name or f"{names[part_module]}.".startswith(f"{name}.")]
             if is_norm_act(part_module):
                 # What it holds of its own, without a compactor inside.
                 part.flops, part.parameters = 0, sum(p.numel() for p in part_module.parameters(recurse=False))
@@ -92,19 +92,15 @@ class ExportMeter:
             if isinstance(example_inputs, Mapping):
                 return (), dict(example_inputs)
             return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {}
-        if (
-            not isinstance(image_shape, Sequence)
-            or len(image_shape) != 3
-            or not all(isinstance(size, Integral) and int(size) > 0 for size in image_shape)
-        ):
+        sizes = image_shape if isinstance(image_shape, Sequence) else ()
+        if len(sizes) != 3 or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
             raise ValueError(f"image_shape must be (C, H, W), three positive whole numbers, but is {image_shape!r}.")
         parameter = next(self.model.parameters())
         return (torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype),), {}
 
     def measure(self, threshold: float = 1e-5, multiple_of: int = 1) -> ExportedCost:
         """Return the cost of ``export(model, threshold)``; where no row reaches the threshold, the longest stays."""
-        rows = {name: len(kept_rows(c, threshold, multiple_of)) for name, c in self.compactors.items()}
-        return self.cost(rows)
+        return self.cost({name: len(kept_rows(c, threshold, multiple_of)) for name, c in self.compactors.items()})
 
     def cost(self, widths: dict[str, int]) -> ExportedCost:
         """Return the cost of the network with so many rows in each compactor."""
@@ -115,7 +111,7 @@ class ExportMeter:
         units = {name: len(compactor.weight) for name, compactor in self.compactors.items()}
         for module, part in self.parts.items():
             parameters, flops = part.left(module, widths, units)
-            for cost in (total, *(blocks[name] for name in set(part.blocks))):
+            for cost in (total, *(blocks[name] for name in part.blocks)):
                 cost.parameters -= part.parameters - parameters
                 cost.flops -= part.flops - flops
         return ExportedCost(total.parameters, total.flops, blocks)
@@ -144,11 +140,6 @@ class Part:
         whole, left = rows[1] * columns[1], rows[0] * columns[0]
         biases = len(module.weight) * rows[0] // rows[1] if self.bias or module.bias is not None else 0
         return module.weight.numel() // whole * left + biases, self.flops // whole * left
-
-
-def within(name: str, block: str) -> bool:
-    """Whether a module of this name is inside of a block."""
-    return not block or f"{name}.".startswith(f"{block}.")
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -60,10 +60,8 @@ class GradientReset(nn.Module):
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, but is {metric!r}.")
         if refresh_interval is not None and (refresh_interval < 1 or not accumulate):
-            raise ValueError(
-                f"refresh_interval must be None, or at least 1 with accumulate=True, but is {refresh_interval} with "
-                f"accumulate={accumulate}."
-            )
+            given = f"{refresh_interval} with accumulate={accumulate}"
+            raise ValueError(f"refresh_interval must be None, or at least 1 with accumulate=True, but is {given}.")
         if neighbors > queue_size:
             raise ValueError(f"neighbors must be at most queue_size, {queue_size}, but is {neighbors}.")
         self.neighbors, self.metric = neighbors, metric
@@ -71,9 +69,8 @@ class GradientReset(nn.Module):
         self.accumulate, self.refresh_interval = accumulate, refresh_interval
         self.register_buffer("mask", torch.ones(num_channels, dtype=torch.bool))
         self.register_buffer("queue", torch.zeros(queue_size, num_channels))
-        self.register_buffer("position", torch.zeros((), dtype=torch.long))
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        for name in ("position", "count", "updates"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def update(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -83,10 +80,8 @@ class GradientReset(nn.Module):
         """
         size, channels = self.queue.shape
         if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] != channels:
-            raise ValueError(
-                f"student and teacher features must both have shape (batch, {channels}), but have "
-                f"{tuple(student.shape)} and {tuple(teacher.shape)}."
-            )
+            shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            raise ValueError(f"student and teacher features must be (batch, {channels}), but have {shapes}.")
         working = torch.promote_types(self.queue.dtype, torch.float32)
         student, teacher = student.to(working), teacher.to(working)
         if self.metric == "cosine":

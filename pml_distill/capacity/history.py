@@ -26,18 +26,12 @@ def history_table(history: list[dict[str, Any]], meter: ExportMeter) -> str:
 
 def block_table(history: list[dict[str, Any]], meter: ExportMeter) -> str:
     """Return one line for each block after the last epoch, as Markdown."""
-    whole = meter.measure(0.0).blocks
-    return format_table(
-        [
-            {
-                "block": name,
-                "channels": ", ".join(f"{block['widths'][key]} of {all_}" for key, all_ in whole[name].widths.items()),
-                "parameters": f"{block['parameters']:,}",
-                "MFLOPs": f"{block['flops'] / 1e6:.2f}",
-            }
-            for name, block in ended(history)[-1]["blocks"].items()
-        ]
-    )
+    whole, rows = meter.measure(0.0).blocks, []
+    for name, block in ended(history)[-1]["blocks"].items():
+        channels = ", ".join(f"{block['widths'][key]} of {all_}" for key, all_ in whole[name].widths.items())
+        cost = {"parameters": f"{block['parameters']:,}", "MFLOPs": f"{block['flops'] / 1e6:.2f}"}
+        rows.append({"block": name, "channels": channels, **cost})
+    return format_table(rows)
 
 
 def plot_history(history: list[dict[str, Any]], meter: ExportMeter, path: str | os.PathLike) -> None:

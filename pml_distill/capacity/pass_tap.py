@@ -41,9 +41,7 @@ class PassTap:
             if self.current is None:
                 return
             if name in self.current.features:
-                raise ValueError(
-                    f"{name} runs more than once in a pass; gradient resetting needs blocks that run once."
-                )
+                raise ValueError(f"{name} runs more than once in a pass: resetting needs blocks that run once.")
             dtype = torch.promote_types(output.dtype, torch.float32)
             places = tuple(range(1, output.ndim - 1)) if last[name] else tuple(range(2, output.ndim))
             mean = output.detach().mean(dim=places, dtype=dtype) if places else output.detach().to(dtype)

@@ -51,20 +51,16 @@ class Resetting:
         self.compactors = compactors
         self.active = lambda: epoch() > settings.warmup_epochs
         self.weights = [compactor.weight for compactor in compactors.values()]
+        names = ("queue_size", "neighbors", "ratio", "metric", "accumulate", "refresh_interval")
+        same = {name: getattr(settings, name) for name in names}
         self.resets: Any = nn.ModuleList(
-            GradientReset(
-                len(weight),
-                settings.queue_size,
-                settings.neighbors,
-                settings.ratio,
-                settings.metric,
-                settings.accumulate,
-                settings.refresh_interval,
-            ).to(weight.device, settings.queue_dtype or weight.dtype)
+            GradientReset(len(weight), **same).to(weight.device, settings.queue_dtype or weight.dtype)
             for weight in self.weights
         )
         self.own_teacher = settings.teacher is None
-        self.teacher = copied(student) if settings.teacher is None else unwrapped(settings.teacher)
+        self.teacher = (
+            copied(student).requires_grad_(False) if settings.teacher is None else unwrapped(settings.teacher)
+        )
         trunk = self.teacher.trunk if isinstance(self.teacher, FrozenTeacher) else self.teacher
         check_correspondence(student, trunk)
         taught = find_compactors(trunk) or {name: trunk.get_submodule(name) for name in compactors}
@@ -101,8 +97,7 @@ class Resetting:
             if any(weight.grad is not None and bool(weight.grad.any()) for weight in self.weights):
                 raise RuntimeError(
                     "gradients are to be reset, but no pass of the student was heard since the last step: call it as "
-                    "student(images), not by one of its methods or parts, and keep it in training mode; batch norms "
-                    "alone may be in eval mode."
+                    "student(images), in training mode; batch norms alone may be in eval mode."
                 )
             return
         if [id(p.images) for p in self.student_tap.passes] != [id(p.images) for p in self.teacher_tap.passes]:

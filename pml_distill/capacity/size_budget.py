@@ -32,13 +32,9 @@ class SizeBudget:
 
     def __post_init__(self) -> None:
         if (self.parameters is None) == (self.flops is None):
-            raise ValueError(
-                f"a SizeBudget has parameters ({self.parameters}) or flops ({self.flops}): give one, not both."
-            )
+            raise ValueError(f"give one, not both: parameters ({self.parameters}) or flops ({self.flops}).")
         if not 0 < self.share < 1:
-            raise ValueError(
-                f"{self.measured} is the share that shall remain and must lie between 0 and 1, but is {self.share}."
-            )
+            raise ValueError(f"{self.measured}, the share that remains, must lie between 0 and 1, but is {self.share}.")
         for name, value in (("steps", self.steps), ("multiple_of", self.multiple_of)):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, but is {value!r}.")
@@ -117,9 +113,7 @@ class BudgetSchedule:
         """
         lengths = torch.cat([compactor.row_norms() for compactor in self.compactors.values()])
         ranks = [own.argsort(stable=True) for own in lengths.split(self.counts)]
-        keys = torch.cat(
-            [self.portions(own[rank], step) for own, rank, step in zip(lengths.split(self.counts), ranks, self.portion)]
-        )
+        keys = torch.cat([portions(own[r], n) for own, r, n in zip(lengths.split(self.counts), ranks, self.portion)])
         places = torch.cat([rank + start for rank, start in zip(ranks, self.starts)])
         order = places[keys.argsort(stable=True)]
         owners = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))[order.cpu()]
@@ -130,13 +124,6 @@ class BudgetSchedule:
 
         number = bisect_left(range(len(order)), True, key=meets)
         return torch.zeros_like(lengths, dtype=torch.bool).index_fill_(0, order[:number], True), lengths
-
-    def portions(self, lengths: torch.Tensor, step: int) -> torch.Tensor:
-        """Return for each of some sorted rows the length of the longest of its portion; the shortest may be fewer."""
-        if step == 1:
-            return lengths
-        ends = torch.arange(len(lengths) - 1, -1, -1, device=lengths.device) // step * step
-        return lengths[len(lengths) - 1 - ends]
 
     def widths(self, rows: Sequence[int]) -> dict[str, int]:
         """Return the widths of so many rows, rounded up to multiples."""
@@ -171,15 +158,18 @@ class BudgetSchedule:
 
     def state_dict(self) -> dict[str, object]:
         """Return the progress and the plan."""
-        return {"alive": self.alive, "first_longest": self.first_longest, "plan": self.plan()}
-
-    def plan(self) -> dict[str, object]:
-        """Return what is counted, how much of it shall remain, and when."""
-        return {"measured": self.measured, "target": self.target, "steps": self.steps, "multiple_of": self.multiple_of}
+        plan = {name: getattr(self, name) for name in ("measured", "target", "steps", "multiple_of")}
+        return {"alive": self.alive, "first_longest": self.first_longest, "plan": plan}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where ``state_dict`` was taken, or raise ``ValueError`` if it was under another plan."""
-        if state["plan"] != self.plan():
-            raise ValueError(f"the state is of the budget {state['plan']}, but this one is {self.plan()}.")
+        if state["plan"] != (plan := self.state_dict()["plan"]):
+            raise ValueError(f"the state is of the budget {state['plan']}, but this one is {plan}.")
         self.first_longest, alive = state["first_longest"], state["alive"]
         self.alive = None if alive is None else [own.to(weight) for own, weight in zip(alive, self.weights)]
+
+
+def portions(lengths: torch.Tensor, step: int) -> torch.Tensor:
+    """Return for each of some sorted rows the length of the longest of its portion; the shortest may be fewer."""
+    ends = torch.arange(len(lengths) - 1, -1, -1, device=lengths.device) // step * step
+    return lengths[len(lengths) - 1 - ends]

@@ -8,16 +8,8 @@ from ..utils.report import write
 from .compactor import find_compactors
 
 # Settings of DistributedDataParallel that are arguments and attributes of one name.
-WRAPPER_SETTINGS = (
-    "device_ids",
-    "output_device",
-    "dim",
-    "process_group",
-    "find_unused_parameters",
-    "gradient_as_bucket_view",
-    "static_graph",
-    "mixed_precision",
-)
+WRAPPER_SETTINGS: tuple[str, ...] = ("device_ids", "output_device", "dim", "process_group", "find_unused_parameters")
+WRAPPER_SETTINGS += ("gradient_as_bucket_view", "static_graph", "mixed_precision")
 
 
 def replace_student(trainer: Any, student: nn.Module, small: nn.Module) -> None:
@@ -35,12 +27,14 @@ def replace_student(trainer: Any, student: nn.Module, small: nn.Module) -> None:
         for parameter in old.values():
             optimizer.state.pop(parameter, None)
     before, after = (sum(p.numel() for p in parameters.values()) for parameters in (old, new))
-    message = f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed."
+    write(f"The student is exported: {before:,} parameters have become {after:,}. Its optimizer is renewed.")
     trainer.models[key] = small
     if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-        trainer.models[key] = rewrapped(wrapper, small)
-        message += " So is its DistributedDataParallel, without communication hooks."
-    write(message)
+        settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
+        trainer.models[key] = nn.parallel.DistributedDataParallel(small, **settings)
+        # As an argument it is deprecated in newer versions, and under another name not known to older ones.
+        trainer.models[key].broadcast_buffers = wrapper.broadcast_buffers
+        write("So is its DistributedDataParallel, without communication hooks.")
 
 
 def key_in(trainer: Any, student: nn.Module) -> str:
@@ -58,22 +52,18 @@ def key_in(trainer: Any, student: nn.Module) -> str:
     chains = [compactor.chain for compactor in find_compactors(student).values()]
     merged = [names[m] for chain in chains for m in (chain.producer, *chain.carriers, *chain.companions)]
     merged += list(find_compactors(student))
-    tapped = [
-        name
-        for name in getattr(trainer, "student_features", ())
-        if keys[0] == "trunk" and any(f"{name}.".startswith(f"{place}.") for place in merged)
-    ]
+    features = getattr(trainer, "student_features", ()) if keys[0] == "trunk" else ()
+    tapped = [name for name in features if any(f"{name}.".startswith(f"{place}.") for place in merged)]
     if tapped:
         raise ValueError(
-            f"student_features names {tapped}, which the export merges into other modules; name the outputs of "
-            "blocks, or train to the end without export_after and call export() then."
+            f"student_features names {tapped}, which the export merges: name outputs of blocks, or export at the end."
         )
     return keys[0]
 
 
 def origins(student: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return the student's parameter in whose place each parameter of the exported network belongs."""
-    old, found = dict(student.named_parameters()), {}
+    old = dict(student.named_parameters())
     modules = {module: name for name, module in student.named_modules()}
     moved: dict[str, str] = {}
     for place, compactor in find_compactors(student).items():
@@ -84,15 +74,4 @@ def origins(student: nn.Module, names: Iterable[str]) -> dict[str, str]:
         if chain.full:
             norm = f"{modules[chain.place]}.bias"
             moved[f"{layer}.bias"] = norm if norm in old else f"{modules[chain.producer]}.weight"
-    for name in names:
-        found[name] = name if name in old else moved[name]
-    return found
-
-
-def rewrapped(wrapper: nn.parallel.DistributedDataParallel, module: nn.Module) -> nn.parallel.DistributedDataParallel:
-    """Return another module in the same wrapper."""
-    settings = {name: getattr(wrapper, name) for name in WRAPPER_SETTINGS}
-    new = nn.parallel.DistributedDataParallel(module, **settings)
-    # As an argument it is deprecated in newer versions, and under another name not known to older ones.
-    new.broadcast_buffers = wrapper.broadcast_buffers
-    return new
+    return {name: name if name in old else moved[name] for name in names}

@@ -66,27 +66,19 @@ def trace(model: nn.Module) -> list[tuple[nn.Module, fx.Graph]]:
     return graphs + [found for part in parts for found in trace(part)]
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """Return a frozen copy without forward hooks."""
-    memo: dict[int, Any] = {}
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """Return a copy without forward hooks: they serve the network they were put on, and may hold much more."""
+    memo = {} if memo is None else memo
     for module in model.modules():
-        forget_hooks(module, memo)
-    return copy.deepcopy(model, memo).requires_grad_(False)
-
-
-def forget_hooks(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Let a deep copy find no forward hooks: they serve the network they were put on, and may hold much more."""
-    for name, hooks in vars(module).items():
-        if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
-            memo[id(hooks)] = OrderedDict()
+        for name, hooks in vars(module).items():
+            if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                memo[id(hooks)] = OrderedDict()
+    return copy.deepcopy(model, memo)
 
 
 def shrunk(module: nn.Module, index: torch.Tensor, width: int, memo: dict[int, Any] | None = None) -> Any:
     """Return a copy, without hooks, of a module that treats each channel alone, with some of its ``width`` channels."""
-    memo = memo or {}
-    for part in module.modules():
-        forget_hooks(part, memo)
-    small = copy.deepcopy(module, memo)
+    small = copied(module, memo)
     for part in small.modules():
         stores: Any = (part._parameters, part._buffers)
         for tensors in stores:

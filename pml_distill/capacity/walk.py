@@ -59,11 +59,6 @@ class Bound:
         return function(x, *self.args, **self.kwargs)
 
 
-def flat(x: torch.Tensor) -> torch.Tensor:
-    """Make vectors of images."""
-    return x.flatten(1)
-
-
 class Walk:
     """Follows the channels of one layer through a graph, or raises ``Refused``; see ``Chain`` for what it finds.
 
@@ -111,7 +106,7 @@ class Walk:
         elif module is None and name.lstrip("i") in ("mul", "add") and len(node.all_input_nodes) == 2:
             self.join(node, sources, name.lstrip("i"))
         elif module is None and name in ("view", "reshape") and flattens(node) and not last:
-            self.tags[node], self.functions[node] = (width, True), (flat, (source,))
+            self.tags[node], self.functions[node] = (width, True), (nn.Flatten(), (source,))
         elif len(node.all_input_nodes) > 1 or node.args[:1] != (source,):
             self.refuse(node, "reads several tensors")
         elif type(module) is nn.Linear or type(module) is nn.Conv2d and module.groups == 1:
@@ -131,9 +126,8 @@ class Walk:
             if not (is_global_response_norm(module) and last == (module.channel_dim == -1)):
                 last = self.probe(node, function, width, last)
             self.tags[node], self.functions[node] = (width, last), (function, (source,))
-            if module is not None and any(
-                t.ndim and len(t) == width for t in (*module.parameters(), *module.buffers())
-            ):
+            held = () if module is None else (*module.parameters(), *module.buffers())
+            if any(t.ndim and len(t) == width for t in held):
                 self.carriers[module] = width
             if is_batch_norm(module) and module.weight is not None:
                 self.places.append(node)

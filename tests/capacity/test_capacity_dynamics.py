@@ -714,32 +714,20 @@ def frozen_but_for_compactors(student):
             lambda s, t, o: attach(frozen_but_for_compactors(s), t, o),
             r"student learns nothing but its compactors.* requires_grad_\(True\)",
         ),
-        (
-            lambda s, t, o: CapacityDynamics(s, o, SHAPE, reset=t),
-            "reset must be a RetrievalReset or None, but is a SmallResNet",
-        ),
-        (
-            lambda s, t, o: CapacityDynamics(s, o, SHAPE, budget=0.5),
-            "budget must be a SizeBudget or None, but is a float",
-        ),
         (lambda s, t, o: SizeBudget(steps=5), "give one, not both"),
         (lambda s, t, o: attach(s, s, o), "teacher is the student"),
         (lambda s, t, o: attach(s, FrozenTeacher(s), o), "teacher is the student"),
         (lambda s, t, o: attach("x", t, o), "student must be a network, but is a str"),
         (
-            lambda s, t, o: attach(s, t, None),
-            "optimizer must be a torch.optim.Optimizer, but is a None",
-        ),
-        (
             lambda s, t, o: attach(s, EnsembleTeacher([FrozenTeacher(t)]), o),
-            "is an EnsembleTeacher: give one of its teachers",
+            "must be a network of its own or None, but is a EnsembleTeacher",
         ),
         (lambda s, t, o: attach(s, lambda x: x, o), "must be a network.* but is a function"),
         (
             lambda s, t, o: attach(torch.compile(s, backend="eager"), t, o),
-            "but is of type OptimizedModule, behind which its passes cannot be seen",
+            "or in DistributedDataParallel, but is a OptimizedModule",
         ),
-        (lambda s, t, o: attach(torch.nn.DataParallel(s), t, o), "but is of type DataParallel"),
+        (lambda s, t, o: attach(torch.nn.DataParallel(s), t, o), "but is a DataParallel"),
         (
             lambda s, t, o: attach(s, SmallResNet(8), o),
             "teacher has 8 channels behind layer1.0.bn1, the student 4",
@@ -767,7 +755,7 @@ def frozen_but_for_compactors(student):
         ),
         (
             lambda s, t, o: attach(s, t, o, flops=0.5, steps=3, lasso_weight=0),
-            "needs proximal=True, .* and a lasso_weight above 0, which it multiplies; given are True and 0",
+            "needs proximal=True and lasso_weight > 0, not True and 0",
         ),
         (
             lambda s, t, o: attach(s, t, o, lasso_weight=-1),
