@@ -1,4 +1,4 @@
-from .base_distillation_loss import BaseDistillationLoss
+from .base_distillation_loss import BaseDistillationLoss, entry
 
 
 class AbsoluteTeacherLoss(BaseDistillationLoss):
@@ -6,16 +6,10 @@ class AbsoluteTeacherLoss(BaseDistillationLoss):
 
     .. math:: L_i = d(f_s(x_i), f_t(x_i))
 
-    With the default distance this is the Euclidean distance, not squared. For a similarity it is what is missing of it,
-    d(f_t, f_t) - d(f_s, f_t): 1 - cos for the cosine.
-
-    Source: Yu et al., "Learning Metrics from Teachers", CVPR 2019, whose scale this is, with weights of 1.0 (CUB),
-    1.5 (Cars) and 2.0 (SOP) combined with a triplet loss at B = 32.
-
-    Shapes: embeddings and ref_emb (B, D). One value per sample (``element``).
-
-    Raises:
-        ValueError: ``distance`` is a dot product of embeddings that are not normalised, which falls without end.
+    The default distance is Euclidean, not squared. For a similarity it is d(f_t, f_t) - d(f_s, f_t): 1 - cos for the
+    cosine; a dot product of embeddings that are not normalised is refused. Shapes: embeddings and ref_emb (B, D); one
+    value per sample. Source: Yu et al., "Learning Metrics from Teachers", CVPR 2019, whose scale this is, with weights
+    of 1.0 (CUB), 1.5 (Cars) and 2.0 (SOP) beside a triplet loss at B = 32.
     """
 
     equal_widths = True
@@ -25,8 +19,8 @@ class AbsoluteTeacherLoss(BaseDistillationLoss):
         super().__init__(**kwargs)
         if self.distance.is_inverted and not self.distance.normalize_embeddings:
             raise ValueError(
-                f"distance is a {type(self.distance).__name__} with normalize_embeddings=False, under which a longer "
-                "student is always better and the loss has no lower bound. Use normalize_embeddings=True or a distance."
+                f"distance is a {type(self.distance).__name__} with normalize_embeddings=False, for which the loss has "
+                "no lower bound. Use normalize_embeddings=True or a distance."
             )
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
@@ -35,4 +29,4 @@ class AbsoluteTeacherLoss(BaseDistillationLoss):
         losses = self.distance.pairwise_distance(student, teacher) ** self.distance.power
         if self.distance.is_inverted:
             losses = self.distance.pairwise_distance(teacher, teacher) ** self.distance.power - losses
-        return self.query_losses(losses, None, embeddings)
+        return {"loss": entry(losses)}

@@ -17,23 +17,20 @@ ABSENT = -1e30
 class BaseDistillationLoss(BaseMetricLossFunction):
     """Base of all distillation losses: ``loss(embeddings, labels, indices_tuple, ref_emb=teacher_embeddings)``.
 
-    ``ref_emb`` holds the teacher's embeddings of the same samples, row for row; it is detached and brought to the
-    student's device. The loss runs in float32 with autocast off (float64 stays float64). A zero row gets no gradient
-    from a distance that normalises. An empty batch is a zero loss. Only ``ClassWeightedReducer`` reads the labels.
+    ``ref_emb`` is detached and brought to the student's device. The loss runs in float32 with autocast off (float64
+    stays float64). An empty batch is a zero loss; a zero row gets no gradient from a distance that normalises.
     Subclasses implement ``compute_loss`` and return one value per sample or pair, so that every PML reducer applies.
 
     Args:
-        **kwargs: ``distance`` (default ``EuclideanDistance()``, of L2-normalised embeddings), ``reducer`` (default
-            ``MeanReducer()``) and ``embedding_regularizer`` (of the student's embeddings) as in every PML loss.
+        **kwargs: ``distance`` (default ``EuclideanDistance()``, of L2-normalised embeddings), ``reducer`` and
+            ``embedding_regularizer`` (of the student's embeddings) as in every PML loss.
 
-    Shapes:
-        embeddings: (B, Ds), float16, bfloat16, float32 or float64. ref_emb: (B, Dt). labels: (B,) or None.
-        indices_tuple: None, a PML pair tuple (a1, p, a2, n) or triplet tuple (a, p, n). It is read as a set of
-        (anchor, other) pairs: each pair counts once, however often the miner names it.
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt) of the same samples; labels (B,) or None, for ``ClassWeightedReducer``
+    only. indices_tuple: a PML pair or triplet tuple, read as a set of (anchor, other) pairs: each counts once.
 
     Raises:
-        ValueError: ``ref_emb`` is missing, is not 2-D, or has another number of rows (or of columns, for losses
-            that compare the two spaces point by point); a ``ClassWeightedReducer`` has no labels.
+        ValueError: ``ref_emb`` is missing, is not 2-D, or has another number of rows (or of columns, for losses that
+            compare the two spaces point by point); a ``ClassWeightedReducer`` has no labels.
     """
 
     #: Whether student and teacher embeddings must have the same width, and what to do where they have not.
@@ -45,6 +42,8 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     needs_labels = False
     #: Whether the formula holds for distances only and refuses similarities (``distance.is_inverted``).
     needs_proper_distance = False
+    #: The sub-losses, which are reduced one by one and added.
+    part_names: tuple[str, ...] = ("loss",)
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -58,8 +57,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None):
         """Return the reduced loss, a float32 (or float64) scalar under the default reducer."""
         self.check_teacher(embeddings, ref_emb)
-        # PML refuses labels of two dimensions, and none of its reducers could use them.
-        if labels is not None and labels.ndim > 1:
+        if labels is not None and labels.ndim > 1:  # PML refuses them, and none of its reducers could use them
             labels = ref_labels = None
         if self.needs_labels:
             check_labels(f"the ClassWeightedReducer of {type(self).__name__}", labels)
@@ -73,13 +71,12 @@ class BaseDistillationLoss(BaseMetricLossFunction):
 
     def check_teacher(self, embeddings: torch.Tensor, ref_emb: torch.Tensor | None) -> None:
         """Raise ``ValueError`` unless the teacher's embeddings go with the student's."""
-        name = type(self).__name__
+        name, shape = type(self).__name__, tuple(embeddings.shape)
         if ref_emb is None:
             raise ValueError(
-                f"{name} needs the teacher's embeddings: pass ref_emb=teacher_embeddings, a tensor with one row "
-                f"for each row of embeddings {tuple(embeddings.shape)}."
+                f"{name} needs the teacher's embeddings: pass ref_emb=teacher_embeddings, row for row of {shape}."
             )
-        shapes = f"embeddings has shape {tuple(embeddings.shape)} and ref_emb has shape {tuple(ref_emb.shape)}"
+        shapes = f"embeddings has shape {shape} and ref_emb has shape {tuple(ref_emb.shape)}"
         if embeddings.ndim != 2 or ref_emb.ndim != 2:
             raise ValueError(f"{name} expects 2-D embeddings and ref_emb of shape (batch, width), but {shapes}.")
         if len(embeddings) != len(ref_emb):
@@ -89,9 +86,11 @@ class BaseDistillationLoss(BaseMetricLossFunction):
             advice = self.width_advice.format(embeddings.shape[1], ref_emb.shape[1])
             raise ValueError(f"{name} needs equal widths, but {shapes}. {advice}")
 
-    def get_default_distance(self) -> EuclideanDistance:
-        """Return the distance to use where none is given."""
+    def get_default_distance(self):
         return EuclideanDistance()
+
+    def _sub_loss_names(self):
+        return list(self.part_names)
 
     def directed(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the embeddings with the gradient of zero rows cut, where ``self.distance`` normalises them."""
@@ -115,9 +114,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         mask.diagonal().zero_()
         return mask
 
-    def pair_losses(
-        self, losses: torch.Tensor, indices_tuple: Any, embeddings: torch.Tensor, name: str = "loss"
-    ) -> dict[str, dict[str, Any]]:
+    def pair_losses(self, losses: torch.Tensor, indices_tuple: Any, embeddings: torch.Tensor, name: str = "loss"):
         """Return PML's loss dictionary for a (B, B) matrix of losses: all pairs i != j, or those of the tuple."""
         size = len(embeddings)
         if size < 2:
@@ -128,38 +125,38 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         pairs = off_diagonal(rows[:, None].expand(size, size)), off_diagonal(rows.expand(size, size))
         return {name: entry(off_diagonal(losses), pairs, "pos_pair")}
 
-    def query_losses(
-        self, losses: torch.Tensor, indices_tuple: Any, embeddings: torch.Tensor, name: str = "loss"
-    ) -> dict[str, dict[str, Any]]:
+    def query_losses(self, losses: torch.Tensor, indices_tuple: Any, embeddings: torch.Tensor, name: str = "loss"):
         """Return PML's loss dictionary for one value per query: all rows, or the anchors of the tuple."""
-        if indices_tuple is not None:
-            anchors = self.pair_mask(indices_tuple, embeddings).any(dim=1)
-            return {name: chosen_losses(self.reducer, name, losses, anchors)}
-        return {name: entry(losses, torch.arange(len(losses), device=losses.device), "element")}
+        if indices_tuple is None:
+            return {name: entry(losses)}
+        anchors = self.pair_mask(indices_tuple, embeddings).any(dim=1)
+        return {name: chosen_losses(self.reducer, name, losses, anchors)}
 
 
-def entry(losses: torch.Tensor, indices: Any, kind: str) -> dict[str, Any]:
-    """Return PML's loss dictionary of some values; ``DivisorReducer`` divides their sum by their number."""
+def entry(losses: torch.Tensor, indices: Any = None, kind: str = "element") -> dict[str, Any]:
+    """Return PML's loss dictionary of some values, by default one per row; ``DivisorReducer`` takes their mean."""
+    indices = torch.arange(len(losses), device=losses.device) if indices is None else indices
     return {"losses": losses, "indices": indices, "reduction_type": kind, "divisor": len(losses)}
+
+
+def already_reduced(value: torch.Tensor | int) -> dict[str, Any]:
+    """Return PML's loss dictionary of a single value that no reducer touches."""
+    return {"losses": value, "indices": None, "reduction_type": "already_reduced"}
 
 
 def chosen_losses(
     reducer: torch.nn.Module, name: str, losses: torch.Tensor, chosen: torch.Tensor, *indices: torch.Tensor
 ) -> dict[str, Any]:
-    """Return PML's loss dictionary of the values at the places of a boolean mask, (B, B) or of one dimension.
-
-    ``indices`` are those of the values, by default their places.
-    """
+    """Return PML's loss dictionary of the values at the places of a mask, (B, B) or (N,), or at their ``indices``."""
     reducers = reducer.reducers if isinstance(reducer, MultipleReducers) else {}
     if type(reducers[name] if name in reducers else reducer) is MeanReducer:
         # How many there are is known to the device alone: no waiting for it, and one graph when compiled.
-        mean = losses.where(chosen, 0).sum() / chosen.sum().clamp(min=1)
-        return {"losses": mean, "indices": None, "reduction_type": "already_reduced"}
+        return already_reduced(losses.where(chosen, 0).sum() / chosen.sum().clamp(min=1))
     places = chosen.nonzero(as_tuple=True)
     if len(places[0]) == 0:
-        return {"losses": 0, "indices": None, "reduction_type": "already_reduced"}
+        return already_reduced(0)
     found = tuple(x[places] for x in indices) or places
-    return entry(losses[places], *((found, "pos_pair") if len(found) == 2 else (found[0], "element")))
+    return entry(losses[places], *((found, "pos_pair") if len(found) == 2 else found))
 
 
 def reads_labels(reducer: torch.nn.Module) -> bool:
@@ -174,21 +171,14 @@ def check_labels(name: str, labels: torch.Tensor | None) -> None:
         raise ValueError(f"{name} needs a class for each row, but labels {given}. Pass labels of shape (batch,).")
 
 
-def set_not_negative(loss: Any, **numbers: float) -> None:
-    """Set attributes that PML's record-keeper logs; raise ``ValueError`` for a number below zero."""
+def set_numbers(loss: Any, least: int | None = None, **numbers: float) -> None:
+    """Set attributes that PML's record-keeper logs; raise ``ValueError`` below ``least``, without it if not above 0."""
+    words = {None: "a positive number", 0: "zero or a positive number"}.get(least, f"at least {least}")
     for name, value in numbers.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be zero or a positive number, but is {value}.")
+        if not (value > 0 if least is None else value >= least):
+            raise ValueError(f"{name} must be {words}, but is {value}.")
         setattr(loss, name, value)
     loss.add_to_recordable_attributes(list_of_names=list(numbers), is_stat=False)
-
-
-def set_positive(loss: Any, **numbers: float) -> None:
-    """Set attributes that PML's record-keeper logs; raise ``ValueError`` for a number that is not positive."""
-    for name, value in numbers.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be a positive number, but is {value}.")
-    set_not_negative(loss, **numbers)
 
 
 def cut_zero_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -209,3 +199,8 @@ def off_diagonal(mat: torch.Tensor) -> torch.Tensor:
     size = len(mat)
     # In row-major order the diagonal is every (B + 1)-th entry, the first included.
     return mat.flatten()[1:].view(size - 1, size + 1)[:, :-1].flatten()
+
+
+def diagonal_mask(rows: torch.Tensor) -> torch.Tensor:
+    """Return the (B, B) boolean matrix that is true on its diagonal."""
+    return torch.eye(len(rows), dtype=torch.bool, device=rows.device)

@@ -18,19 +18,17 @@ class BaseFeatureLoss(ModuleWithRecordsAndReducer):
 
     ``FeatureTap`` takes them out of a network; the trainers do so for ``feature_distillation_loss``. The teacher's are
     detached and brought to the student's device. Of tokens (B, N, C) the last ones are the grid; those before, such as
-    a class token, are left out. The larger map is average-pooled to the size of the smaller one. The loss runs in
-    float32 with autocast off (float64 stays float64). With several processes each takes its own batch, without
-    ``DistributedLossWrapper``; a loss that has parameters goes into ``DistributedDataParallel``.
+    a class token, are left out. The larger map is average-pooled to the smaller one. The loss runs in float32 with
+    autocast off (float64 stays float64). Each process takes its own batch, without ``DistributedLossWrapper``; a loss
+    with parameters goes into ``DistributedDataParallel``.
 
     Args:
-        student_grid: (height, width) of the student's tokens, for images that are not square; by default the largest
-            square.
+        student_grid: (height, width) of the student's tokens; by default the largest square.
         teacher_grid: the same of the teacher's tokens.
         **kwargs: ``reducer`` as in every PML loss; default ``MeanReducer()``.
 
-    Shapes:
-        student_maps: tensors (B, C_s, H_s, W_s) or (B, N_s, C_s), float16, bfloat16, float32 or float64; teacher_maps:
-        as many tensors, likewise. labels: (B,) or None, read by reducers only. One value per sample (``element``).
+    Shapes: lists of (B, C_s, H_s, W_s) or (B, N_s, C_s), and as many of the teacher's, likewise. labels: (B,) or None,
+    read by reducers only. One value per sample (``element``).
 
     Raises:
         ValueError: the lists are empty or of different lengths; a map is neither 4-D nor 3-D, or has another number of
@@ -60,8 +58,7 @@ class BaseFeatureLoss(ModuleWithRecordsAndReducer):
     def losses_of(self, student_maps: Maps, teacher_maps: Maps, labels: torch.Tensor | None) -> dict[str, Any]:
         """Return PML's loss dictionary."""
         pairs = [equal_sizes(*pair) for pair in zip(student_maps, teacher_maps)]
-        losses = self.compute_loss(*zip(*pairs))
-        return {"loss": entry(losses, torch.arange(len(losses), device=losses.device), "element")}
+        return {"loss": entry(self.compute_loss(*zip(*pairs)))}
 
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
         """Return one value per sample, (B,); the maps of a pair have equal heights and widths."""
@@ -76,15 +73,12 @@ def check_maps(name: str, student_maps: Maps, teacher_maps: Maps) -> None:
             raise ValueError(f"{name} expects {side} to be a list of feature maps, but it is {given}.")
     students, teachers = ([tuple(m.shape) for m in maps] for maps in (student_maps, teacher_maps))
     shapes = f"student_maps has the shapes {students} and teacher_maps {teachers}"
-    if len(student_maps) != len(teacher_maps):
+    if len(students) != len(teachers):
         raise ValueError(f"{name} compares the maps pair by pair, but {shapes}: their numbers differ.")
-    maps = (*student_maps, *teacher_maps)
-    if any(m.ndim not in (3, 4) for m in maps):
-        raise ValueError(
-            f"{name} expects maps of shape (batch, channels, height, width) or tokens of shape (batch, tokens, "
-            f"channels), but {shapes}."
-        )
-    if any(len(m) != len(maps[0]) for m in maps):
+    if any(len(shape) not in (3, 4) for shape in students + teachers):
+        expected = "(batch, channels, height, width) or tokens of shape (batch, tokens, channels)"
+        raise ValueError(f"{name} expects maps of shape {expected}, but {shapes}.")
+    if any(shape[0] != students[0][0] for shape in students + teachers):
         raise ValueError(f"{name} compares the same samples on both sides, but {shapes}: the numbers of rows differ.")
 
 

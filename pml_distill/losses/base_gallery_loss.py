@@ -1,5 +1,5 @@
 import torch
-from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity
+from pytorch_metric_learning.distances import CosineSimilarity
 
 from .base_distillation_loss import BaseDistillationLoss
 from .teacher_queue import TeacherQueue
@@ -9,21 +9,16 @@ LEAST_DISTANCE = 1e-6
 
 
 class BaseGalleryLoss(BaseDistillationLoss):
-    """Base of the losses that compare a student's query with a gallery of teacher embeddings.
+    """Base of the losses that compare a student's query with a gallery of teacher embeddings, both (B, D).
 
-    The gallery is the teacher's batch, the query's own row included, or, with ``queue_size``, a ``TeacherQueue``.
-    While the queue is empty the loss is zero. Student and teacher spaces end up aligned.
+    The gallery is the teacher's batch, the query's own row included, or, with ``queue_size``, a ``TeacherQueue``. While
+    the queue is empty the loss is zero. Student and teacher spaces end up aligned.
 
     Args:
         queue_size: how many embeddings of earlier batches the queue holds; None for the batch as the gallery.
         width: width of the teacher's embeddings; needed for a queue only.
         include_batch: whether the batch enters the queue before the gallery is read.
         **kwargs: as in ``BaseDistillationLoss``; ``distance`` is ``CosineSimilarity()`` by default.
-
-    Shapes: embeddings and ref_emb (B, D).
-
-    Raises:
-        ValueError: ``queue_size``, ``width`` and ``include_batch`` do not go together.
     """
 
     equal_widths = True
@@ -38,8 +33,7 @@ class BaseGalleryLoss(BaseDistillationLoss):
         self.queue = None if queue_size is None or width is None else TeacherQueue(queue_size, width)
         self.include_batch = include_batch
 
-    def get_default_distance(self) -> BaseDistance:
-        """Return the distance to use where none is given."""
+    def get_default_distance(self):
         return CosineSimilarity()
 
     def closeness(self, embeddings: torch.Tensor, ref_emb: torch.Tensor) -> tuple[torch.Tensor, ...]:

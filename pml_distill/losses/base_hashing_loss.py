@@ -5,20 +5,20 @@ from pytorch_metric_learning.losses import BaseMetricLossFunction
 
 from ..utils.labels import check_multi_hot, share_a_label
 from ..utils.tensors import in_float32
+from .base_distillation_loss import entry
 
 
 class BaseHashingLoss(BaseMetricLossFunction):
     """Base of the hashing losses: ``loss(outputs, labels)`` with class labels or multi-hot labels.
 
-    The sub-losses ``similarity_loss`` and ``quantization_loss`` are reduced one by one and added. The loss runs in
-    float32 with autocast off (float64 stays float64). The default mean is the scale of the authors' code.
+    The sub-losses ``similarity_loss`` and ``quantization_loss`` are reduced one by one and added; the default mean is
+    the scale of the authors' code. The loss runs in float32 with autocast off (float64 stays float64).
 
     Args:
         distance, reducer, embedding_regularizer: as in every PML loss.
 
-    Shapes:
-        embeddings: (B, bits), the real outputs of the hash head. labels: (B,) class numbers, or (B, C) multi-hot.
-        PML's trainers pass multi-hot labels on with ``label_hierarchy_level="all"``.
+    Shapes: embeddings (B, bits), the real outputs of the hash head. labels: (B,) class numbers, or (B, C) multi-hot,
+    which PML's trainers pass on with ``label_hierarchy_level="all"``.
 
     Raises:
         ValueError: labels are missing, of another length or shape; multi-hot labels are not 0 or 1, or classes out of
@@ -67,10 +67,8 @@ class BaseHashingLoss(BaseMetricLossFunction):
             return labels
         check_multi_hot(labels, "labels")
         if classes is not None and labels.ndim == 1 and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-            raise ValueError(
-                f"labels must be from 0 to num_classes - 1 = {classes - 1}, but go from {int(labels.min())} to "
-                f"{int(labels.max())}."
-            )
+            given = f"go from {int(labels.min())} to {int(labels.max())}"
+            raise ValueError(f"labels must be from 0 to num_classes - 1 = {classes - 1}, but {given}.")
         return labels
 
     def similar(self, labels: torch.Tensor, similarity: torch.Tensor | None, size: int) -> torch.Tensor:
@@ -93,14 +91,12 @@ class BaseHashingLoss(BaseMetricLossFunction):
     @staticmethod
     def parts(similarity: torch.Tensor, quantization: torch.Tensor | None = None) -> dict[str, dict[str, Any]]:
         """Return PML's loss dictionary, for a matrix of pairs (B, B) or a value for each sample (B,), and (B,)."""
-        size = len(similarity)
-        rows: Any = torch.arange(size, device=similarity.device)
-        pairs = (rows.repeat_interleave(size), rows.repeat(size)) if similarity.ndim == 2 else rows
-        kind = "pos_pair" if similarity.ndim == 2 else "element"
-        found = {"similarity_loss": {"losses": similarity.flatten(), "indices": pairs, "reduction_type": kind}}
-        if quantization is not None:
-            found["quantization_loss"] = {"losses": quantization, "indices": rows, "reduction_type": "element"}
-        return found
+        found = {"similarity_loss": entry(similarity)}
+        if similarity.ndim == 2:
+            rows = torch.arange(len(similarity), device=similarity.device)
+            pairs = rows.repeat_interleave(len(rows)), rows.repeat(len(rows))
+            found["similarity_loss"] = entry(similarity.flatten(), pairs, "pos_pair")
+        return found if quantization is None else {**found, "quantization_loss": entry(quantization)}
 
     def _sub_loss_names(self):
         return list(self.sub_losses)

@@ -13,9 +13,6 @@ class BaseLearnedFeatureLoss(BaseFeatureLoss):
         student_channels: channels of each of the student's maps.
         teacher_channels: channels of each of the teacher's maps.
         **kwargs: as in ``BaseFeatureLoss``.
-
-    Raises:
-        ValueError: the lists are empty or of different lengths, or the maps have other channels.
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], **kwargs: Any):

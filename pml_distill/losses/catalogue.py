@@ -11,13 +11,10 @@ class CatalogueEntry:
     Args:
         name: name of the class in ``pml_distill.losses``.
         family: ``"pointwise"``, ``"pairwise"`` (distances of pairs), ``"relational"`` (angles, rows of similarities),
-            ``"listwise"`` (rankings), ``"gallery"`` (a query against the teacher's batch or queue), ``"logits"`` or
-            ``"feature maps"`` (outputs of inner layers).
+            ``"listwise"`` (rankings), ``"gallery"`` (the teacher's batch or queue), ``"logits"`` or ``"feature maps"``.
         needs: what it asks for in addition to embeddings of both sides.
-        takes: which of PML's optional arguments make a difference: ``"distance"``, and ``"pairs"``, a miner's
-            ``indices_tuple``. The others are accepted and ignored.
-        aligned: whether a student that reaches zero stands in the teacher's own space, as asymmetric retrieval
-            asks for.
+        takes: which of PML's ``"distance"`` and ``"pairs"`` (``indices_tuple``) make a difference.
+        aligned: whether a student that reaches zero stands in the teacher's own space, for asymmetric retrieval.
         cost: time in the batch size B, the width D, the gallery's size G, and maps of C channels and H W places.
         source: where it was published.
     """
@@ -68,10 +65,5 @@ CATALOGUE = (
 
 
 def catalogue() -> list[CatalogueEntry]:
-    """Return an entry for every loss of this package that compares embeddings or feature maps, pointwise ones first.
-
-    Example:
-        >>> [entry.name for entry in catalogue() if entry.family == "listwise"]
-        ['DarkRankLoss']
-    """
+    """Return an entry for every loss of this package that compares embeddings or feature maps, pointwise ones first."""
     return list(CATALOGUE)

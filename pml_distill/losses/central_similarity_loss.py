@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import set_not_negative
+from .base_distillation_loss import set_numbers
 from .base_hashing_loss import BaseHashingLoss
 from .hash_centers import center_distances, hash_centers
 
@@ -9,36 +9,28 @@ from .hash_centers import center_distances, hash_centers
 class CentralSimilarityLoss(BaseHashingLoss):
     r"""Each class has a center, a fixed code; the outputs are drawn to the center of their class (CSQ).
 
-    .. math::
-        v_i &= \tanh(u_i) \\
-        L &= \frac{1}{B} \sum_i \operatorname{mean}_k
-             \mathrm{BCE}\left(\tfrac{1 + v_{ik}}{2}, \tfrac{1 + c_{ik}}{2}\right)
-             + \lambda \operatorname{mean}_k (|v_{ik}| - 1)^2
+    .. math:: v_i = \tanh(u_i), \qquad L = \frac{1}{B} \sum_i \operatorname{mean}_k
+        \mathrm{BCE}\left(\tfrac{1 + v_{ik}}{2}, \tfrac{1 + c_{ik}}{2}\right)
+        + \lambda \operatorname{mean}_k (|v_{ik}| - 1)^2
 
     With multi-hot labels the center is the majority, bit by bit, of the centers of the sample's labels; where it is
-    even, and for samples without any label, a fixed random center decides.
-
-    Source: Yuan et al., "Central Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020;
-    the default weight is that of Reddy et al. 2022 (Yuan et al. recommend 0.05).
+    even, and for samples without any label, a fixed random center decides. Shapes: embeddings (B, ``embedding_size``),
+    labels (B,) or multi-hot (B, ``num_classes``); two times one value per sample. Source: Yuan et al., "Central
+    Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020; the default weight is that of Reddy et
+    al. 2022 (Yuan et al. recommend 0.05).
 
     Args:
         num_classes: number of labels.
         embedding_size: number of bits, any.
         quantization_weight: lambda.
-        seed: of random centers, see ``hash_centers``.
-
-    Shapes: embeddings (B, ``embedding_size``). labels (B,) or multi-hot (B, ``num_classes``). Two times one value per
-    sample (``element``).
-
-    Attributes:
-        hash_centers: (num_classes, embedding_size) buffer of -1 and 1, saved with the loss, as is random_center.
+        seed: of random centers, see ``hash_centers``; these and ``random_center`` are saved with the loss.
     """
 
     def __init__(
         self, num_classes: int, embedding_size: int, quantization_weight: float = 1e-4, seed: int = 0, **kwargs
     ):
         super().__init__(**kwargs)
-        set_not_negative(self, quantization_weight=quantization_weight)
+        set_numbers(self, 0, quantization_weight=quantization_weight)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("hash_centers", hash_centers(num_classes, embedding_size, seed))
@@ -57,7 +49,7 @@ class CentralSimilarityLoss(BaseHashingLoss):
         return self.parts(similarity, self.quantization_weight * (values.abs() - 1).square().mean(dim=1))
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return the center of each sample, (B, embedding_size), for labels (B,) or multi-hot (B, num_classes)."""
+        """Return the center of each sample, (B, embedding_size)."""
         centers = self.hash_centers.to(labels.device)
         if labels.ndim == 1:
             return centers[labels.long()]

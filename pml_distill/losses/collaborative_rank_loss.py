@@ -1,6 +1,6 @@
 import torch
 
-from .base_distillation_loss import set_not_negative
+from .base_distillation_loss import entry, set_numbers
 from .base_gallery_loss import BaseGalleryLoss
 
 
@@ -10,26 +10,19 @@ class CollaborativeRankLoss(BaseGalleryLoss):
     .. math:: L = \alpha \, |s_1 - t_1| + \frac{\beta}{k - 1} \|r(t_{2..k}) - r(s_{2..k})\|_2, \quad
         r_j(x) = \sum_i \max(0, x_i - x_j)
 
-    t are the teacher's similarities of a query to its k nearest gallery rows, nearest first, s the student's to the
-    same rows; of a distance the negative. The sub-losses ``nearest`` and ``ranks`` are reduced one by one and added.
-
-    Source: the code of Xie et al., "Capacity Dynamic Distillation", CVPR 2023 (``ACRD``), there on pooled feature maps
-    with all training data as the gallery: make ``queue_size`` large. Its settings are not published.
-
-    Args:
-        topk: k, how many of the teacher's nearest count, at least 2.
-        alpha: weight of the nearest one.
-        beta: weight of the ranks.
-        **kwargs: as in ``BaseGalleryLoss``.
-
-    Shapes: embeddings and ref_emb (B, D). Two times one value per query (``element``).
+    t are the teacher's similarities of a query to its k = ``topk`` (at least 2) nearest gallery rows, nearest first, s
+    the student's to the same rows; of a distance the negative. Shapes: embeddings and ref_emb (B, D); ``nearest`` and
+    ``ranks``, reduced one by one and added: one value per query. Other arguments are those of ``BaseGalleryLoss``.
+    Source: the code of Xie et al., "Capacity Dynamic Distillation", CVPR 2023, there on pooled feature maps with all
+    training data as the gallery: make ``queue_size`` large. Its settings are not published.
     """
+
+    part_names = "nearest", "ranks"
 
     def __init__(self, topk: int = 10, alpha: float = 1.0, beta: float = 1.0, **kwargs):
         super().__init__(**kwargs)
-        if topk < 2:
-            raise ValueError(f"topk must be at least 2, but is {topk}.")
-        set_not_negative(self, topk=topk, alpha=alpha, beta=beta)
+        set_numbers(self, 2, topk=topk)
+        set_numbers(self, 0, alpha=alpha, beta=beta)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher, filled = self.nearest(embeddings, ref_emb, self.topk)
@@ -38,10 +31,4 @@ class CollaborativeRankLoss(BaseGalleryLoss):
         both = filled[:, None] & filled
         ranks = [((x[:, :, None] - x[:, None, :]).relu() * both).sum(dim=1) for x in (student[:, 1:], teacher[:, 1:])]
         errors = torch.linalg.vector_norm(ranks[1] - ranks[0], dim=1)
-        return {
-            **self.query_losses(nearest, None, embeddings, "nearest"),
-            **self.query_losses(self.beta * errors / filled.sum().clamp(min=1), None, embeddings, "ranks"),
-        }
-
-    def _sub_loss_names(self):
-        return ["nearest", "ranks"]
+        return {"nearest": entry(nearest), "ranks": entry(self.beta * errors / filled.sum().clamp(min=1))}

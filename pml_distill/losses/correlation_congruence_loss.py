@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from .base_distillation_loss import BaseDistillationLoss, set_positive, unit_rows
+from .base_distillation_loss import BaseDistillationLoss, set_numbers, unit_rows
 
 
 class CorrelationCongruenceLoss(BaseDistillationLoss):
@@ -11,23 +11,15 @@ class CorrelationCongruenceLoss(BaseDistillationLoss):
     .. math:: L_{ij} = (K^s_{ij} - K^t_{ij})^2, \quad
         K_{ij} = \sum_{p=0}^{P} e^{-2\gamma} \frac{(2\gamma)^p}{p!} \cos(f_i, f_j)^p, \quad i \neq j
 
-    K is the Taylor series of exp(-gamma \|f_i - f_j\|^2) for L2-normalised embeddings. The distance is not used.
-
-    Source: Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019. Multiply by (B - 1) / B for
-    their mean over all B^2 entries.
-
-    Args:
-        gamma: width of the kernel.
-        order: P, the order of the series, at least 1.
-
-    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).
+    K is the Taylor series, up to the ``order`` P, of exp(-gamma \|f_i - f_j\|^2) for L2-normalised embeddings. The
+    distance is not used. Shapes: embeddings (B, Ds), ref_emb (B, Dt); one value per ordered pair. Source: Peng et al.,
+    "Correlation Congruence for Knowledge Distillation", ICCV 2019. Multiply by (B - 1) / B for their mean over B^2.
     """
 
     def __init__(self, gamma: float = 0.4, order: int = 2, **kwargs):
         super().__init__(**kwargs)
-        if order < 1:
-            raise ValueError(f"order must be at least 1, but is {order}.")
-        set_positive(self, gamma=gamma, order=order)
+        set_numbers(self, gamma=gamma)
+        set_numbers(self, 1, order=order)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         losses = (self.correlation(embeddings) - self.correlation(ref_emb)).square()

@@ -1,10 +1,9 @@
 from math import comb
 
 import torch
-from pytorch_metric_learning.distances import BaseDistance
 from torch.nn import functional as F
 
-from .base_distillation_loss import ABSENT, BaseDistillationLoss, set_positive
+from .base_distillation_loss import ABSENT, BaseDistillationLoss, diagonal_mask, set_numbers
 
 LONGEST_SOFT_LIST = 14
 
@@ -12,23 +11,19 @@ LONGEST_SOFT_LIST = 14
 class DarkRankLoss(BaseDistillationLoss):
     r"""The teacher's ranking of the batch, seen from each sample as the query (DarkRank; ListNet and ListMLE).
 
-    Scores S = -alpha * d^beta (for a similarity alpha * sign(d) * abs(d)^beta) define a Plackett-Luce model of
-    rankings: from the candidates that remain, the next is c with probability exp S_c / sum exp S. The list c_1 ... c_L
-    of a query are the ``list_length`` candidates nearest in the teacher's space.
+    Scores S = -alpha * d^beta (for a similarity alpha * sign(d) * abs(d)^beta) define a Plackett-Luce model: from the
+    candidates that remain, the next is c with probability exp S_c / sum exp S. c_1 ... c_L are the ``list_length``
+    candidates nearest to a query in the teacher's space. Hard (ListMLE), minus the log-likelihood of the teacher's
+    order under the student, and soft (ListNet), the cross entropy between both sides' distributions over all L! orders:
 
-    Hard (ListMLE), minus the log-likelihood of the teacher's order under the student:
+    .. math:: L_q &= \sum_{k=1}^{L} \Big( \log \sum_{j \in \{c_k, ..., c_L\} \cup rest} e^{S_j} - S_{c_k} \Big) \\
+        L_q &= \sum_{R \neq \emptyset} P_t(R) \log \sum_{j \in R \cup rest} e^{S_j} - \sum_{k=1}^{L} S_{c_k}
 
-    .. math:: L_q = \sum_{k=1}^{L} \Big( \log \sum_{j \in \{c_k, ..., c_L\} \cup rest} e^{S_j} - S_{c_k} \Big)
-
-    Soft (ListNet), the cross entropy between the teacher's and the student's distribution over all L! orders, from the
-    2^L subsets R of the list and the teacher's probability P_t(R) that just R remains at some point:
-
-    .. math:: L_q = \sum_{R \neq \emptyset} P_t(R) \log \sum_{j \in R \cup rest} e^{S_j} - \sum_{k=1}^{L} S_{c_k}
-
-    ``rest`` are the candidates outside of the list with ``tail=True`` and nothing with ``tail=False``. Only with the
-    tail a student that puts a stranger before the list is penalised. A perfect student has a loss above zero (the
-    teacher's entropy), and with the tail or the hard loss a gradient too. A miner's pairs restrict the candidates of a
-    query; then, or for a list as long as the batch, the soft loss has no second derivatives.
+    with the teacher's probability P_t(R) that just the subset R of the list remains at some point. ``rest`` are the
+    candidates outside of the list with ``tail=True`` and nothing with ``tail=False``; only with the tail a stranger
+    before the list is penalised. A perfect student has a loss above zero, and with the tail or the hard loss a
+    gradient. A miner's pairs restrict the candidates; then, or for a list as long as the batch, the soft loss has no
+    second derivatives. Shapes: embeddings (B, Ds), ref_emb (B, Dt); one value per query.
 
     Source: Chen et al., "DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer", AAAI
     2018, Eqs. 1-5, with alpha = beta = 3 and weight 2. Their code has alpha = 12.25 and beta = 4, soft with
@@ -38,11 +33,8 @@ class DarkRankLoss(BaseDistillationLoss):
         transfer: ``"soft"`` or ``"hard"``.
         alpha: scale of the score.
         beta: power of the distance.
-        list_length: L, how many of the teacher's nearest neighbours are ranked (cut to B - 1); None for all.
-            The soft loss costs 2^L terms per query and takes up to 14.
+        list_length: L (cut to B - 1); None for all. The soft loss costs 2^L terms per query and takes up to 14.
         tail: whether the rest of the batch competes in every denominator.
-
-    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per query (``element``).
     """
 
     def __init__(
@@ -57,27 +49,35 @@ class DarkRankLoss(BaseDistillationLoss):
         super().__init__(**kwargs)
         if transfer not in ("soft", "hard"):
             raise ValueError(f'transfer must be "soft" or "hard", but is {transfer!r}.')
-        set_positive(self, alpha=alpha, beta=beta)
+        set_numbers(self, alpha=alpha, beta=beta)
         if list_length is not None and list_length < 1:
             raise ValueError(f"list_length must be None or at least 1, but is {list_length}.")
-        if transfer == "soft" and list_length is not None:
-            check_soft_list_length(list_length)
         self.transfer, self.list_length, self.tail = transfer, list_length, tail
+        self.check_length(list_length or 1)
+
+    def check_length(self, length: int) -> None:
+        """Raise ``ValueError`` for a list whose subsets are too many."""
+        if self.transfer == "soft" and length > LONGEST_SOFT_LIST:
+            raise ValueError(
+                f"list_length is {length}, but the soft loss sums over 2^list_length subsets and takes at most "
+                f'{LONGEST_SOFT_LIST}. Shorten the list, or use transfer="hard".'
+            )
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         size = len(embeddings)
         if size < 2:
             return self.zero_losses()
-        outside = torch.eye(size, dtype=torch.bool, device=embeddings.device)
+        outside = diagonal_mask(embeddings)
         if indices_tuple is not None:
             indices_tuple = self.pair_mask(indices_tuple, embeddings)
             outside = ~indices_tuple
-        student = less_the_best(self.scores(embeddings), outside)
+        student = less_the_best(similarity_scores(self, embeddings), outside)
         # A list of fixed length, whose last places may be empty, is one graph for all batch sizes.
         whole = self.list_length is None or self.list_length > size
         length = size - 1 if self.list_length is None or whole else self.list_length
+        self.check_length(length)
         with torch.no_grad():
-            teacher = less_the_best(self.scores(ref_emb), outside)
+            teacher = less_the_best(similarity_scores(self, ref_emb), outside)
             ranked = teacher.masked_fill(outside, -torch.inf).topk(length, dim=1).indices
             missing = outside.gather(1, ranked)
             teacher_list = teacher.gather(1, ranked).masked_fill(missing, ABSENT)
@@ -91,31 +91,19 @@ class DarkRankLoss(BaseDistillationLoss):
             losses = soft_losses(student_list, teacher_list, rest, missing)
         return self.query_losses(losses, indices_tuple, embeddings)
 
-    def scores(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the (B, B) matrix of similarity scores; query along the rows."""
-        return similarity_score(self.distance_matrix(embeddings), self.distance, self.alpha, self.beta)
 
-
-def similarity_score(mat: torch.Tensor, distance: BaseDistance, alpha: float, beta: float) -> torch.Tensor:
-    """Return the score -alpha d^beta (Eq. 4), for a similarity alpha sign(d) abs(d)^beta."""
+def similarity_scores(loss: BaseDistillationLoss, embeddings: torch.Tensor) -> torch.Tensor:
+    """Return the (B, B) scores -alpha d^beta (Eq. 4), for a similarity alpha sign(d) abs(d)^beta; queries are rows."""
+    mat, alpha, beta = loss.distance_matrix(embeddings), loss.alpha, loss.beta
     if beta < 1:
         # The power's slope is infinite at 0; there the score gets no gradient.
         mat = torch.where(mat == 0, mat.detach().clamp(min=torch.finfo(mat.dtype).tiny), mat)
-    return alpha * mat.sign() * mat.abs().pow(beta) if distance.is_inverted else -alpha * mat.pow(beta)
+    return alpha * mat.sign() * mat.abs().pow(beta) if loss.distance.is_inverted else -alpha * mat.pow(beta)
 
 
 def less_the_best(scores: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
     """Subtract the best of each query's candidates: it drops out of the loss, but would cost the digits."""
     return scores - scores.detach().masked_fill(outside, ABSENT).amax(dim=1, keepdim=True)
-
-
-def check_soft_list_length(length: int) -> None:
-    """Raise ``ValueError`` for a list whose subsets are too many."""
-    if length > LONGEST_SOFT_LIST:
-        raise ValueError(
-            f"list_length is {length}, but the soft loss sums over 2^list_length subsets and takes at most "
-            f'{LONGEST_SOFT_LIST}. Shorten the list, or use transfer="hard".'
-        )
 
 
 def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor) -> torch.Tensor:
@@ -148,14 +136,12 @@ def soft_losses(
     student: torch.Tensor, teacher: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor
 ) -> torch.Tensor:
     """ListNet: (Q, L) scores of both sides, (Q,) log-sum-exp of the rest -> (Q,) losses."""
-    length = student.shape[1]
-    check_soft_list_length(length)
     with torch.no_grad():
         remains = remaining_probabilities(teacher.t(), subset_logsumexp(teacher.t()))
         # A list is filled from the front: without its missing places, a subset is empty if it shares no bit with the
         # places that are filled.
         filled = 2 ** (~missing).sum(dim=1) - 1
-        remains = remains.masked_fill(torch.arange(2**length, device=student.device)[:, None] & filled == 0, 0)
+        remains = remains.masked_fill(torch.arange(len(remains), device=student.device)[:, None] & filled == 0, 0)
     denominators = subset_logsumexp(student.t(), rest)
     picked = student.masked_fill(missing, 0).sum(dim=1, dtype=torch.float64)
     return ((remains[1:] * denominators[1:]).sum(dim=0, dtype=torch.float64) - picked).to(student.dtype)

@@ -8,30 +8,22 @@ from .teacher_queue import TeacherQueue
 
 
 class DistillationMemory(BaseDistillationLoss):
-    r"""A memory of student and teacher rows, so that small batches see more pairs (XBM with a teacher).
+    """A memory of student and teacher rows, so that small batches see more pairs (XBM with a teacher).
 
     ``loss`` is computed on the batch joined with the last ``memory_size`` rows of both sides, over the pairs whose
-    anchor is in the batch. Remembered rows get no gradient. The batch enters after that, in training mode only, and
-    both sides are saved in checkpoints. Time and memory grow with (B + memory_size)^2. Until the memory is full its
-    free places repeat rows of the batch, in no pair: only losses with a mean over all distances (``RKDDistanceLoss``,
-    ``RelaxedContrastiveLoss``) notice. See ``TeacherQueue`` for several processes.
-
-    Source: Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020, and PML's ``CrossBatchMemory``, whose
-    names the arguments have; the student's rows age, so begin after a warm-up or keep the memory short.
+    anchor is in the batch; time and memory grow with (B + memory_size)^2. Remembered rows get no gradient. The batch
+    enters after that, in training mode only. Free places repeat rows of the batch, in no pair: only losses with a mean
+    over all distances (``RKDDistanceLoss``, ``RelaxedContrastiveLoss``) notice. Shapes: embeddings (B,
+    ``embedding_size``), ref_emb (B, ``ref_size``); a tuple restricts the pairs in the batch. Source: Wang et al.,
+    "Cross-Batch Memory for Embedding Learning", CVPR 2020, and PML's ``CrossBatchMemory``; the student's rows age, so
+    begin after a warm-up or keep the memory short.
 
     Args:
         loss: a distillation loss that takes pairs, or several of them in ``MultipleDistillationLosses``.
         embedding_size: width of the student's embeddings.
-        memory_size: how many rows are remembered.
+        memory_size: how many rows are remembered; see ``TeacherQueue`` for several processes.
         ref_size: width of the teacher's embeddings; by default ``embedding_size``.
-        miner: a miner of ``pml_distill.miners`` that needs no labels, run on the joined rows; of its pairs those count
-            whose anchor is in the batch. Without it all pairs of the batch with all rows count.
-
-    Shapes: embeddings (B, ``embedding_size``), ref_emb (B, ``ref_size``). ``indices_tuple`` restricts the pairs in
-    the batch.
-
-    Raises:
-        ValueError: ``loss`` is no distillation loss on pairs; ``miner`` needs labels; a size is below 1 or another.
+        miner: a miner of ``pml_distill.miners`` that needs no labels, run on the joined rows.
     """
 
     def __init__(
@@ -44,15 +36,13 @@ class DistillationMemory(BaseDistillationLoss):
     ):
         super().__init__()
         parts = [part for part in loss.modules() if isinstance(part, BaseDistillationLoss)]
-        without = [type(part).__name__ for part in parts if not part.takes_pairs] or [type(loss).__name__] * (not parts)
+        without = [type(part).__name__ for part in parts or [loss] if not parts or not part.takes_pairs]
         if without:
             raise ValueError(f"loss must be a distillation loss on pairs, but {', '.join(without)} takes no pairs.")
         if getattr(miner, "needs_labels", miner is not None):
-            raise ValueError(
-                f"miner must be one that needs no labels (TeacherNeighborMiner), but is a {type(miner).__name__}."
-            )
-        self.loss, self.miner = loss, miner
-        self.needs_labels = loss.needs_labels
+            kind = type(miner).__name__
+            raise ValueError(f"miner must be one that needs no labels (TeacherNeighborMiner), but is a {kind}.")
+        self.loss, self.miner, self.needs_labels = loss, miner, loss.needs_labels
         self.student_queue = TeacherQueue(memory_size, embedding_size)
         self.queue = TeacherQueue(memory_size, embedding_size if ref_size is None else ref_size)
 
@@ -62,8 +52,8 @@ class DistillationMemory(BaseDistillationLoss):
         size = len(embeddings)
         if size == 0:
             return self.loss(embeddings, labels, None, ref_emb)
-        remembered, filled = self.student_queue.candidates(embeddings)
         teacher = ref_emb.detach().to(embeddings.device)
+        remembered, filled = self.student_queue.candidates(embeddings)
         remembered_teacher, _ = self.queue.candidates(teacher)
         free = torch.arange(len(filled), device=filled.device) % size
         joined = torch.cat([embeddings, remembered.where(filled[:, None], embeddings.detach()[free])])

@@ -1,20 +1,18 @@
-import numpy as np
 import torch
 
 ROUNDS, DRAWN, LINEAR_BITS, PART = 200, 256, 20, 1024
 
 
 def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
-    """Return a code of -1 and 1 for each class, (num_classes, bits), far from one another.
+    """Return a code of -1 and 1 for each class, (num_classes, bits), far from one another (the hash centers of CSQ).
 
-    - The rows of a Hadamard matrix H, then of -H, where one of order ``bits`` is known (Sylvester's and Paley's: powers
-      of two, 12, 20, 24, 28, 36, 40, 44, 48...): any two differ in bits / 2 places, opposite ones in all.
+    - The rows of a Hadamard matrix H, then of -H, where one of order ``bits`` is known (powers of two, 12, 20, 24, 28,
+      36, 40, 44, 48...): any two differ in bits / 2 places, opposite ones in all.
     - Beyond, random balanced codes of ``seed``, each with its opposite, at least bits / 4 from all others.
     - Where chance finds too few, up to 20 bits: a linear code, grown greedily (2048 words of 16 bits at distance 4).
     - Where these are too few, the distance shrinks by one bit at a time; ``center_distances`` tells what was reached.
 
-    Source: Yuan et al., "Central Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020, where
-    ``bits`` must be a power of two.
+    Source: Yuan et al., CVPR 2020, where ``bits`` must be a power of two.
 
     Example:
         >>> center_distances(hash_centers(100, 64))[0]
@@ -50,28 +48,22 @@ def center_distances(centers: torch.Tensor) -> tuple[int, float]:
     return (bits - nearest) // 2, (bits - (all_products - size * bits) / (size * (size - 1))) / 2
 
 
-def with_random_codes(
-    centers: torch.Tensor, num_classes: int, distance: int, generator: torch.Generator
-) -> torch.Tensor:
+def with_random_codes(centers: torch.Tensor, wanted: int, distance: int, generator: torch.Generator) -> torch.Tensor:
     """Append pairs of opposite balanced codes, at least ``distance`` from all, until there are enough or no luck."""
     bits = centers.shape[1]
     largest_product = bits - 2 * max(distance, 0)
     for _ in range(ROUNDS):
-        if len(centers) >= num_classes:
+        if len(centers) >= wanted:
             break
         # The places of the smallest of random numbers: as many 1 as -1, give or take one.
         ranks = torch.rand(DRAWN, bits, generator=generator).argsort(dim=1)
         codes = torch.where(ranks < bits // 2, 1.0, -1.0)
         codes = codes[((codes @ centers.T).abs() <= largest_product).all(dim=1)]
-        near = ((codes @ codes.T).abs() > largest_product).numpy()
-        # A code is near itself; that only says that it is taken once.
-        free, kept = np.ones(len(near), dtype=bool), []
-        for i in range(len(codes)):
-            if free[i]:
-                kept.append(i)
-                free &= ~near[i]
-        codes = codes[kept]
-        centers = torch.cat([centers, torch.stack([codes, -codes], dim=1).flatten(0, 1)])
+        kept = codes[:0]
+        for code in codes:
+            if ((kept @ code).abs() <= largest_product).all():
+                kept = torch.cat([kept, code[None]])
+        centers = torch.cat([centers, torch.stack([kept, -kept], dim=1).flatten(0, 1)])
     return centers
 
 
@@ -81,8 +73,7 @@ def linear_code(bits: int, distance: int) -> torch.Tensor:
     It starts from Sylvester's rows and their opposites where there are any (a linear code, too), and takes in the
     first word that is far enough from all, with its sums with those there, until there is none.
     """
-    places = 1 << torch.arange(bits - 1, -1, -1)
-    words = torch.arange(2**bits)
+    places, words = 1 << torch.arange(bits - 1, -1, -1), torch.arange(2**bits)
     near, code = words[(words[:, None] & places).ne(0).sum(dim=1) < distance], torch.zeros(1, dtype=torch.long)
     rows = hadamard(bits)
     if bits & (bits - 1) == 0 and rows is not None:
@@ -102,30 +93,30 @@ def hadamard(order: int) -> torch.Tensor | None:
         return torch.ones(1, 1)
     if order % 2 or order > 2 and order % 4:
         return None
-    sylvester, half = torch.tensor([[1.0, 1], [1, -1]]), hadamard(order // 2)
+    half = hadamard(order // 2)
     if order & (order - 1) and is_prime(order - 1):
         # Paley's first construction, of a prime that is 3 mod 4; the second one below, of one that is 1 mod 4.
-        matrix = conference(order - 1, -1) + torch.eye(order)
-    elif half is not None:
-        return torch.kron(sylvester, half)
-    elif is_prime(order // 2 - 1):
-        corner = torch.kron(torch.tensor([[1.0, -1], [-1, -1]]), torch.eye(order // 2))
-        matrix = torch.kron(sylvester, conference(order // 2 - 1, 1)) + corner
-    else:
+        return residues(order - 1, -1.0)
+    if half is not None:
+        return torch.kron(torch.tensor([[1.0, 1], [1, -1]]), half)
+    if not is_prime(order // 2 - 1):
         return None
+    core, corner = residues(order // 2 - 1, 0.0), torch.eye(order // 2)
+    core[0, 0] = 0
+    matrix = torch.kron(torch.tensor([[1.0, 1], [1, -1]]), core) + torch.kron(
+        torch.tensor([[1.0, -1], [-1, -1]]), corner
+    )
     matrix = matrix * matrix[:, :1]
     return matrix * matrix[:1]
 
 
-def conference(prime: int, sign: int) -> torch.Tensor:
-    """Return the matrix of quadratic residues of differences, with a border of ones and ``sign`` ones."""
-    residue = -torch.ones(prime)
-    residue[torch.arange(1, prime) ** 2 % prime] = 1
-    residue[0] = 0
+def residues(prime: int, diagonal: float) -> torch.Tensor:
+    """Return which differences are squares modulo a prime, 1 or -1 and ``diagonal``, with a border of ones."""
+    squares = -torch.ones(prime)
+    squares[torch.arange(1, prime) ** 2 % prime] = 1
+    squares[0] = diagonal
     places = torch.arange(prime)
-    matrix = torch.nn.functional.pad(residue[(places[:, None] - places) % prime], (1, 0, 1, 0), value=1.0)
-    matrix[1:, 0], matrix[0, 0] = sign, 0
-    return matrix
+    return torch.nn.functional.pad(squares[(places - places[:, None]) % prime], (1, 0, 1, 0), value=1.0)
 
 
 def is_prime(number: int) -> bool:

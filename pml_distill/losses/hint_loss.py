@@ -8,14 +8,8 @@ class HintLoss(BaseLearnedFeatureLoss):
 
     The regressors r are parameters of the loss: train them with the student (in a trainer, by
     ``optimizers["feature_distillation_loss_optimizer"]``). They are saved in checkpoints, apart from the student.
-
-    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, section 2.2. Multiply by C H W / 2 for their
-    sum; a weight of 100 is common.
-
-    Args:
-        student_channels: channels of each of the student's maps.
-        teacher_channels: channels of each of the teacher's maps.
-        **kwargs: as in ``BaseFeatureLoss``.
+    Arguments: see ``BaseLearnedFeatureLoss``. Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015,
+    section 2.2. Multiply by C H W / 2 for their sum; a weight of 100 is common.
     """
 
     def map_loss(self, name, found, expected):

@@ -1,6 +1,6 @@
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss, set_positive
+from .base_distillation_loss import BaseDistillationLoss, entry, set_numbers
 
 
 class LogitDistillationLoss(BaseDistillationLoss):
@@ -8,14 +8,9 @@ class LogitDistillationLoss(BaseDistillationLoss):
 
     .. math:: L_i = T^2 \; KL(softmax(z_t / T) \,\|\, softmax(z_s / T))
 
-    ``embeddings`` are the student's logits z_s and ``ref_emb`` the teacher's logits z_t. The distance is not used.
-
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, with the mean over the batch.
-
-    Args:
-        temperature: T; larger values soften both distributions.
-
-    Shapes: embeddings and ref_emb (B, C) logits of the same classes. One value per sample (``element``).
+    ``embeddings`` are the student's logits z_s and ``ref_emb`` the teacher's z_t, (B, C) of the same classes; one value
+    per sample. A larger ``temperature`` T softens both. The distance is not used. Source: Hinton et al., "Distilling
+    the Knowledge in a Neural Network", 2015, with the mean over the batch.
     """
 
     equal_widths = True
@@ -24,10 +19,9 @@ class LogitDistillationLoss(BaseDistillationLoss):
 
     def __init__(self, temperature: float = 4.0, **kwargs):
         super().__init__(**kwargs)
-        set_positive(self, temperature=temperature)
+        set_numbers(self, temperature=temperature)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        student = F.log_softmax(embeddings / self.temperature, dim=1)
-        teacher = F.log_softmax(ref_emb / self.temperature, dim=1)
-        losses = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1) * self.temperature**2
-        return self.query_losses(losses, None, embeddings)
+        student, teacher = (F.log_softmax(z / self.temperature, dim=1) for z in (embeddings, ref_emb))
+        losses = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+        return {"loss": entry(self.temperature**2 * losses)}

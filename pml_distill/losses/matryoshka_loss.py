@@ -10,20 +10,17 @@ class MatryoshkaLoss(MultipleDistillationLosses):
 
     .. math:: L = \sum_m w_m \, L(f_{1..m}), \quad m \in \text{widths}
 
-    ``loss`` is any distillation loss or any PML loss, which then needs no ``ref_emb``. A loss that needs equal widths
-    compares the first m coordinates of the student with the first m of the teacher: give it a teacher whose coordinates
-    are sorted by variance (PCA). All other distillation losses see the whole teacher at every width.
+    A loss that needs equal widths compares the first m coordinates of the student with the first m of the teacher: give
+    it a teacher whose coordinates are sorted by variance (PCA). All other distillation losses see the whole teacher at
+    every width. The value at each width is kept in ``sub_losses`` (``"width_32"``), detached and without its weight.
 
     Source: Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022, equation 1, with its weights of 1.
 
     Args:
-        loss: the loss for all widths, or a list with one loss for each width. The list is needed where a loss has a
-            weight or a queue for each coordinate, as ``ProxyAnchorLoss(classes, width)`` has.
+        loss: a distillation or PML loss (which needs no ``ref_emb``) for all widths, or a list with one for each, where
+            it has a weight or a queue for each coordinate, as ``ProxyAnchorLoss(classes, width)`` has.
         widths: how many coordinates count, each at least 1.
         weights: as many numbers; 1 each by default.
-
-    Attributes:
-        sub_losses: after each call the detached value at each width by name (``"width_32"``), without its weight.
 
     Raises:
         ValueError: ``widths`` are empty, equal or below 1; ``weights`` or a list of losses are not as many; a single

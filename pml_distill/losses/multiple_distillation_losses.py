@@ -7,13 +7,11 @@ from .base_distillation_loss import BaseDistillationLoss
 
 
 class MultipleDistillationLosses(BaseDistillationLoss):
-    r"""The weighted sum of several distillation losses: PML's ``MultipleLosses`` with a teacher.
+    r"""The weighted sum of several distillation losses, w_1 L_1 + w_2 L_2 + ...: ``MultipleLosses`` with a teacher.
 
-    .. math:: L = \sum_k w_k \, L_k
-
-    ``ref_emb``, labels and pairs go to every loss. A loss with a miner of its own takes what this miner finds in the
-    batch; a miner of ``pml_distill.miners`` is given the teacher's embeddings. A PML loss among them sees ``ref_emb``
-    and ``ref_labels`` as its reference.
+    ``ref_emb``, labels and pairs go to every loss; a loss with a miner of its own takes what this miner finds in the
+    batch, by the teacher's embeddings if it is one of ``pml_distill.miners``. A PML loss sees ``ref_emb`` and
+    ``ref_labels`` as its reference.
 
     Args:
         losses: a dict, or a list whose members are named by their class, with a number where a class is there twice.
@@ -41,19 +39,23 @@ class MultipleDistillationLosses(BaseDistillationLoss):
         miners: Mapping[str, Any] | Iterable[Any] | None = None,
     ):
         super().__init__()
-        named = dict(losses) if isinstance(losses, Mapping) else named_by_class(list(losses))
-        if not named:
+        if not isinstance(losses, Mapping):
+            losses = list(losses)
+            kinds = [type(loss).__name__ for loss in losses]
+            names = [k if kinds.count(k) == 1 else f"{k}_{kinds[:i].count(k)}" for i, k in enumerate(kinds)]
+            losses = dict(zip(names, losses))
+        if not losses:
             raise ValueError("losses is empty; give at least one distillation loss.")
-        self.losses = torch.nn.ModuleDict(named)
-        self.weights = dict.fromkeys(named, 1.0) if weights is None else by_name("weights", weights, named)
-        if set(self.weights) != set(named):
-            raise ValueError(f"weights must have the keys {list(named)}, but has {list(self.weights)}.")
-        found = {} if miners is None else by_name("miners", miners, named)
+        self.losses = torch.nn.ModuleDict(losses)
+        self.weights = by_name("weights", [1.0] * len(losses) if weights is None else weights, losses)
+        if set(self.weights) != set(losses):
+            raise ValueError(f"weights must have the keys {list(losses)}, but has {list(self.weights)}.")
+        found = by_name("miners", {} if miners is None else miners, losses)
         self.miners = torch.nn.ModuleDict({name: miner for name, miner in found.items() if miner is not None})
-        if not set(found) <= set(named):
-            raise ValueError(f"miners must have keys of {list(named)}, but has {list(found)}.")
-        self.takes_pairs = any(getattr(loss, "takes_pairs", True) for loss in named.values())
-        self.needs_labels = any(getattr(loss, "needs_labels", True) for loss in named.values())
+        if not set(found) <= set(losses):
+            raise ValueError(f"miners must have keys of {list(losses)}, but has {list(found)}.")
+        self.takes_pairs = any(getattr(loss, "takes_pairs", True) for loss in losses.values())
+        self.needs_labels = any(getattr(loss, "needs_labels", True) for loss in losses.values())
         self.sub_losses: dict[str, torch.Tensor] = {}
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, width=None):
@@ -80,13 +82,6 @@ def at_width(loss, width, embeddings, labels, indices_tuple, ref_emb, ref_labels
     if width is not None and ref_emb is not None and getattr(loss, "equal_widths", True):
         ref_emb = ref_emb[:, :width]
     return loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-
-
-def named_by_class(losses: list[torch.nn.Module]) -> dict[str, torch.nn.Module]:
-    """Return the losses by the name of their class, numbered where a class is there twice."""
-    names = [type(loss).__name__ for loss in losses]
-    numbered = [f"{name}_{names[:i].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    return dict(zip(numbered, losses))
 
 
 def by_name(what: str, values: Any, named: Mapping[str, Any]) -> dict[str, Any]:

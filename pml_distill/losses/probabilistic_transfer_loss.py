@@ -1,6 +1,6 @@
 import torch
 
-from .base_distillation_loss import BaseDistillationLoss, cut_zero_rows
+from .base_distillation_loss import BaseDistillationLoss, cut_zero_rows, diagonal_mask
 
 EPSILON = 1e-7
 
@@ -11,12 +11,10 @@ class ProbabilisticTransferLoss(BaseDistillationLoss):
     .. math:: L_i = \sum_j p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \quad
         p_{ij} = \frac{1 + \cos(f_i, f_j)}{\sum_k 1 + \cos(f_i, f_k)}, \quad \epsilon = 10^{-7}
 
-    The query itself is among the candidates; a miner's pairs restrict the others. The distance is not used.
-
-    Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018.
-    Divide by B for their mean over all B^2 entries: their weight of 30000 is 30000 / B here.
-
-    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per query (``element``).
+    The query itself is among the candidates; a miner's pairs restrict the others. The distance is not used. Shapes:
+    embeddings (B, Ds), ref_emb (B, Dt); one value per query. Source: Passalis and Tefas, "Learning Deep Representations
+    with Probabilistic Knowledge Transfer", ECCV 2018. Divide by B for their mean over all B^2 entries: their weight of
+    30000 is 30000 / B here.
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
@@ -25,7 +23,7 @@ class ProbabilisticTransferLoss(BaseDistillationLoss):
         candidates = None
         if indices_tuple is not None:
             indices_tuple = self.pair_mask(indices_tuple, embeddings)
-            candidates = indices_tuple | torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
+            candidates = indices_tuple | diagonal_mask(embeddings)
         student, teacher = probabilities(embeddings, candidates), probabilities(ref_emb, candidates)
         losses = teacher * ((teacher + EPSILON).log() - (student + EPSILON).log())
         return self.query_losses(losses.sum(dim=1), indices_tuple, embeddings)

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from .base_distillation_loss import ABSENT, set_positive
+from .base_distillation_loss import ABSENT, entry, set_numbers
 from .base_gallery_loss import BaseGalleryLoss
 
 # So sharp that the teacher's comparisons are 0 or 1, and 1/2 for ties.
@@ -13,29 +13,19 @@ class RankPreservationLoss(BaseGalleryLoss):
     r"""The teacher's order of its nearest gallery rows, kept by the student's queries (rank-order preservation, ROP).
 
     .. math:: L = \frac{1}{k} \sum_{i,j} w_i \Big( \sigma\big((t_j - t_i) / 10^{-6}\big) -
-        \sigma\big((s_j - t_i) / \tau\big) \Big)^2, \quad
-        w_i = i \cdot \frac{e^{\rho t_i}}{\sum_m e^{\rho t_m}}
+        \sigma\big((s_j - t_i) / \tau\big) \Big)^2, \quad w_i = i \cdot \frac{e^{\rho t_i}}{\sum_m e^{\rho t_m}}
 
-    t are the teacher's similarities of a query to its k nearest gallery rows, nearest first, s the student's to the
-    same rows, sigma is the logistic function.
-
-    Source: Wu et al., "A General Rank Preserving Framework for Asymmetric Image Retrieval", ICLR 2023, equations
-    8 to 10, with all training data as the gallery. Time and memory grow with B topk^2.
-
-    Args:
-        topk: k, how many of the teacher's nearest count.
-        temperature: tau of the student's comparisons.
-        rank_weight: rho, how much more the near ones weigh.
-        **kwargs: as in ``BaseGalleryLoss``.
-
-    Shapes: embeddings and ref_emb (B, D). One value per query (``element``).
+    t are the teacher's similarities of a query to its k = ``topk`` nearest gallery rows, nearest first, s the student's
+    to the same rows, sigma is the logistic function, tau the ``temperature``, and rho, the ``rank_weight``, says how
+    much more the near ones weigh. Time and memory grow with B topk^2. Shapes: embeddings and ref_emb (B, D); one value
+    per query. Other arguments are those of ``BaseGalleryLoss``. Source: Wu et al., "A General Rank Preserving Framework
+    for Asymmetric Image Retrieval", ICLR 2023, equations 8 to 10, with all training data as the gallery.
     """
 
     def __init__(self, topk: int = 32, temperature: float = 0.1, rank_weight: float = 0.2, **kwargs):
         super().__init__(**kwargs)
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, but is {topk}.")
-        set_positive(self, topk=topk, temperature=temperature)
+        set_numbers(self, 1, topk=topk)
+        set_numbers(self, temperature=temperature)
         if not math.isfinite(rank_weight):
             raise ValueError(f"rank_weight must be a finite number, but is {rank_weight}.")
         self.rank_weight = rank_weight
@@ -48,5 +38,4 @@ class RankPreservationLoss(BaseGalleryLoss):
         expected = torch.sigmoid((teacher[:, None, :] - teacher[:, :, None]) / TEACHER_TEMPERATURE)
         found = torch.sigmoid((student[:, None, :] - teacher[:, :, None]) / self.temperature)
         misses = (expected - found).square() * (filled[:, None] & filled)
-        losses = (weights * misses.sum(dim=2)).sum(dim=1) / filled.sum().clamp(min=1)
-        return self.query_losses(losses, None, embeddings)
+        return {"loss": entry((weights * misses.sum(dim=2)).sum(dim=1) / filled.sum().clamp(min=1))}

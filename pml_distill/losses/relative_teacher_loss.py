@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import BaseDistillationLoss, off_diagonal
+from .base_distillation_loss import BaseDistillationLoss, already_reduced, off_diagonal
 
 PAIR_NORMS = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1_loss}
 
@@ -11,18 +11,11 @@ class RelativeTeacherLoss(BaseDistillationLoss):
 
     .. math:: L_{ij} = |d_s(x_i, x_j) - d_t(x_i, x_j)|, \quad i \neq j
 
-    For a similarity (cosine, dot product) similarities are compared.
-
-    Source: Yu et al., "Learning Metrics from Teachers", CVPR 2019. Their code takes the Frobenius norm of the whole
-    B x B difference: ``norm="frobenius"``, about 40 times the ``"l1"`` mean at B = 32. Their weights hold for it: 0.3
-    (CUB), 0.1 (Cars), 1.0 (SOP).
-
-    Args:
-        norm: ``"l1"``: \|d_s - d_t\|; ``"l2"``: (d_s - d_t)^2; ``"huber"``: smooth L1 with its turn at 1;
-            ``"frobenius"``: the root of the sum of squares over all pairs, a single value.
-
-    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``); with ``"frobenius"`` one
-    in all (``already_reduced``).
+    For a similarity (cosine, dot product) similarities are compared. ``norm`` is ``"l1"``; ``"l2"``, the square;
+    ``"huber"``, smooth L1 with its turn at 1; or ``"frobenius"``, the root of the sum of squares over all pairs.
+    Shapes: embeddings (B, Ds), ref_emb (B, Dt); one value per ordered pair, with ``"frobenius"`` one in all. Source: Yu
+    et al., "Learning Metrics from Teachers", CVPR 2019. Their code has the Frobenius norm, about 40 times the ``"l1"``
+    mean at B = 32, and weights for it: 0.3 (CUB), 0.1 (Cars), 1.0 (SOP).
     """
 
     def __init__(self, norm: str = "l1", **kwargs):
@@ -33,12 +26,9 @@ class RelativeTeacherLoss(BaseDistillationLoss):
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher = self.distance_matrix(embeddings), self.distance_matrix(ref_emb)
-        if self.norm == "frobenius":
-            return self.frobenius_loss(student, teacher, indices_tuple)
-        losses = PAIR_NORMS[self.norm](student, teacher, reduction="none")
-        return self.pair_losses(losses, indices_tuple, embeddings)
-
-    def frobenius_loss(self, student, teacher, indices_tuple):
+        if self.norm != "frobenius":
+            losses = PAIR_NORMS[self.norm](student, teacher, reduction="none")
+            return self.pair_losses(losses, indices_tuple, embeddings)
         if len(student) < 2:
             return self.zero_losses()
         if not self.distance.is_inverted:
@@ -47,5 +37,4 @@ class RelativeTeacherLoss(BaseDistillationLoss):
         if indices_tuple is not None:
             difference = difference.masked_fill(~self.pair_mask(indices_tuple, student), 0)
         # PML's trainers weight a loss in place, which would spoil what the backward of a norm has saved.
-        loss = torch.linalg.vector_norm(off_diagonal(difference)).clone()
-        return {"loss": {"losses": loss, "indices": None, "reduction_type": "already_reduced"}}
+        return {"loss": already_reduced(torch.linalg.vector_norm(off_diagonal(difference)).clone())}

@@ -21,12 +21,9 @@ class RKDAngleLoss(BaseDistillationLoss):
     i = k is among the pairs. The distance is not used. A miner's pairs restrict the arms at a vertex. Inner products
     come from the Gram matrix a few vertices at a time, and again in the backward: time grows with B^3, memory with B^2.
     An arm too short for its direction to be known, of a duplicate in the first place, has cosine 0 with all and no
-    gradient. The loss can be differentiated once.
-
+    gradient. The loss can be differentiated once. Shapes: embeddings (B, Ds), ref_emb (B, Dt); one value per vertex.
     Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by ((B - 1) / B)^2 for their mean over
-    all B^3 triplets.
-
-    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per vertex (``element``).
+    B^3 triplets.
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):

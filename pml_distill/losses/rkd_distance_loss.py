@@ -14,12 +14,9 @@ class RKDDistanceLoss(BaseDistillationLoss):
         \mu = \frac{1}{B(B-1)} \sum_{i \neq j} d(x_i, x_j), \quad \ell \text{ smooth L1}
 
     The distance is no similarity, and at least 1e-6. Gradients flow through the student's mean, which is that of the
-    whole batch also with a miner's pairs. ``RKDLoss`` adds the angles.
-
-    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by (B - 1) / B for their mean over
-    B^2 entries; their embeddings are not normalised: ``distance=LpDistance(normalize_embeddings=False)``.
-
-    Shapes: embeddings (B, Ds), ref_emb (B, Dt). One value per ordered pair (``pos_pair``).
+    whole batch also with a miner's pairs. ``RKDLoss`` adds the angles. Shapes: embeddings (B, Ds), ref_emb (B, Dt); one
+    value per ordered pair. Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by (B - 1) / B
+    for their mean over B^2; their embeddings are not normalised: ``distance=LpDistance(normalize_embeddings=False)``.
     """
 
     needs_proper_distance = True

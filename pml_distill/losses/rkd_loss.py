@@ -6,14 +6,8 @@ from .rkd_distance_loss import RKDDistanceLoss
 class RKDLoss(MultipleDistillationLosses):
     """Relational knowledge distillation (RKD): ``distance_weight * RKDDistanceLoss + angle_weight * RKDAngleLoss``.
 
-    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019, whose weights for metric learning are the
-    defaults; for classification they use 25 and 50.
-
-    Args:
-        distance_weight: weight of the distances.
-        angle_weight: weight of the angles.
-        distance: distance of ``RKDDistanceLoss``.
-        reducer: reducer of both.
+    ``distance`` is that of the first, ``reducer`` that of both. Source: Park et al., "Relational Knowledge
+    Distillation", CVPR 2019, with their weights for metric learning; for classification they use 25 and 50.
     """
 
     def __init__(self, distance_weight: float = 1.0, angle_weight: float = 2.0, distance=None, reducer=None):

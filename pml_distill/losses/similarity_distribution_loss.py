@@ -1,7 +1,6 @@
-import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import ABSENT, BaseDistillationLoss, set_positive, unit_rows
+from .base_distillation_loss import ABSENT, BaseDistillationLoss, entry, set_numbers, unit_rows
 from .teacher_queue import TeacherQueue
 
 
@@ -12,15 +11,12 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
 
     s and t are L2-normalised and Q_t is a ``TeacherQueue``. Q is the same queue, or with ``student_width`` a second one
     of the student's embeddings; then widths may differ and the spaces do not end up aligned. While the queue is empty
-    the loss is zero. The distance is not used.
+    the loss is zero. The distance is not used. Shapes: embeddings (B, ``student_width`` or ``width``), ref_emb (B,
+    ``width``); one value per query. Sources, as settings:
 
-    Sources, as settings of ``SimilarityDistributionLoss(queue_size, width, ...)``:
-
-    - CompRess (Koohpayegani et al., NeurIPS 2020): the defaults with a queue of 128000, and with ``student_width`` its
-      two-queue form;
+    - CompRess (Koohpayegani et al., NeurIPS 2020): the defaults with a queue of 128000; or two queues;
     - SEED (Fang et al., ICLR 2021): ``student_temperature=0.2, teacher_temperature=0.01, include_batch=True``;
-    - RRD (Giakoumoglou and Stathaki, 2024): ``student_temperature=0.02, teacher_temperature=0.1,
-      include_batch=True``, behind linear projections of both sides;
+    - RRD (Giakoumoglou and Stathaki, 2024): 0.02, 0.1 and ``include_batch=True``, behind linear projections of both;
     - CSD (Wu et al., CVPR 2022): ``student_temperature=1, teacher_temperature=0.01, topk=...``.
 
     Args:
@@ -31,8 +27,6 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
         include_batch: whether the batch itself is among the candidates.
         topk: how many of the teacher's nearest count; None for all.
         student_width: width of the student's embeddings, for a second queue; None for one queue.
-
-    Shapes: embeddings (B, ``student_width`` or ``width``), ref_emb (B, ``width``). One value per query (``element``).
     """
 
     takes_pairs = False
@@ -49,7 +43,7 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        set_positive(self, student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+        set_numbers(self, student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         if topk is not None and topk < 1:
             raise ValueError(f"topk must be None or at least 1, but is {topk}.")
         self.include_batch, self.topk = include_batch, topk
@@ -60,18 +54,12 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher = unit_rows(embeddings), unit_rows(ref_emb)
         rows, filled = self.queue.candidates(teacher, self.include_batch)
-        teacher = similarities(teacher, rows, filled) / self.teacher_temperature
+        teacher = (teacher @ rows.t()).masked_fill(~filled, ABSENT) / self.teacher_temperature
         if self.student_queue is not None:
             rows, filled = self.student_queue.candidates(student, self.include_batch)
-        student = similarities(student, rows, filled) / self.student_temperature
+        student = (student @ rows.t()).masked_fill(~filled, ABSENT) / self.student_temperature
         if self.topk is not None:
             teacher, nearest = teacher.topk(min(self.topk, teacher.shape[1]), dim=1)
             student = student.gather(1, nearest)
         log_student, log_teacher = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
-        losses = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
-        return self.query_losses(losses, None, embeddings)
-
-
-def similarities(unit: torch.Tensor, rows: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:
-    """Return the (B, Q) inner products; places not yet filled hold ``ABSENT``."""
-    return (unit @ rows.t()).masked_fill(~filled, ABSENT)
+        return {"loss": entry(F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1))}

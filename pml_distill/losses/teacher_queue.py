@@ -2,15 +2,11 @@ import torch
 
 
 class TeacherQueue(torch.nn.Module):
-    """The last embeddings seen, first in first out: candidates in addition to the batch.
+    """The last ``size`` embeddings seen, of ``width``, first in first out: candidates in addition to the batch.
 
     It is saved in checkpoints and follows the embeddings to their device. A row that is not finite enters as zeros, so
     that it spoils only the loss of its own step. Under ``DistributedLossWrapper`` let ``size`` be a multiple of the
     joined batch: every process holds its rows in another order, and all must forget the same ones.
-
-    Args:
-        size: how many embeddings it holds.
-        width: width of the embeddings.
     """
 
     rows: torch.Tensor
@@ -27,19 +23,13 @@ class TeacherQueue(torch.nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
     def candidates(self, embeddings: torch.Tensor, include_batch: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the (size, width) rows and which of them are filled; the batch enters in training mode.
-
-        Args:
-            embeddings: (B, width), what enters; of a batch larger than the queue, its end.
-            include_batch: whether the batch is among the rows that are returned, or is not yet.
-        """
+        """Return the (size, width) rows and which are filled, with or without the batch, which enters in training."""
         if self.rows.device != embeddings.device:
             self.to(embeddings.device)
         size, width = self.rows.shape
         if embeddings.shape[1] != width:
-            raise ValueError(
-                f"the queue holds embeddings of width {width}, but was given shape {tuple(embeddings.shape)}."
-            )
+            given = tuple(embeddings.shape)
+            raise ValueError(f"the queue holds embeddings of width {width}, but was given shape {given}.")
         entering = embeddings.detach()[-size:].to(self.rows.dtype)
         entering = entering.masked_fill(~entering.isfinite().all(dim=1, keepdim=True), 0)
         places = (self.position + torch.arange(len(entering), device=self.rows.device)) % size

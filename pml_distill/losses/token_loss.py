@@ -4,30 +4,22 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .base_distillation_loss import cut_zero_rows, set_not_negative
+from .base_distillation_loss import cut_zero_rows, set_numbers
 from .base_learned_feature_loss import BaseLearnedFeatureLoss
 
 
 class TokenLoss(BaseLearnedFeatureLoss):
-    r"""The spatial tokens of a vision transformer such as DINO, predicted by a learned linear map.
+    r"""The spatial tokens of a vision transformer such as DINO, predicted by a learned linear map (AM-RADIO).
 
     .. math:: L_i = \sum_l \frac{1}{P_l} \sum_p \Big( \alpha \, \big(1 - \cos(\hat t_p, \tilde t_p)\big) +
         \frac{\beta}{C_l} \sum_c \ell(\hat t_{p, c} - \tilde t_{p, c}) \Big), \quad
         \tilde t_p = \frac{t_p - \mathrm{mean}(t_p)}{\mathrm{std}(t_p)}
 
-    t_p are the teacher's C channels at one of P places, their prediction from the student's is learned, and l is the
-    smooth L1 loss. The student may be a convolutional network. Train the linear maps as those of ``HintLoss``.
-
-    Source: Ranzinger et al., "AM-RADIO: Agglomerative Vision Foundation Model", CVPR 2024, for both terms and their
-    weights; the normalised target is that of Wei et al., "Contrastive Learning Rivals Masked Image Modeling in
-    Fine-tuning via Feature Distillation", 2022.
-
-    Args:
-        student_channels: channels of each of the student's tokens or maps.
-        teacher_channels: channels of each of the teacher's.
-        cosine_weight: alpha.
-        smooth_l1_weight: beta.
-        **kwargs: as in ``BaseFeatureLoss``.
+    t_p are the teacher's C channels at one of P places, their prediction from the student's is learned, l is the smooth
+    L1 loss, alpha ``cosine_weight`` and beta ``smooth_l1_weight``. The student may be a convolutional network. Train
+    the linear maps as those of ``HintLoss``; other arguments: see ``BaseLearnedFeatureLoss``. Source: Ranzinger et al.,
+    "AM-RADIO: Agglomerative Vision Foundation Model", CVPR 2024, for both terms and their weights; the target is that
+    of Wei et al., "Contrastive Learning Rivals Masked Image Modeling in Fine-tuning via Feature Distillation", 2022.
     """
 
     def __init__(
@@ -39,7 +31,7 @@ class TokenLoss(BaseLearnedFeatureLoss):
         **kwargs: Any,
     ):
         super().__init__(student_channels, teacher_channels, **kwargs)
-        set_not_negative(self, cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight)
+        set_numbers(self, 0, cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight)
 
     def map_loss(self, name, found, expected):
         variance, mean = torch.var_mean(expected, dim=1, correction=0, keepdim=True)

@@ -17,12 +17,11 @@ class UnambiguousGranularityLoss(BaseFeatureLoss):
 
     Both maps are average-pooled to g x g cells. The teacher's embedder h embeds each cell of its last map; R_g are the
     cells whose embedding its classifier assigns to the label of the image. The student's cells go through a learned
-    projection r_g (batch norm, linear, batch norm). Train it as the regressors of ``HintLoss``.
-
-    Source: Zhang et al., "Unambiguous granularity distillation for asymmetric image retrieval", Neural Networks 2025,
-    from the authors' code. There this loss has weight 2, combined with ``AbsoluteTeacherLoss`` with weight 2
-    (ResNet-18) or 5 (MobileNetV3); grids are a 16th and a 32nd of the student's image, the student's map is that of its
-    third stage.
+    projection r_g (batch norm, linear, batch norm); train it as the regressors of ``HintLoss``. Shapes: lists of one
+    map, labels (B,); as sub-loss ``grid_4`` and so on, one value per cell. Source: Zhang et al., "Unambiguous
+    granularity distillation for asymmetric image retrieval", Neural Networks 2025, from the authors' code: this loss
+    with weight 2, ``AbsoluteTeacherLoss`` with weight 2 (ResNet-18) or 5 (MobileNetV3), grids of a 16th and a 32nd of
+    the student's image, and the map of the student's third stage.
 
     Args:
         student_channels: channels of the student's map.
@@ -32,12 +31,6 @@ class UnambiguousGranularityLoss(BaseFeatureLoss):
         embedding_size: D.
         grids: cells along each side of the image.
         **kwargs: as in ``BaseFeatureLoss``.
-
-    Shapes: lists of one map, labels (B,). For each grid, as sub-loss ``grid_4`` and so on, one value per cell
-    (``element``).
-
-    Raises:
-        ValueError: labels are None; there is more than one pair of maps; the teacher's head is in train mode.
     """
 
     def __init__(

@@ -13,21 +13,14 @@ FIRST_VARIANCE = 5.0
 class VariationalInformationLoss(BaseLearnedFeatureLoss):
     r"""Minus the log-likelihood of the teacher's maps under a Gaussian that the student's maps predict (VID).
 
-    .. math::
-        L_i = \sum_l \frac{1}{C_l H_l W_l} \sum_{c, h, w} \frac{1}{2} \left(
+    .. math:: L_i = \sum_l \frac{1}{C_l H_l W_l} \sum_{c, h, w} \frac{1}{2} \left(
         \log \sigma_{l, c}^2 + \frac{(F_t^l - \mu_l(F_s^l))_{c, h, w}^2}{\sigma_{l, c}^2} \right),
         \qquad \sigma_{l, c}^2 = \mathrm{softplus}(\alpha_{l, c}) + 10^{-5}
 
-    The mean is a learned 1x1 convolution, the variance a learned number per channel of the teacher. Train both as those
+    The mean is a learned 1x1 convolution, the variance a learned number per channel of the teacher; train both as those
     of ``HintLoss``. The loss may be negative: reducers that drop such values (``AvgNonZeroReducer``) do not suit it.
-
-    Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, with the first
-    variance of their code, 5, and its mean over the map, without the constant log(2 pi) / 2.
-
-    Args:
-        student_channels: channels of each of the student's maps.
-        teacher_channels: channels of each of the teacher's maps.
-        **kwargs: as in ``BaseFeatureLoss``.
+    Arguments: see ``BaseLearnedFeatureLoss``. Source: Ahn et al., "Variational Information Distillation for Knowledge
+    Transfer", CVPR 2019, with the first variance of their code, 5, and its mean over the map, without log(2 pi) / 2.
     """
 
     def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], **kwargs):

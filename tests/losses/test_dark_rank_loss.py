@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pml_distill.distances import EuclideanDistance
 from pml_distill.losses import DarkRankLoss
-from pml_distill.losses.dark_rank_loss import log_cumulative_sum_exp
+from pml_distill.losses.dark_rank_loss import log_cumulative_sum_exp, similarity_scores
 
 
 def per_query(loss, *args, **kwargs):
@@ -81,7 +81,7 @@ def test_soft_equals_the_sum_over_all_orders(tail, length):
     loss = DarkRankLoss("soft", alpha=2.0, beta=1.5, list_length=length, tail=tail)
     losses = per_query(loss, student, ref_emb=teacher)
     for query in (0, 5):
-        s, t = loss.scores(student)[query], loss.scores(teacher)[query]
+        s, t = similarity_scores(loss, student)[query], similarity_scores(loss, teacher)[query]
         order = [j for j in t.argsort(descending=True).tolist() if j != query]
         rest = order[length:] if tail else []
         assert losses[query].item() == pytest.approx(brute_force_soft(s, t, order[:length], rest).item(), rel=1e-10)
@@ -94,7 +94,7 @@ def test_hard_equals_the_written_out_likelihood(tail, length):
     loss = DarkRankLoss("hard", alpha=2.0, beta=1.5, list_length=length, tail=tail)
     losses = per_query(loss, student, ref_emb=teacher)
     for query in range(8):
-        s, t = loss.scores(student)[query], loss.scores(teacher)[query]
+        s, t = similarity_scores(loss, student)[query], similarity_scores(loss, teacher)[query]
         order = [j for j in t.argsort(descending=True).tolist() if j != query]
         listed = order[: length or 7]
         expected = sum(s[order[k:] if tail else listed[k:]].logsumexp(0) - s[listed[k]] for k in range(len(listed)))
@@ -165,7 +165,7 @@ def test_triplets_restrict_the_candidates_like_their_pairs():
 def test_scores_down_to_minus_ten_thousand_stay_finite(transfer):
     student = (100 * embeddings(8)).float().requires_grad_()
     loss = DarkRankLoss(transfer, alpha=1, beta=2, list_length=7, distance=raw())
-    assert loss.scores(student).min() < -1e4
+    assert similarity_scores(loss, student).min() < -1e4
     value = loss(student, ref_emb=100 * embeddings(8, seed=1))
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(student.grad).all()
@@ -210,7 +210,7 @@ def test_any_distance_prefers_the_teachers_order(distance, transfer):
 def test_soft_is_the_entropy_at_best_and_grows_with_divergence():
     teacher = embeddings(6)
     loss = DarkRankLoss("soft", list_length=5)
-    scores = loss.scores(teacher)[0, 1:].tolist()
+    scores = similarity_scores(loss, teacher)[0, 1:].tolist()
     entropy = 0.0
     for order in itertools.permutations(scores):
         log_p = sum(s - math.log(sum(math.exp(x) for x in order[k:])) for k, s in enumerate(order))
