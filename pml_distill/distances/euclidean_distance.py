@@ -11,21 +11,16 @@ class EuclideanDistance(LpDistance):
 
     .. math:: d_{ij} = \sqrt{\max(0, |x_i|^2 + |x_j|^2 - 2 x_i \cdot x_j)}
 
-    That matrix is symmetric: its gradient needs one product with the embeddings, where ``torch.cdist`` makes two
-    and copies both sides besides. Its diagonal is exactly zero. The gradient at distance zero is zero. For two
-    different batches it is ``LpDistance``. The default distance of the distillation losses.
-
-    Args:
-        normalize_embeddings: whether rows are divided by their L2 norm first.
-        **kwargs: ``power`` as in ``LpDistance``.
+    Being symmetric, its gradient needs one product, where ``torch.cdist`` makes two. Its diagonal is exactly zero, and
+    so is the gradient at distance zero. The default of the distillation losses; arguments are those of ``LpDistance``.
     """
 
     def __init__(self, normalize_embeddings: bool = True, **kwargs: Any):
         super().__init__(normalize_embeddings=normalize_embeddings, p=2, **kwargs)
 
     def compute_mat(self, query_emb: torch.Tensor, ref_emb: torch.Tensor) -> torch.Tensor:
-        """Return the matrix of distances; PML passes the same tensor twice for a batch against itself."""
-        if ref_emb is query_emb:
+        """Return the matrix of distances."""
+        if ref_emb is query_emb:  # as PML passes a batch against itself
             # Half precision would leave nothing of the difference between nearly equal squares.
             with torch.autocast(query_emb.device.type, enabled=False):
                 return own_gradient(SelfDistance, query_emb)
@@ -46,7 +41,7 @@ class SelfDistance(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Keep both; apart from ``forward``, as ``torch.func`` wants it."""
+        """Keep both."""
         ctx.save_for_backward(*inputs, output)
 
     @staticmethod

@@ -9,13 +9,8 @@ class HammingDistance(BaseDistance):
 
     .. math:: d(u, v) = \frac{K - \langle u, v \rangle}{2}
 
-    for codes of -1 and 1; between these values it is the linear relaxation, with gradients. Packed codes
-    (``uint8``, eight bits to a byte) are unpacked first. To search or to match, give the signs of a network's outputs.
-
-    Shapes: query_emb (N, K), or (N, bytes) uint8; ref_emb (M, K) or (M, bytes), likewise. Returns (N, M).
-
-    Raises:
-        ValueError: packed and unpacked codes, or codes of different length, are compared.
+    for codes of -1 and 1, (N, K) and (M, K); between these values it is the linear relaxation, with gradients. Packed
+    codes (``uint8``, eight bits to a byte) are unpacked first. Give the signs of a network's outputs to search.
     """
 
     def __init__(self, **kwargs):
@@ -38,14 +33,12 @@ class HammingDistance(BaseDistance):
     @staticmethod
     def unpacked(query_emb: torch.Tensor, ref_emb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return both as floating point codes, if they fit each other."""
-        if (query_emb.dtype == torch.uint8) != (ref_emb.dtype == torch.uint8) or query_emb.shape[1] != ref_emb.shape[1]:
-            raise ValueError(
-                f"query_emb and ref_emb must both be packed (uint8) or both not, and of one length, but are "
-                f"{query_emb.dtype} {tuple(query_emb.shape)} and {ref_emb.dtype} {tuple(ref_emb.shape)}."
-            )
-        if query_emb.dtype != torch.uint8:
-            # Sums of small integers would overflow.
-            query_emb, ref_emb = (x if x.is_floating_point() else x.float() for x in (query_emb, ref_emb))
-            return query_emb, ref_emb
-        bits = 8 * query_emb.shape[1]
-        return unpack_codes(query_emb, bits), unpack_codes(ref_emb, bits)
+        packed = [x.dtype == torch.uint8 for x in (query_emb, ref_emb)]
+        if packed[0] != packed[1] or query_emb.shape[1] != ref_emb.shape[1]:
+            given = f"{query_emb.dtype} {tuple(query_emb.shape)} and {ref_emb.dtype} {tuple(ref_emb.shape)}"
+            raise ValueError(f"query_emb and ref_emb must be of one length, both packed or both not, but are {given}.")
+        if packed[0]:
+            return unpack_codes(query_emb, 8 * query_emb.shape[1]), unpack_codes(ref_emb, 8 * query_emb.shape[1])
+        # Sums of small integers would overflow.
+        query_emb, ref_emb = (x if x.is_floating_point() else x.float() for x in (query_emb, ref_emb))
+        return query_emb, ref_emb

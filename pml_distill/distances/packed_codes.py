@@ -3,27 +3,15 @@ import torch
 
 from ..utils.tensors import check_finite
 
-PART = 1 << 13
-
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """Pack the signs of (N, bits) outputs eight to a byte, (N, ceil(bits / 8)) uint8; 0 counts as -1.
 
-    The first code is the lowest bit, as in faiss (``real_to_binary``) and ``numpy.packbits(bitorder="little")``; what
-    is left of the last byte is 0.
+    The first code is the lowest bit, as in faiss and ``numpy.packbits(bitorder="little")``; the last byte ends in 0.
     """
-    size, bits = codes.shape
-    if not codes.is_cuda:
-        parts = [np.packbits((part > 0).numpy(), axis=1, bitorder="little") for part in codes.detach().split(PART)]
-        return torch.from_numpy(np.concatenate(parts))
-    packed = torch.zeros(size, -(-bits // 8), dtype=torch.uint8, device=codes.device)
     # In parts, since what lies between is as large as the packed codes are small.
-    for part, place in zip(codes.split(PART), packed.split(PART)):
-        positive = part > 0
-        for bit in range(8):
-            column = positive[:, bit::8].to(torch.uint8)
-            place[:, : column.shape[1]] |= column << bit
-    return packed
+    parts = [np.packbits((x > 0).cpu().numpy(), axis=1, bitorder="little") for x in codes.detach().split(1 << 13)]
+    return torch.from_numpy(np.concatenate(parts)).to(codes.device)
 
 
 def check_outputs(codes: torch.Tensor, name: str) -> None:

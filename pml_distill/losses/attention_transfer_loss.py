@@ -12,7 +12,7 @@ class AttentionTransferLoss(BaseFeatureLoss):
 
     Channels may differ and nothing is learned. A map of zeros gets no gradient; one of a single place is refused.
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2, squared and averaged as
-    in their code. A weight of 1000 is common.
+    in their code; often with weight 1000.
     """
 
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:
@@ -22,10 +22,7 @@ class AttentionTransferLoss(BaseFeatureLoss):
                 f"{[tuple(m.shape[2:]) for m in student_maps]}: one place is always alike, as in a cached teacher's "
                 "features; use PooledFeatureLoss or HintLoss, or a FrozenTeacher."
             )
-        pairs = zip(student_maps, teacher_maps)
-        return torch.stack([(attention(s) - attention(t)).square().mean(dim=1) for s, t in pairs]).sum(dim=0)
-
-
-def attention(feature_map: torch.Tensor) -> torch.Tensor:
-    """Return the energy of each place over the channels, (B, H * W), at unit length."""
-    return unit_rows(feature_map.square().sum(dim=1).flatten(1))
+        students, teachers = (
+            [unit_rows(m.square().sum(dim=1).flatten(1)) for m in maps] for maps in (student_maps, teacher_maps)
+        )
+        return torch.stack([(s - t).square().mean(dim=1) for s, t in zip(students, teachers)]).sum(dim=0)

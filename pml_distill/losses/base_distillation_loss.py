@@ -9,8 +9,7 @@ from ..distances import EuclideanDistance
 from ..utils.distributed import num_processes
 from ..utils.tensors import in_float32
 
-#: The score of a place without a candidate: exp() of it is 0 in every dtype. Finite, because a softmax or a log-sum-exp
-#: over nothing but -inf, and its gradient, are NaN.
+#: The score of a place without a candidate. Finite, because a softmax over nothing but -inf, and its gradient, are NaN.
 ABSENT = -1e30
 
 
@@ -21,19 +20,14 @@ class BaseDistillationLoss(BaseMetricLossFunction):
     stays float64). An empty batch is a zero loss; a zero row gets no gradient from a distance that normalises.
     Subclasses implement ``compute_loss`` and return one value per sample or pair, so that every PML reducer applies.
 
-    Args:
-        **kwargs: ``distance`` (default ``EuclideanDistance()``, of L2-normalised embeddings), ``reducer`` and
-            ``embedding_regularizer`` (of the student's embeddings) as in every PML loss.
-
-    Shapes: embeddings (B, Ds), ref_emb (B, Dt) of the same samples; labels (B,) or None, for ``ClassWeightedReducer``
-    only. indices_tuple: a PML pair or triplet tuple, read as a set of (anchor, other) pairs: each counts once.
-
-    Raises:
-        ValueError: ``ref_emb`` is missing, is not 2-D, or has another number of rows (or of columns, for losses that
-            compare the two spaces point by point); a ``ClassWeightedReducer`` has no labels.
+    Arguments are those of every PML loss: ``distance`` (default ``EuclideanDistance()``, of L2-normalised embeddings),
+    ``reducer``, ``embedding_regularizer`` (of the student's embeddings). Shapes: embeddings (B, Ds), ref_emb (B, Dt) of
+    the same samples; labels (B,) or None, for ``ClassWeightedReducer``. indices_tuple: a PML pair or triplet tuple,
+    read as a set of (anchor, other) pairs: each counts once.
     """
 
-    #: Whether student and teacher embeddings must have the same width, and what to do where they have not.
+    default_distance: type = EuclideanDistance
+    #: Whether both embeddings must have the same width, and what to do where they have not.
     equal_widths = False
     width_advice = "Give the student a projection embedder, for example torch.nn.Linear({}, {})."
     #: Whether ``indices_tuple`` makes a difference; a loss on single samples ignores it.
@@ -87,7 +81,7 @@ class BaseDistillationLoss(BaseMetricLossFunction):
             raise ValueError(f"{name} needs equal widths, but {shapes}. {advice}")
 
     def get_default_distance(self):
-        return EuclideanDistance()
+        return self.default_distance()
 
     def _sub_loss_names(self):
         return list(self.part_names)
@@ -105,11 +99,9 @@ class BaseDistillationLoss(BaseMetricLossFunction):
         if isinstance(indices_tuple, torch.Tensor):
             return indices_tuple
         size, device = len(embeddings), embeddings.device
-        if len(indices_tuple) == 3:
-            anchors, positives, negatives = indices_tuple
-            indices_tuple = (anchors, positives, anchors, negatives)
+        first, positives, *second, negatives = indices_tuple
         mask = torch.zeros(size, size, dtype=torch.bool, device=device)
-        for anchors, others in (indices_tuple[:2], indices_tuple[2:]):
+        for anchors, others in ((first, positives), (second[0] if second else first, negatives)):
             mask[anchors.to(device).long(), others.to(device).long()] = True
         mask.diagonal().zero_()
         return mask

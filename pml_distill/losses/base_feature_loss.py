@@ -17,22 +17,16 @@ class BaseFeatureLoss(ModuleWithRecordsAndReducer):
     """Base of the losses on feature maps or tokens: ``loss(student_maps, teacher_maps)``, two lists, pair by pair.
 
     ``FeatureTap`` takes them out of a network; the trainers do so for ``feature_distillation_loss``. The teacher's are
-    detached and brought to the student's device. Of tokens (B, N, C) the last ones are the grid; those before, such as
-    a class token, are left out. The larger map is average-pooled to the smaller one. The loss runs in float32 with
-    autocast off (float64 stays float64). Each process takes its own batch, without ``DistributedLossWrapper``; a loss
-    with parameters goes into ``DistributedDataParallel``.
+    detached and brought to the student's device. The larger map is average-pooled to the smaller one. The loss runs in
+    float32 with autocast off (float64 stays float64). Each process takes its own batch, without
+    ``DistributedLossWrapper``; a loss with parameters goes into ``DistributedDataParallel``. Shapes: lists of maps
+    (B, C, H, W) or tokens (B, N, C), of which the last ones are the grid; those before, such as a class token, are left
+    out. labels: (B,) or None, for ``reducer`` only. One value per sample.
 
     Args:
         student_grid: (height, width) of the student's tokens; by default the largest square.
         teacher_grid: the same of the teacher's tokens.
-        **kwargs: ``reducer`` as in every PML loss; default ``MeanReducer()``.
-
-    Shapes: lists of (B, C_s, H_s, W_s) or (B, N_s, C_s), and as many of the teacher's, likewise. labels: (B,) or None,
-    read by reducers only. One value per sample (``element``).
-
-    Raises:
-        ValueError: the lists are empty or of different lengths; a map is neither 4-D nor 3-D, or has another number of
-            samples; a grid has more places than there are tokens; a ``ClassWeightedReducer`` has no labels.
+        **kwargs: ``reducer`` as in every PML loss.
     """
 
     def __init__(self, student_grid: Grid = None, teacher_grid: Grid = None, **kwargs: Any):
@@ -56,7 +50,6 @@ class BaseFeatureLoss(ModuleWithRecordsAndReducer):
             return self.reducer(losses, students[0].flatten(1), labels)
 
     def losses_of(self, student_maps: Maps, teacher_maps: Maps, labels: torch.Tensor | None) -> dict[str, Any]:
-        """Return PML's loss dictionary."""
         pairs = [equal_sizes(*pair) for pair in zip(student_maps, teacher_maps)]
         return {"loss": entry(self.compute_loss(*zip(*pairs)))}
 

@@ -21,6 +21,7 @@ class BaseGalleryLoss(BaseDistillationLoss):
         **kwargs: as in ``BaseDistillationLoss``; ``distance`` is ``CosineSimilarity()`` by default.
     """
 
+    default_distance = CosineSimilarity
     equal_widths = True
     takes_pairs = False
 
@@ -32,9 +33,6 @@ class BaseGalleryLoss(BaseDistillationLoss):
             raise ValueError("include_batch is True, but there is no queue; without queue_size the batch is all.")
         self.queue = None if queue_size is None or width is None else TeacherQueue(queue_size, width)
         self.include_batch = include_batch
-
-    def get_default_distance(self):
-        return CosineSimilarity()
 
     def closeness(self, embeddings: torch.Tensor, ref_emb: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the (B, G) closeness of student and of teacher to the gallery, and which places are filled."""

@@ -12,17 +12,10 @@ class BaseHashingLoss(BaseMetricLossFunction):
     """Base of the hashing losses: ``loss(outputs, labels)`` with class labels or multi-hot labels.
 
     The sub-losses ``similarity_loss`` and ``quantization_loss`` are reduced one by one and added; the default mean is
-    the scale of the authors' code. The loss runs in float32 with autocast off (float64 stays float64).
-
-    Args:
-        distance, reducer, embedding_regularizer: as in every PML loss.
-
-    Shapes: embeddings (B, bits), the real outputs of the hash head. labels: (B,) class numbers, or (B, C) multi-hot,
-    which PML's trainers pass on with ``label_hierarchy_level="all"``.
-
-    Raises:
-        ValueError: labels are missing, of another length or shape; multi-hot labels are not 0 or 1, or classes out of
-            range (on the CPU; on CUDA the device's own index assertion); ``indices_tuple`` or ``ref_emb`` is given.
+    the scale of the authors' code. The loss runs in float32 with autocast off (float64 stays float64). ``distance``,
+    ``reducer`` and ``embedding_regularizer`` are those of every PML loss. Shapes: embeddings (B, bits), real outputs of
+    the hash head; labels (B,), or multi-hot (B, C), which PML's trainers pass on with
+    ``label_hierarchy_level="all"``. Labels that do not fit are refused, on CUDA by the device's own assertion.
     """
 
     #: Of losses with something for each class and each bit.
@@ -36,10 +29,8 @@ class BaseHashingLoss(BaseMetricLossFunction):
         self.reset_stats()
         for argument, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb)):
             if value is not None:
-                raise ValueError(
-                    f"{type(self).__name__} takes the whole batch by its labels, and no {argument}; "
-                    "a trainer must have no tuple_miner, and a DistributedLossWrapper efficient=False."
-                )
+                name = f"{type(self).__name__} takes the whole batch by its labels, and no {argument}"
+                raise ValueError(f"{name}; use no tuple_miner, and DistributedLossWrapper with efficient=False.")
         if labels is not None or settings.get("similarity") is None:
             labels = self.checked_labels(embeddings, labels).to(embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -56,12 +47,11 @@ class BaseHashingLoss(BaseMetricLossFunction):
         if labels is None:
             raise ValueError(f"{name} needs labels of shape (B,) or multi-hot labels of shape (B, C), but got None.")
         shapes = f"embeddings has shape {tuple(embeddings.shape)} and labels has shape {tuple(labels.shape)}"
-        if embeddings.ndim != 2 or labels.ndim not in (1, 2) or len(labels) != len(embeddings):
-            raise ValueError(f"{name} expects embeddings (B, bits) and labels (B,) or (B, C), but {shapes}.")
-        if bits is not None and embeddings.shape[1] != bits:
-            raise ValueError(f"embeddings must be (B, {bits}), as embedding_size says, but {shapes}.")
-        if classes is not None and labels.ndim == 2 and labels.shape[1] != classes:
-            raise ValueError(f"multi-hot labels must be (B, {classes}), as num_classes says, but {shapes}.")
+        fit = embeddings.ndim == 2 and labels.ndim in (1, 2) and len(labels) == len(embeddings)
+        fit = fit and bits in (None, embeddings.shape[1]) and (labels.ndim == 1 or classes in (None, labels.shape[1]))
+        if not fit:
+            expected = f"embeddings must be (B, {bits or 'bits'}), multi-hot labels must be (B, {classes or 'C'})"
+            raise ValueError(f"{name}: {expected}, by embedding_size and num_classes, or (B,), but {shapes}.")
         # Reading labels would stall a GPU, and break a compiled graph.
         if labels.is_cuda or torch.compiler.is_compiling():
             return labels

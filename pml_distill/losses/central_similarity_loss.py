@@ -9,21 +9,15 @@ from .hash_centers import center_distances, hash_centers
 class CentralSimilarityLoss(BaseHashingLoss):
     r"""Each class has a center, a fixed code; the outputs are drawn to the center of their class (CSQ).
 
-    .. math:: v_i = \tanh(u_i), \qquad L = \frac{1}{B} \sum_i \operatorname{mean}_k
-        \mathrm{BCE}\left(\tfrac{1 + v_{ik}}{2}, \tfrac{1 + c_{ik}}{2}\right)
-        + \lambda \operatorname{mean}_k (|v_{ik}| - 1)^2
+    .. math:: v_i = \tanh(u_i), \quad L = \frac{1}{B} \sum_i \operatorname{mean}_k \mathrm{BCE}\left(
+        \tfrac{1 + v_{ik}}{2}, \tfrac{1 + c_{ik}}{2}\right) + \lambda \operatorname{mean}_k (|v_{ik}| - 1)^2
 
     With multi-hot labels the center is the majority, bit by bit, of the centers of the sample's labels; where it is
     even, and for samples without any label, a fixed random center decides. Shapes: embeddings (B, ``embedding_size``),
     labels (B,) or multi-hot (B, ``num_classes``); two times one value per sample. Source: Yuan et al., "Central
-    Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020; the default weight is that of Reddy et
-    al. 2022 (Yuan et al. recommend 0.05).
-
-    Args:
-        num_classes: number of labels.
-        embedding_size: number of bits, any.
-        quantization_weight: lambda.
-        seed: of random centers, see ``hash_centers``; these and ``random_center`` are saved with the loss.
+    Similarity Quantization for Efficient Image and Video Retrieval", CVPR 2020; they recommend lambda, the
+    ``quantization_weight``, 0.05; the default is that of Reddy et al. 2022. ``seed`` is that of ``hash_centers``, which
+    are saved with the loss.
     """
 
     def __init__(

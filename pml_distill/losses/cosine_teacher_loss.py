@@ -6,9 +6,8 @@ class CosineTeacherLoss(BaseDistillationLoss):
 
     .. math:: L_i = 1 - \cos(f_s(x_i), f_t(x_i))
 
-    Unlike that of ``AbsoluteTeacherLoss`` its gradient fades as the student arrives. A zero embedding has the value 1.
-    Shapes: embeddings and ref_emb (B, D); one value per sample. Source: Budnik and Avrithis, "Asymmetric metric
-    learning for knowledge transfer", CVPR 2021.
+    Unlike that of ``AbsoluteTeacherLoss`` its gradient fades as the student arrives. Shapes: both (B, D); one value per
+    sample. Source: Budnik and Avrithis, "Asymmetric metric learning for knowledge transfer", CVPR 2021.
     """
 
     equal_widths = True

@@ -71,25 +71,25 @@ class DarkRankLoss(BaseDistillationLoss):
         if indices_tuple is not None:
             indices_tuple = self.pair_mask(indices_tuple, embeddings)
             outside = ~indices_tuple
-        student = less_the_best(similarity_scores(self, embeddings), outside)
+        # The best of each query's candidates drops out of the loss, but would cost the digits.
+        scores = (similarity_scores(self, rows) for rows in (embeddings, ref_emb))
+        student, teacher = (x - x.detach().masked_fill(outside, ABSENT).amax(dim=1, keepdim=True) for x in scores)
         # A list of fixed length, whose last places may be empty, is one graph for all batch sizes.
         whole = self.list_length is None or self.list_length > size
         length = size - 1 if self.list_length is None or whole else self.list_length
         self.check_length(length)
-        with torch.no_grad():
-            teacher = less_the_best(similarity_scores(self, ref_emb), outside)
-            ranked = teacher.masked_fill(outside, -torch.inf).topk(length, dim=1).indices
-            missing = outside.gather(1, ranked)
-            teacher_list = teacher.gather(1, ranked).masked_fill(missing, ABSENT)
-        student_list = student.gather(1, ranked).masked_fill(missing, ABSENT)
-        rest = None
+        ranked = teacher.masked_fill(outside, -torch.inf).topk(length, dim=1).indices
+        missing, rest = outside.gather(1, ranked), None
         if self.tail and not whole:
             rest = student.masked_fill(outside.scatter(1, ranked, True), ABSENT).logsumexp(dim=1)
-        if self.transfer == "hard":
-            losses = hard_losses(student_list, rest, missing)
-        else:
-            losses = soft_losses(student_list, teacher_list, rest, missing)
-        return self.query_losses(losses, indices_tuple, embeddings)
+        student, teacher = (x.gather(1, ranked).masked_fill(missing, ABSENT) for x in (student, teacher))
+        picked = student.masked_fill(missing, 0).sum(dim=1, dtype=torch.float64)
+        total = (
+            soft_total(student, teacher, rest, missing)
+            if self.transfer == "soft"
+            else hard_total(student, rest, missing)
+        )
+        return self.query_losses((total - picked).to(student.dtype), indices_tuple, embeddings)
 
 
 def similarity_scores(loss: BaseDistillationLoss, embeddings: torch.Tensor) -> torch.Tensor:
@@ -101,19 +101,12 @@ def similarity_scores(loss: BaseDistillationLoss, embeddings: torch.Tensor) -> t
     return alpha * mat.sign() * mat.abs().pow(beta) if loss.distance.is_inverted else -alpha * mat.pow(beta)
 
 
-def less_the_best(scores: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
-    """Subtract the best of each query's candidates: it drops out of the loss, but would cost the digits."""
-    return scores - scores.detach().masked_fill(outside, ABSENT).amax(dim=1, keepdim=True)
-
-
-def hard_losses(student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor) -> torch.Tensor:
-    """ListMLE: (Q, L) student scores in the teacher's order, (Q,) log-sum-exp of the rest -> (Q,) losses."""
+def hard_total(student: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor) -> torch.Tensor:
+    """Sum the denominators of ListMLE: (Q, L) scores in the teacher's order, (Q,) log-sum-exp of the rest -> (Q,)."""
     chain, missing = student.flip(1), missing.flip(1)
-    picked = chain.masked_fill(missing, 0).sum(dim=1, dtype=torch.float64)
     if rest is not None:
         chain, missing = torch.cat([rest[:, None], chain], dim=1), F.pad(missing, (1, 0), value=True)
-    scan = log_cumulative_sum_exp(chain).masked_fill(missing, 0)
-    return (scan.sum(dim=1, dtype=torch.float64) - picked).to(student.dtype)
+    return log_cumulative_sum_exp(chain).masked_fill(missing, 0).sum(dim=1, dtype=torch.float64)
 
 
 def log_cumulative_sum_exp(chain: torch.Tensor) -> torch.Tensor:
@@ -132,19 +125,15 @@ def log_cumulative_sum_exp(chain: torch.Tensor) -> torch.Tensor:
     return largest + total.log()
 
 
-def soft_losses(
+def soft_total(
     student: torch.Tensor, teacher: torch.Tensor, rest: torch.Tensor | None, missing: torch.Tensor
 ) -> torch.Tensor:
-    """ListNet: (Q, L) scores of both sides, (Q,) log-sum-exp of the rest -> (Q,) losses."""
-    with torch.no_grad():
-        remains = remaining_probabilities(teacher.t(), subset_logsumexp(teacher.t()))
-        # A list is filled from the front: without its missing places, a subset is empty if it shares no bit with the
-        # places that are filled.
-        filled = 2 ** (~missing).sum(dim=1) - 1
-        remains = remains.masked_fill(torch.arange(len(remains), device=student.device)[:, None] & filled == 0, 0)
-    denominators = subset_logsumexp(student.t(), rest)
-    picked = student.masked_fill(missing, 0).sum(dim=1, dtype=torch.float64)
-    return ((remains[1:] * denominators[1:]).sum(dim=0, dtype=torch.float64) - picked).to(student.dtype)
+    """Sum the denominators of ListNet: (Q, L) scores of both sides, (Q,) log-sum-exp of the rest -> (Q,)."""
+    remains = remaining_probabilities(teacher.t(), subset_logsumexp(teacher.t()))
+    # A list is filled from the front: a subset is empty if it shares no bit with the places that are filled.
+    filled = 2 ** (~missing).sum(dim=1) - 1
+    remains = remains.masked_fill(torch.arange(len(remains), device=student.device)[:, None] & filled == 0, 0)
+    return (remains[1:] * subset_logsumexp(student.t(), rest)[1:]).sum(dim=0, dtype=torch.float64)
 
 
 def subset_logsumexp(scores: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,11 +13,10 @@ class DecoupledDifferentialLoss(BaseGalleryLoss):
 
     t are the teacher's similarities of a query to its k = ``topk`` (at least 2) nearest gallery rows, nearest first, s
     the student's to the same rows. E hard holds the pairs that the student orders the other way round, E simple the
-    others. Shapes: embeddings and ref_emb (B, D). ``feature``: the norm over the batch, a scalar; ``hard`` and
-    ``simple``: one value per query; all are reduced one by one and added. Other arguments are those of
-    ``BaseGalleryLoss``. Source: Xie et al., "D3still: Decoupled Differential Distillation for Asymmetric Image
-    Retrieval", CVPR 2024, whose code has this scale, with the batch as the gallery: alpha, beta, gamma of 100, 5, 1
-    (CUB, ResNet-18) or 200, 10, 2 (CUB, MobileNetV3).
+    others. ``feature`` is a scalar; ``hard`` and ``simple`` have one value per query; all are reduced one by one and
+    added. Other arguments and shapes are those of ``BaseGalleryLoss``. Source: Xie et al., "D3still: Decoupled
+    Differential Distillation for Asymmetric Image Retrieval", CVPR 2024, whose code has this scale, with the batch as
+    the gallery: alpha, beta, gamma of 100, 5, 1 (CUB, ResNet-18) or 200, 10, 2 (MobileNetV3).
     """
 
     part_names = "feature", "hard", "simple"

@@ -21,11 +21,8 @@ class DeepCauchyHashingLoss(BaseHashingLoss):
     divided by at least 1e-4. A zero row counts as orthogonal to all and gets no gradient. Shapes: embeddings (B, bits),
     labels (B,) or multi-hot (B, C); or ``loss(outputs, similarity=matrix)`` with a (B, B) matrix of 0 and 1. One value
     per ordered pair and one per sample. Source: Cao et al., "Deep Cauchy Hashing for Hamming Space Retrieval", CVPR
-    2018; the default weights are those of Reddy et al. 2022.
-
-    Args:
-        gamma: scale of the Cauchy distribution, in bits: pairs within it count as near.
-        quantization_weight: lambda, of the term that draws each output towards -1 or 1.
+    2018; the defaults of ``gamma``, within which pairs count as near, and lambda, the ``quantization_weight``, are
+    those of Reddy et al. 2022.
     """
 
     def __init__(self, gamma: float = 20, quantization_weight: float = 0.1, **kwargs):

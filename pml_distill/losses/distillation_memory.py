@@ -15,8 +15,8 @@ class DistillationMemory(BaseDistillationLoss):
     enters after that, in training mode only. Free places repeat rows of the batch, in no pair: only losses with a mean
     over all distances (``RKDDistanceLoss``, ``RelaxedContrastiveLoss``) notice. Shapes: embeddings (B,
     ``embedding_size``), ref_emb (B, ``ref_size``); a tuple restricts the pairs in the batch. Source: Wang et al.,
-    "Cross-Batch Memory for Embedding Learning", CVPR 2020, and PML's ``CrossBatchMemory``; the student's rows age, so
-    begin after a warm-up or keep the memory short.
+    "Cross-Batch Memory for Embedding Learning", CVPR 2020, and PML's ``CrossBatchMemory``; begin after a warm-up, since
+    the student's rows age.
 
     Args:
         loss: a distillation loss that takes pairs, or several of them in ``MultipleDistillationLosses``.

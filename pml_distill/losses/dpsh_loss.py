@@ -19,13 +19,8 @@ class DPSHLoss(BaseHashingLoss):
     all training samples: with ``num_samples`` the loss remembers the last outputs of each, without gradient, and asks
     for the rows of the batch, ``loss(outputs, labels, index=rows)``. Samples never seen add log 2 each. Shapes:
     embeddings (B, bits), labels (B,) or multi-hot (B, C), index (B,); two times one value per sample. Source: Li et
-    al., "Feature Learning based Deep Supervised Hashing with Pairwise Labels", IJCAI 2016.
-
-    Args:
-        quantization_weight: lambda.
-        num_samples: of the training set, for the memory; needs ``embedding_size``.
-        embedding_size: number of bits.
-        num_classes: of multi-hot labels in the memory; None: class labels.
+    al., "Feature Learning based Deep Supervised Hashing with Pairwise Labels", IJCAI 2016. A memory needs
+    ``embedding_size``, the number of bits, and ``num_classes`` for multi-hot labels.
     """
 
     outputs: torch.Tensor

@@ -11,18 +11,12 @@ class MultipleDistillationLosses(BaseDistillationLoss):
 
     ``ref_emb``, labels and pairs go to every loss; a loss with a miner of its own takes what this miner finds in the
     batch, by the teacher's embeddings if it is one of ``pml_distill.miners``. A PML loss sees ``ref_emb`` and
-    ``ref_labels`` as its reference.
+    ``ref_labels`` as its reference. ``sub_losses`` holds the detached value of each by name, without its weight.
 
     Args:
         losses: a dict, or a list whose members are named by their class, with a number where a class is there twice.
         weights: as many numbers, a dict or a list like ``losses``; 1 each by default.
         miners: as many miners or None, a list like ``losses``, or a dict with some of its keys.
-
-    Attributes:
-        sub_losses: after each call the detached value of each loss by name, without its weight.
-
-    Raises:
-        ValueError: there are no losses, or weights or miners do not go with them.
 
     Example:
         >>> from pml_distill.losses import AbsoluteTeacherLoss, RKDDistanceLoss

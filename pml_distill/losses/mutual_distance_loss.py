@@ -16,15 +16,13 @@ class MutualDistanceLoss(BaseGalleryLoss):
     - 1 for its scale. Xie et al., DEAP, Pattern Recognition 152, 2024, has alpha 10 and beta 1 in those sums.
     """
 
+    default_distance = EuclideanDistance
     needs_proper_distance = True
     part_names = "own", "others"
 
     def __init__(self, alpha: float = 1.0, beta: float = 1.0, **kwargs):
         super().__init__(**kwargs)
         set_numbers(self, 0, alpha=alpha, beta=beta)
-
-    def get_default_distance(self):
-        return EuclideanDistance()
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         student, teacher, filled = self.closeness(embeddings, ref_emb)

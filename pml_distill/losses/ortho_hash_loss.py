@@ -15,8 +15,7 @@ class OrthoHashLoss(BaseHashingLoss):
     ``scale``, and the codes o are those of ``hash_centers`` with ``seed``, saved with the loss. The authors put
     ``torch.nn.BatchNorm1d(bits)`` behind the hash head. A sample without any label costs nothing. Shapes: embeddings
     (B, ``embedding_size``), labels (B,) or multi-hot (B, ``num_classes``); one value per sample. Source: Hoe et al.,
-    "One Loss for All: Deep Hashing with a Single Cosine Similarity based Learning Objective", NeurIPS 2021, with the
-    defaults of its code.
+    "One Loss for All: Deep Hashing with a Single Cosine Similarity based Learning Objective", NeurIPS 2021.
     """
 
     sub_losses = ("similarity_loss",)

@@ -11,7 +11,7 @@ class PooledFeatureLoss(BaseFeatureLoss):
     Channels must be equal; nothing is learned. Equal maps get gradient zero. Source: Xie et al., "Towards a Smaller
     Student: Capacity Dynamic Distillation for Efficient Image Retrieval", CVPR 2023, with weight 0.5. They take the
     normalisation of each block's 3x3 convolution: with compactors inserted, ``"layer1.0.bn2.0"`` of the student and
-    ``"layer1.0.bn2"`` of the teacher, and so on.
+    ``"layer1.0.bn2"`` of the teacher.
     """
 
     def compute_loss(self, student_maps: Maps, teacher_maps: Maps) -> torch.Tensor:

@@ -11,10 +11,10 @@ class ProbabilisticTransferLoss(BaseDistillationLoss):
     .. math:: L_i = \sum_j p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \quad
         p_{ij} = \frac{1 + \cos(f_i, f_j)}{\sum_k 1 + \cos(f_i, f_k)}, \quad \epsilon = 10^{-7}
 
-    The query itself is among the candidates; a miner's pairs restrict the others. The distance is not used. Shapes:
-    embeddings (B, Ds), ref_emb (B, Dt); one value per query. Source: Passalis and Tefas, "Learning Deep Representations
-    with Probabilistic Knowledge Transfer", ECCV 2018. Divide by B for their mean over all B^2 entries: their weight of
-    30000 is 30000 / B here.
+    The query itself is a candidate; a miner's pairs restrict the others. The distance is not used. Shapes: embeddings
+    (B, Ds), ref_emb (B, Dt); one value per query. Source: Passalis and Tefas, "Learning Deep Representations with
+    Probabilistic Knowledge Transfer", ECCV 2018. Divide by B for their mean over B^2: their weight of 30000 is 30000 /
+    B here.
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):

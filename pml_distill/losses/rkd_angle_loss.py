@@ -1,9 +1,9 @@
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from .base_distillation_loss import BaseDistillationLoss
+from .base_distillation_loss import BaseDistillationLoss, diagonal_mask
 
 # Entries of the (vertices, B, B) cosines held at a time, a few times over: 2 MiB each in float32.
 CHUNK = 2**19
@@ -15,31 +15,27 @@ class RKDAngleLoss(BaseDistillationLoss):
     r"""Relational distillation of the angles that the batch's pairs span at each sample as the vertex (RKD-A).
 
     .. math:: L_j = \frac{1}{(B-1)^2} \sum_{i, k \neq j} \ell\big(\cos \angle^s_{ijk}, \cos \angle^t_{ijk}\big), \quad
-        \cos \angle_{ijk} = \frac{(f_i - f_j)^\top (f_k - f_j)}{\|f_i - f_j\| \, \|f_k - f_j\|}, \quad
-        \ell \text{ smooth L1}
+        \cos \angle_{ijk} = \frac{(f_i - f_j)^\top (f_k - f_j)}{\|f_i - f_j\| \, \|f_k - f_j\|}
 
-    i = k is among the pairs. The distance is not used. A miner's pairs restrict the arms at a vertex. Inner products
-    come from the Gram matrix a few vertices at a time, and again in the backward: time grows with B^3, memory with B^2.
-    An arm too short for its direction to be known, of a duplicate in the first place, has cosine 0 with all and no
-    gradient. The loss can be differentiated once. Shapes: embeddings (B, Ds), ref_emb (B, Dt); one value per vertex.
-    Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by ((B - 1) / B)^2 for their mean over
-    B^3 triplets.
+    l is the smooth L1 loss, and i = k is among the pairs. The distance is not used. A miner's pairs restrict the arms
+    at a vertex. Inner products come from the Gram matrix a few vertices at a time, and again in the backward: time
+    grows with B^3, memory with B^2. An arm too short for its direction to be known, as of a duplicate, has cosine 0
+    with all and no gradient. The loss can be differentiated once. Shapes: embeddings (B, Ds), ref_emb (B, Dt); one
+    value per vertex. Source: Park et al., "Relational Knowledge Distillation", CVPR 2019. Multiply by ((B - 1) / B)^2
+    for their mean over B^3 triplets.
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         if len(embeddings) < 2:
             return self.zero_losses()
-        mask: torch.Tensor | None = None
-        ends: Any = len(embeddings) - 1
+        mask = ~diagonal_mask(embeddings)
         if indices_tuple is not None:
             mask = indices_tuple = self.pair_mask(indices_tuple, embeddings)
-            ends = mask.sum(dim=1).clamp(min=1)
-        gram, inverse = arms(ref_emb, mask)
-        losses = vertex_losses(embeddings, gram, inverse, mask) / ends**2
+        losses = vertex_losses(embeddings, *arms(ref_emb, mask), mask) / mask.sum(dim=1).clamp(min=1) ** 2
         return self.query_losses(losses, indices_tuple, embeddings)
 
 
-def arms(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def arms(embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return the (B, B) inner products around the median and the inverse distances, 0 for arms left out."""
     # The difference of nearly equal inner products needs the digits; these are B^2 entries of the B^3. Around the mean
     # a single far sample would leave none for the others.
@@ -47,21 +43,14 @@ def arms(embeddings: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Ten
     # By sorting, because median() has no deterministic form on CUDA.
     centred = centred - centred.detach().sort(dim=0).values[centred.shape[0] // 2]
     gram = centred @ centred.t()
-    squares = gram.diagonal()
-    radii = squares[:, None] + squares
-    distances = radii - 2 * gram
-    info = torch.finfo(embeddings.dtype)
-    known = (distances > 50 * info.eps * radii) & (distances > info.tiny)
-    known = known & ~torch.eye(len(gram), dtype=torch.bool, device=gram.device)
-    if mask is not None:
-        known = known & mask
+    radii = gram.diagonal()[:, None] + gram.diagonal()
+    distances, info = radii - 2 * gram, torch.finfo(embeddings.dtype)
+    known = mask & (distances > 50 * info.eps * radii) & (distances > info.tiny)
     inverse = distances.masked_fill(~known, 1).rsqrt().masked_fill(~known, 0)
     return gram.to(embeddings.dtype), inverse.to(embeddings.dtype)
 
 
-def cosines(
-    gram: torch.Tensor, inverse: torch.Tensor, rows: slice, left: slice, right: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cosines(gram: Tensor, inverse: Tensor, rows: slice, left: slice, right: slice) -> tuple[Tensor, Tensor]:
     """Return the (V, L, R) cosines at the vertices ``rows`` between two runs of arms, and their inverse lengths."""
     scale = inverse[rows]
     scales = scale[:, left, None] * scale[:, None, right]
@@ -71,12 +60,8 @@ def cosines(
 
 
 # Operators, so that torch.compile takes each as one and does not unroll the blocks, which at 512 rows takes minutes.
-@torch.library.custom_op(
-    "pml_distill::vertex_losses",
-    mutates_args=(),
-    schema="(Tensor embeddings, Tensor teacher_gram, Tensor teacher_inverse, Tensor? mask) -> Tensor",
-)
-def vertex_losses(embeddings, teacher_gram, teacher_inverse, mask):
+@torch.library.custom_op("pml_distill::vertex_losses", mutates_args=())
+def vertex_losses(embeddings: Tensor, teacher_gram: Tensor, teacher_inverse: Tensor, mask: Tensor) -> Tensor:
     """Return the sum of smooth L1 over all pairs of arms at each vertex; the cosines are recomputed in the backward."""
     gram, inverse = arms(embeddings, mask)
     losses = torch.zeros_like(gram[0])
@@ -88,12 +73,10 @@ def vertex_losses(embeddings, teacher_gram, teacher_inverse, mask):
     return losses
 
 
-@torch.library.custom_op(
-    "pml_distill::vertex_losses_backward",
-    mutates_args=(),
-    schema="(Tensor weights, Tensor embeddings, Tensor teacher_gram, Tensor teacher_inverse, Tensor? mask) -> Tensor",
-)
-def vertex_losses_backward(weights, embeddings, teacher_gram, teacher_inverse, mask):
+@torch.library.custom_op("pml_distill::vertex_losses_backward", mutates_args=())
+def vertex_losses_backward(
+    weights: Tensor, embeddings: Tensor, teacher_gram: Tensor, teacher_inverse: Tensor, mask: Tensor
+) -> Tensor:
     """Return the gradient of the vertices' losses, times their ``weights``, with respect to the embeddings."""
     gram, inverse = arms(embeddings, mask)
     # The derivatives with respect to the inner products of arms, summed over the vertices, and over the

@@ -12,21 +12,15 @@ class SimilarityDistributionLoss(BaseDistillationLoss):
     s and t are L2-normalised and Q_t is a ``TeacherQueue``. Q is the same queue, or with ``student_width`` a second one
     of the student's embeddings; then widths may differ and the spaces do not end up aligned. While the queue is empty
     the loss is zero. The distance is not used. Shapes: embeddings (B, ``student_width`` or ``width``), ref_emb (B,
-    ``width``); one value per query. Sources, as settings:
+    ``width``); one value per query. Settings:
 
     - CompRess (Koohpayegani et al., NeurIPS 2020): the defaults with a queue of 128000; or two queues;
     - SEED (Fang et al., ICLR 2021): ``student_temperature=0.2, teacher_temperature=0.01, include_batch=True``;
     - RRD (Giakoumoglou and Stathaki, 2024): 0.02, 0.1 and ``include_batch=True``, behind linear projections of both;
     - CSD (Wu et al., CVPR 2022): ``student_temperature=1, teacher_temperature=0.01, topk=...``.
 
-    Args:
-        queue_size: how many embeddings the queue holds.
-        width: width of the teacher's embeddings.
-        student_temperature: tau_s.
-        teacher_temperature: tau_t.
-        include_batch: whether the batch itself is among the candidates.
-        topk: how many of the teacher's nearest count; None for all.
-        student_width: width of the student's embeddings, for a second queue; None for one queue.
+    tau_s and tau_t are the temperatures; ``include_batch`` puts the batch itself among the candidates, and ``topk``
+    counts only that many of the teacher's nearest.
     """
 
     takes_pairs = False

@@ -9,8 +9,8 @@ class SimilarityPreservingLoss(BaseDistillationLoss):
 
     Embeddings enter as they come, and the distance is not used. With a miner's pairs a row holds the query itself and
     those it is paired with, and is averaged over these. Shapes: embeddings (B, Ds), ref_emb (B, Dt); one value per
-    query. Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, whose scale this is; they
-    use weight 3000, for classification.
+    query. Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, whose scale this is, with
+    weight 3000.
     """
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):

@@ -25,12 +25,10 @@ class UnambiguousGranularityLoss(BaseFeatureLoss):
 
     Args:
         student_channels: channels of the student's map.
-        embedder: the teacher's head, (N, C) pooled features to (N, D) embeddings, frozen and in eval mode. Like
-            ``classifier`` it is no part of this loss's parameters and checkpoints.
-        classifier: the teacher's classifier, (N, D) embeddings to logits.
-        embedding_size: D.
+        embedder: the teacher's head, (N, C) pooled features to (N, ``embedding_size``), in eval mode and not saved.
+        classifier: the teacher's classifier, of these embeddings, likewise.
+        embedding_size: width of the teacher's embeddings.
         grids: cells along each side of the image.
-        **kwargs: as in ``BaseFeatureLoss``.
     """
 
     def __init__(
@@ -48,20 +46,21 @@ class UnambiguousGranularityLoss(BaseFeatureLoss):
             raise ValueError("embedder and classifier must be in eval mode; call eval() on both.")
         # In a tuple, so that they are neither trained nor saved with the loss.
         self.head = embedder, classifier
-        names = self.sub_loss_names()
-        self.projections = torch.nn.ModuleDict({n: projection(student_channels, embedding_size) for n in names})
+        self.projections = torch.nn.ModuleDict()
+        for name in self.sub_loss_names():
+            linear = torch.nn.Linear(student_channels, embedding_size, bias=False)
+            torch.nn.init.kaiming_normal_(linear.weight, mode="fan_out")
+            norms = torch.nn.BatchNorm1d(student_channels), torch.nn.BatchNorm1d(embedding_size)
+            layers = OrderedDict(norm=norms[0], linear=linear, last_norm=norms[1])
+            self.projections[name] = torch.nn.Sequential(layers)
 
-    def sub_loss_names(self) -> list[str]:
-        """Return the name of each grid's sub-loss."""
+    def sub_loss_names(self):
         return [f"grid_{grid}" for grid in self.grids]
 
     def losses_of(self, student_maps: Maps, teacher_maps: Maps, labels: Any) -> dict[str, Any]:
-        """Return PML's loss dictionary."""
         check_labels(type(self).__name__, labels)
         if len(student_maps) > 1:
-            raise ValueError(
-                f"UnambiguousGranularityLoss takes one map of each side, but was given {len(student_maps)}."
-            )
+            raise ValueError(f"{type(self).__name__} takes one map of each side, but was given {len(student_maps)}.")
         losses = {}
         for grid, (name, project) in zip(self.grids, self.projections.items()):
             rows = torch.arange(len(student_maps[0]), device=student_maps[0].device).repeat_interleave(grid**2)
@@ -72,14 +71,6 @@ class UnambiguousGranularityLoss(BaseFeatureLoss):
             errors = torch.linalg.vector_norm(unit_rows(expected) - unit_rows(found), dim=1)
             losses[name] = chosen_losses(self.reducer, name, errors, right, rows)
         return losses
-
-
-def projection(channels: int, embedding_size: int) -> torch.nn.Sequential:
-    """Return the layers between the student's cells and the teacher's embeddings."""
-    linear = torch.nn.Linear(channels, embedding_size, bias=False)
-    torch.nn.init.kaiming_normal_(linear.weight, mode="fan_out")
-    norms = torch.nn.BatchNorm1d(channels), torch.nn.BatchNorm1d(embedding_size)
-    return torch.nn.Sequential(OrderedDict(norm=norms[0], linear=linear, last_norm=norms[1]))
 
 
 def cells(feature_map: torch.Tensor, grid: int) -> torch.Tensor:

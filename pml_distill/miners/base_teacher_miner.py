@@ -8,17 +8,10 @@ from ..utils.tensors import in_float32
 class BaseTeacherMiner(BaseMiner):
     """Base of the miners that ask the teacher: ``miner(embeddings, labels, ref_emb=teacher_embeddings)``.
 
-    ``ref_emb`` holds the teacher's embeddings of the same samples in the same order. A miner returns places in the
-    batch, which serve for both sides: pass them to any PML loss or distillation loss. The trainers pass the teacher's
-    embeddings. Subclasses implement ``mine`` and never return a sample paired with itself.
-
-    Args:
-        distance: any PML distance; default ``EuclideanDistance()``, of L2-normalised embeddings.
-
-    Shapes: embeddings (B, Ds), ref_emb (B, Dt), labels (B,) or None, where the miner does not need them.
-
-    Raises:
-        ValueError: ``ref_emb`` is missing, or it or ``labels`` has another number of rows.
+    ``ref_emb`` (B, Dt) holds the teacher's embeddings of the same samples as embeddings (B, Ds); labels are (B,) or
+    None, where the miner does not need them. A miner returns places in the batch, for any PML or distillation loss.
+    The trainers pass the teacher's embeddings. ``distance`` is any PML distance, by default ``EuclideanDistance()`` of
+    L2-normalised embeddings. Subclasses implement ``mine`` and never return a sample paired with itself.
     """
 
     #: Tells a loss with miners of its own which of them to give the teacher's embeddings.
@@ -30,23 +23,19 @@ class BaseTeacherMiner(BaseMiner):
         """Return a tuple of pairs (a1, p, a2, n) or of triplets (a, p, n)."""
         self.reset_stats()
         name = type(self).__name__
+        shape = tuple(embeddings.shape)
         if ref_emb is None:
             raise ValueError(
-                f"{name} needs the teacher's embeddings: pass ref_emb=teacher_embeddings, a tensor with one row for "
-                f"each row of embeddings {tuple(embeddings.shape)}. MultipleLosses passes none to its miners: mine "
-                "once and pass what is found as indices_tuple, or give the miner to MultipleDistillationLosses or "
-                "to a trainer as tuple_miner."
+                f"{name} needs the teacher's embeddings: pass ref_emb=teacher_embeddings, row for row of {shape}. "
+                "MultipleLosses passes none to its miners: mine once and pass what is found as indices_tuple, or give "
+                "the miner to MultipleDistillationLosses or to a trainer as tuple_miner."
             )
         if len(ref_emb) != len(embeddings):
-            raise ValueError(
-                f"{name} compares student and teacher row for row, but embeddings has shape "
-                f"{tuple(embeddings.shape)} and ref_emb {tuple(ref_emb.shape)}."
-            )
+            given = f"embeddings has shape {shape} and ref_emb {tuple(ref_emb.shape)}"
+            raise ValueError(f"{name} compares student and teacher row for row, but {given}.")
         if labels is not None and labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"{name} needs one class label for each row of embeddings, but embeddings has shape "
-                f"{tuple(embeddings.shape)} and labels {tuple(labels.shape)}."
-            )
+            given = f"embeddings has shape {shape} and labels {tuple(labels.shape)}"
+            raise ValueError(f"{name} needs one class label for each row of embeddings, but {given}.")
         student = in_float32(embeddings)
         with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
             labels = None if labels is None else labels.to(student.device)
@@ -54,8 +43,7 @@ class BaseTeacherMiner(BaseMiner):
         self.output_assertion(output)
         return output
 
-    def get_default_distance(self) -> EuclideanDistance:
-        """Return the distance to use where none is given."""
+    def get_default_distance(self):
         return EuclideanDistance()
 
     def farness(self, embeddings: torch.Tensor) -> torch.Tensor:

@@ -7,16 +7,9 @@ from .base_teacher_miner import BaseTeacherMiner
 class TeacherMiner(BaseTeacherMiner):
     """Any miner of PML, run on the teacher's embeddings.
 
-    What is hard, or easy, is then judged by the teacher's space, which does not change while the student learns.
-
-    Args:
-        miner: a PML miner, such as ``MultiSimilarityMiner()``; its own distance counts.
-        max_triplets: of a miner of triplets at most so many are returned, drawn at random from all by torch's global
-            generator; None for no bound. Pairs are at most B * B and all returned.
-
-    Raises:
-        ValueError: ``miner`` is no PML miner, or is a miner of this package; ``max_triplets`` is below 1; labels are
-            None; what ``BaseTeacherMiner`` refuses.
+    What is hard, or easy, is then judged by the teacher's space, which does not change while the student learns. The
+    miner's own distance counts. Of a miner of triplets at most ``max_triplets`` are returned, if it is given, drawn at
+    random from all by torch's global generator; pairs are at most B * B and all returned.
     """
 
     needs_labels = True

@@ -6,18 +6,11 @@ from .base_teacher_miner import BaseTeacherMiner
 
 
 class TeacherNeighborMiner(BaseTeacherMiner):
-    """Pairs of each sample with its nearest others in the teacher's space.
+    """Pairs (a1, p, a2, n) of each sample with its nearest ``neighbors`` in the teacher's space.
 
     Most pairs of a batch are far apart and carry little; these are where the ranking is decided. Without labels all
     are positive pairs. With labels a neighbour of another class makes a negative pair, one that even the teacher
     finds hard. A distillation loss counts both kinds.
-
-    Args:
-        neighbors: how many others for each sample.
-        **kwargs: ``distance`` as in ``BaseTeacherMiner``.
-
-    Returns:
-        (a1, p, a2, n): at most B * ``neighbors`` pairs in all.
 
     Example:
         >>> teacher = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])

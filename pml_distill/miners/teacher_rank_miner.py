@@ -9,20 +9,13 @@ TRIPLETS_AT_ONCE = 2**23
 
 
 class TeacherRankMiner(BaseTeacherMiner):
-    """Triplets that the teacher orders one way and the student the other.
+    """Triplets (a, p, n) that the teacher orders one way and the student the other.
 
-    (a, p, n) where p is among the teacher's nearest of a and nearer than n, and the student has n nearer than p.
-    Labels are not used. A sample may be p in one triplet and n in another: triplet and distillation losses take that,
-    PML's losses on matrices of pairs, such as ``MultiSimilarityLoss``, refuse it.
-
-    Args:
-        neighbors: how many of the teacher's nearest are tried as p; None for all others.
-        max_triplets: at most so many are returned, drawn at random from all by torch's global generator; None for no
-            bound.
-        **kwargs: ``distance`` as in ``BaseTeacherMiner``.
-
-    Returns:
-        (a, p, n). Memory grows with B * B and the triplets returned, not with B * B * ``neighbors``.
+    p is among the ``neighbors`` nearest of a for the teacher (of all others if None) and nearer than n, and the student
+    has n nearer than p. Labels are not used. At most ``max_triplets`` are returned, drawn at random from all by torch's
+    global generator; None for no bound. Memory grows with B * B and the triplets returned. A sample may be p in one
+    triplet and n in another: triplet and distillation losses take that, PML's losses on matrices of pairs, such as
+    ``MultiSimilarityLoss``, refuse it.
     """
 
     def __init__(self, neighbors: int | None = 8, max_triplets: int | None = 100_000, **kwargs: Any):

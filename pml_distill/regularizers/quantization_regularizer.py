@@ -9,12 +9,8 @@ class QuantizationRegularizer(BaseRegularizer):
 
     .. math:: L_i = \operatorname{mean}_k (|u_{ik}| - 1)^2
 
-    The gradient at an output of exactly 0 is 0, since either sign would do.
-
-    Source: the quantization term of Yuan et al., "Central Similarity Quantization", CVPR 2020, for use with any PML
-    loss.
-
-    Shapes: embeddings (B, bits). One value per sample (``element``).
+    One value per sample of (B, bits). The gradient at an output of exactly 0 is 0, since either sign would do. Source:
+    the quantization term of Yuan et al., "Central Similarity Quantization", CVPR 2020, for any PML loss.
     """
 
     def compute_loss(self, embeddings):
