@@ -13,8 +13,9 @@ class DarkRankLoss(BaseDistillationLoss):
 
     Scores S = -alpha * d^beta (for a similarity alpha * sign(d) * abs(d)^beta) define a Plackett-Luce model: from the
     candidates that remain, the next is c with probability exp S_c / sum exp S. c_1 ... c_L are the ``list_length``
-    candidates nearest to a query in the teacher's space. Hard (ListMLE), minus the log-likelihood of the teacher's
-    order under the student, and soft (ListNet), the cross entropy between both sides' distributions over all L! orders:
+    candidates nearest to a query in the teacher's space. ``transfer="hard"`` (ListMLE) is minus the log-likelihood of
+    the teacher's order under the student, ``"soft"`` (ListNet) the cross entropy between both sides' distributions over
+    all L! orders:
 
     .. math:: L_q &= \sum_{k=1}^{L} \Big( \log \sum_{j \in \{c_k, ..., c_L\} \cup rest} e^{S_j} - S_{c_k} \Big) \\
         L_q &= \sum_{R \neq \emptyset} P_t(R) \log \sum_{j \in R \cup rest} e^{S_j} - \sum_{k=1}^{L} S_{c_k}
@@ -27,14 +28,8 @@ class DarkRankLoss(BaseDistillationLoss):
 
     Source: Chen et al., "DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer", AAAI
     2018, Eqs. 1-5, with alpha = beta = 3 and weight 2. Their code has alpha = 12.25 and beta = 4, soft with
-    ``list_length=4, tail=False``; the repository of RKD ``transfer="hard", list_length=4, tail=False``.
-
-    Args:
-        transfer: ``"soft"`` or ``"hard"``.
-        alpha: scale of the score.
-        beta: power of the distance.
-        list_length: L (cut to B - 1); None for all. The soft loss costs 2^L terms per query and takes up to 14.
-        tail: whether the rest of the batch competes in every denominator.
+    ``list_length=4, tail=False``; the repository of RKD ``transfer="hard", list_length=4, tail=False``. ``list_length``
+    None ranks all others; it is cut to B - 1. The soft loss costs 2^L terms per query and takes up to 14.
     """
 
     def __init__(

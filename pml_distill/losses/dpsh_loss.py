@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -41,10 +43,8 @@ class DPSHLoss(BaseHashingLoss):
             if embedding_size is None:
                 raise ValueError("num_samples asks for a memory, which needs embedding_size, the number of bits.")
             self.register_buffer("outputs", torch.zeros(num_samples, embedding_size))
-            unseen = (
-                torch.full((num_samples,), UNSEEN) if num_classes is None else torch.zeros(num_samples, num_classes)
-            )
-            self.register_buffer("labels", unseen)
+            unseen: Any = ((num_samples,), UNSEEN) if num_classes is None else ((num_samples, num_classes), 0.0)
+            self.register_buffer("labels", torch.full(*unseen))
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels, index=None):
         others, similar = embeddings, share_a_label(labels, labels)

@@ -1,6 +1,7 @@
 import torch
 
 ROUNDS, DRAWN, LINEAR_BITS, PART = 200, 256, 20, 1024
+SYLVESTER = torch.tensor([[1.0, 1], [1, -1]])
 
 
 def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
@@ -12,11 +13,7 @@ def hash_centers(num_classes: int, bits: int, seed: int = 0) -> torch.Tensor:
     - Where chance finds too few, up to 20 bits: a linear code, grown greedily (2048 words of 16 bits at distance 4).
     - Where these are too few, the distance shrinks by one bit at a time; ``center_distances`` tells what was reached.
 
-    Source: Yuan et al., CVPR 2020, where ``bits`` must be a power of two.
-
-    Example:
-        >>> center_distances(hash_centers(100, 64))[0]
-        32
+    Yuan et al., CVPR 2020, have the first of these, for powers of two.
     """
     if num_classes < 1 or bits < 1:
         raise ValueError(f"num_classes and bits (embedding_size) must be at least 1, but are {num_classes} and {bits}.")
@@ -70,8 +67,8 @@ def with_random_codes(centers: torch.Tensor, wanted: int, distance: int, generat
 def linear_code(bits: int, distance: int) -> torch.Tensor:
     """Return the words (W, bits) of a linear code of this minimum distance, as -1 and 1.
 
-    It starts from Sylvester's rows and their opposites where there are any (a linear code, too), and takes in the
-    first word that is far enough from all, with its sums with those there, until there is none.
+    It starts from Sylvester's rows and their opposites where there are any, and takes in the first word that is far
+    enough from all, with its sums with those there, until there is none.
     """
     places, words = 1 << torch.arange(bits - 1, -1, -1), torch.arange(2**bits)
     near, code = words[(words[:, None] & places).ne(0).sum(dim=1) < distance], torch.zeros(1, dtype=torch.long)
@@ -98,14 +95,12 @@ def hadamard(order: int) -> torch.Tensor | None:
         # Paley's first construction, of a prime that is 3 mod 4; the second one below, of one that is 1 mod 4.
         return residues(order - 1, -1.0)
     if half is not None:
-        return torch.kron(torch.tensor([[1.0, 1], [1, -1]]), half)
+        return torch.kron(SYLVESTER, half)
     if not is_prime(order // 2 - 1):
         return None
-    core, corner = residues(order // 2 - 1, 0.0), torch.eye(order // 2)
+    core, one = residues(order // 2 - 1, 0.0), torch.eye(order // 2)
     core[0, 0] = 0
-    matrix = torch.kron(torch.tensor([[1.0, 1], [1, -1]]), core) + torch.kron(
-        torch.tensor([[1.0, -1], [-1, -1]]), corner
-    )
+    matrix = torch.kron(SYLVESTER, core) + torch.kron(torch.tensor([[1.0, -1], [-1, -1]]), one)
     matrix = matrix * matrix[:, :1]
     return matrix * matrix[:1]
 

@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .multiple_distillation_losses import MultipleDistillationLosses, at_width, by_name
+from .multiple_distillation_losses import MultipleDistillationLosses, by_name
 
 
 class MatryoshkaLoss(MultipleDistillationLosses):
@@ -12,19 +12,10 @@ class MatryoshkaLoss(MultipleDistillationLosses):
 
     A loss that needs equal widths compares the first m coordinates of the student with the first m of the teacher: give
     it a teacher whose coordinates are sorted by variance (PCA). All other distillation losses see the whole teacher at
-    every width. The value at each width is kept in ``sub_losses`` (``"width_32"``), detached and without its weight.
-
+    every width. ``loss`` may be one of PML's, and then needs no ``ref_emb``; where it has a weight or a queue for each
+    coordinate, as ``ProxyAnchorLoss(classes, width)`` has, give a list with one for each width. ``weights`` are 1 each
+    by default. The value at each width is kept in ``sub_losses`` (``"width_32"``), detached and without its weight.
     Source: Kusupati et al., "Matryoshka Representation Learning", NeurIPS 2022, equation 1, with its weights of 1.
-
-    Args:
-        loss: a distillation or PML loss (which needs no ``ref_emb``) for all widths, or a list with one for each, where
-            it has a weight or a queue for each coordinate, as ``ProxyAnchorLoss(classes, width)`` has.
-        widths: how many coordinates count, each at least 1.
-        weights: as many numbers; 1 each by default.
-
-    Raises:
-        ValueError: ``widths`` are empty, equal or below 1; ``weights`` or a list of losses are not as many; a single
-            loss has a weight or queue of one width; the embeddings are narrower than the largest width.
     """
 
     def __init__(
@@ -45,7 +36,7 @@ class MatryoshkaLoss(MultipleDistillationLosses):
                 )
             loss = [loss] * len(widths)
         super().__init__(by_name("loss", loss, names), weights)
-        self.widths = tuple(widths)
+        self.widths, self.cuts = tuple(widths), dict(zip(names, widths))
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, width=None):
         """Return the weighted sum over the widths, and keep its parts in ``sub_losses``."""
@@ -53,6 +44,4 @@ class MatryoshkaLoss(MultipleDistillationLosses):
             self.check_teacher(embeddings, ref_emb)
         if embeddings.shape[1] < max(self.widths):
             raise ValueError(f"widths go up to {max(self.widths)}, but embeddings has shape {tuple(embeddings.shape)}.")
-        parts = zip(self.losses.items(), self.widths)
-        given = labels, indices_tuple, ref_emb, ref_labels
-        return self.weighted_sum({name: at_width(loss, w, embeddings[:, :w], *given) for (name, loss), w in parts})
+        return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)

@@ -17,13 +17,6 @@ class MultipleDistillationLosses(BaseDistillationLoss):
         losses: a dict, or a list whose members are named by their class, with a number where a class is there twice.
         weights: as many numbers, a dict or a list like ``losses``; 1 each by default.
         miners: as many miners or None, a list like ``losses``, or a dict with some of its keys.
-
-    Example:
-        >>> from pml_distill.losses import AbsoluteTeacherLoss, RKDDistanceLoss
-        >>> loss = MultipleDistillationLosses([AbsoluteTeacherLoss(), RKDDistanceLoss()], weights=[1, 0.5])
-        >>> value = loss(torch.rand(8, 4), ref_emb=torch.rand(8, 4))
-        >>> list(loss.sub_losses)
-        ['AbsoluteTeacherLoss', 'RKDDistanceLoss']
     """
 
     def __init__(
@@ -50,6 +43,7 @@ class MultipleDistillationLosses(BaseDistillationLoss):
             raise ValueError(f"miners must have keys of {list(losses)}, but has {list(found)}.")
         self.takes_pairs = any(getattr(loss, "takes_pairs", True) for loss in losses.values())
         self.needs_labels = any(getattr(loss, "needs_labels", True) for loss in losses.values())
+        self.cuts: dict[str, int] = {}
         self.sub_losses: dict[str, torch.Tensor] = {}
 
     def forward(self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, width=None):
@@ -60,22 +54,15 @@ class MultipleDistillationLosses(BaseDistillationLoss):
             if name in self.miners:
                 asks = getattr(self.miners[name], "asks_teacher", False)
                 pairs = self.miners[name](embeddings, labels, **({"ref_emb": ref_emb} if asks else {}))
-            values[name] = at_width(loss, width, embeddings, labels, pairs, ref_emb, ref_labels)
-        return self.weighted_sum(values)
-
-    def weighted_sum(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Keep the losses by name, detached, and return their sum."""
+            cut, rows, teacher = self.cuts.get(name, width), embeddings, ref_emb
+            if cut is not None:
+                rows = embeddings[:, :cut]
+                if ref_emb is not None and getattr(loss, "equal_widths", True):
+                    teacher = ref_emb[:, :cut]
+            inner = (cut,) if isinstance(loss, MultipleDistillationLosses) else ()
+            values[name] = loss(rows, labels, pairs, teacher, ref_labels, *inner)
         self.sub_losses = {name: value.detach() for name, value in values.items()}
         return torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
-
-
-def at_width(loss, width, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-    """Return a loss of embeddings cut to ``width``, or whole; where widths must be equal the teacher is cut too."""
-    if isinstance(loss, MultipleDistillationLosses):
-        return loss(embeddings, labels, indices_tuple, ref_emb, ref_labels, width)
-    if width is not None and ref_emb is not None and getattr(loss, "equal_widths", True):
-        ref_emb = ref_emb[:, :width]
-    return loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
 def by_name(what: str, values: Any, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-import torch
 from torch.nn import functional as F
 
 from .base_distillation_loss import BaseDistillationLoss, off_diagonal
@@ -24,10 +23,6 @@ class RKDDistanceLoss(BaseDistillationLoss):
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         if len(embeddings) < 2:
             return self.zero_losses()
-        losses = F.smooth_l1_loss(self.relations(embeddings), self.relations(ref_emb), reduction="none")
-        return self.pair_losses(losses, indices_tuple, embeddings)
-
-    def relations(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the (B, B) distances in units of their mean."""
-        distances = self.distance_matrix(embeddings).clamp(min=SMALLEST)
-        return distances / off_diagonal(distances).mean()
+        distances = (self.distance_matrix(rows).clamp(min=SMALLEST) for rows in (embeddings, ref_emb))
+        student, teacher = (mat / off_diagonal(mat).mean() for mat in distances)
+        return self.pair_losses(F.smooth_l1_loss(student, teacher, reduction="none"), indices_tuple, embeddings)

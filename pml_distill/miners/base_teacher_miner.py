@@ -22,8 +22,7 @@ class BaseTeacherMiner(BaseMiner):
     def forward(self, embeddings, labels=None, ref_emb=None, ref_labels=None):
         """Return a tuple of pairs (a1, p, a2, n) or of triplets (a, p, n)."""
         self.reset_stats()
-        name = type(self).__name__
-        shape = tuple(embeddings.shape)
+        name, shape = type(self).__name__, tuple(embeddings.shape)
         if ref_emb is None:
             raise ValueError(
                 f"{name} needs the teacher's embeddings: pass ref_emb=teacher_embeddings, row for row of {shape}. "

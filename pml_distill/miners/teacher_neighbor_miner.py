@@ -11,12 +11,6 @@ class TeacherNeighborMiner(BaseTeacherMiner):
     Most pairs of a batch are far apart and carry little; these are where the ranking is decided. Without labels all
     are positive pairs. With labels a neighbour of another class makes a negative pair, one that even the teacher
     finds hard. A distillation loss counts both kinds.
-
-    Example:
-        >>> teacher = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
-        >>> anchors, positives, _, _ = TeacherNeighborMiner(neighbors=1)(torch.rand(4, 8), ref_emb=teacher)
-        >>> anchors.tolist(), positives.tolist()
-        ([0, 1, 2, 3], [1, 0, 3, 2])
     """
 
     def __init__(self, neighbors: int = 8, **kwargs: Any):
