@@ -19,8 +19,8 @@ class AttentionTransferLoss(BaseFeatureLoss):
         if any(m.shape[2:].numel() == 1 for m in student_maps):
             raise ValueError(
                 "AttentionTransferLoss compares the places of a map, but the pairs have the heights and widths "
-                f"{[tuple(m.shape[2:]) for m in student_maps]}: one place is always alike, as in a cached teacher's "
-                "features; use PooledFeatureLoss or HintLoss, or a FrozenTeacher."
+                f"{[tuple(m.shape[2:]) for m in student_maps]}: one place is always alike. A cached teacher's features "
+                "are such maps; use PooledFeatureLoss or HintLoss, or a FrozenTeacher."
             )
         students, teachers = (
             [unit_rows(m.square().sum(dim=1).flatten(1)) for m in maps] for maps in (student_maps, teacher_maps)
