@@ -16,8 +16,6 @@ Losses other than the cosine have the weights of the recipe, not chosen here. Th
 """
 
 import argparse
-import multiprocessing
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +37,7 @@ from furniture_data import (
 )
 from furniture_teacher import WIDTH, Stored, prepared_teacher
 from pytorch_metric_learning.losses import MultiSimilarityLoss
-from record import append, finished
+from record import complete
 from torch import nn
 from torch.nn import functional as F
 
@@ -261,25 +259,10 @@ def main() -> None:
         if (regime, method) != ("no labels", "labels alone")
     }
     prepare({REGIMES[regime] for regime, _, _ in jobs}, given.split)
-    rows = complete(path, list(jobs.values()), partial(run, given.split), given.processes)
+    rows = complete(path, list(jobs.values()), METRICS, partial(run, given.split), given.processes)
     for name in tables:
         print(f"\n{name}\n" + table([row for row in rows if row["regime"] in TABLES[name][0]], list(TABLES[name][1])))
     print("\nframe\n" + format_table(frame(given.split, "object")))
-
-
-def complete(path: Path, jobs: list[dict], work: Callable[[dict], dict], processes: int) -> list[dict[str, str]]:
-    """Run the jobs that have no row in the file yet; return the rows of all."""
-    columns = (*jobs[0], *METRICS)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(",".join(columns) + "\n")
-    done = {tuple(row[key] for key in jobs[0]) for row in finished(path)}
-    missing = [job for job in jobs if tuple(map(str, job.values())) not in done]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for row in pool.imap_unordered(work, missing):
-            append(path, row, columns)
-            print(row, flush=True)
-    return finished(path)
 
 
 def by_seed(rows: list[dict[str, str]], metric: str, **wanted: str) -> dict[str, float]:

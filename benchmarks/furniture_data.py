@@ -58,7 +58,8 @@ def split(name: str, by: str = "object") -> list[int]:
 
 
 def train_images(by: str = "object") -> torch.Tensor:
-    return images()[0][split("train", by)[:TRAINED], :IMAGES].flatten(0, 1)
+    chosen = split("train", by)
+    return images()[0][chosen if by == "all objects" else chosen[:TRAINED], :IMAGES].flatten(0, 1)
 
 
 def test_images(part: str, by: str = "object") -> tuple[torch.Tensor, torch.Tensor]:

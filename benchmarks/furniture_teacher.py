@@ -49,12 +49,14 @@ def tuned_head(outputs: torch.Tensor, labels: torch.Tensor, start: StandardizedT
     return head.requires_grad_(False)
 
 
-def prepared_teacher(outputs: torch.Tensor, kind: str, labels: torch.Tensor | None, seed: int) -> nn.Module:
+def prepared_teacher(
+    outputs: torch.Tensor, kind: str, labels: torch.Tensor | None, seed: int, width: int = WIDTH
+) -> nn.Module:
     """What makes a student's targets of the teacher's outputs, tuned on the labels if there are any."""
     if kind == "raw":
         return nn.Identity()
-    width = None if kind == "center" else WIDTH
-    teacher = StandardizedTeacher(Stored(outputs.flatten(0, 1)), width, kind)
+    stored = Stored(outputs.flatten(0, 1))
+    teacher = StandardizedTeacher(stored, None if kind == "center" else width, kind)
     teacher.fit((torch.empty(len(rows)), None, rows) for rows in torch.arange(outputs[..., 0].numel()).split(1600))
     return Standardized(teacher) if labels is None else tuned_head(outputs, labels, teacher, seed)
 

@@ -1,170 +1,175 @@
-"""Hashing of Glyphs: does a student that first learns a teacher's features, without labels, hash better?
+"""Hashing of furniture: does a student that first learns a pretrained teacher's features, without labels, hash better?
 
-The teacher, a ResNet-18, is trained on one half of the characters. The other characters are the data: 100 classes
-that the teacher never saw, with different faces to train, to query and as database. Three backbones are tuned with a
-hash head of 16, 32, 48 or 64 bits by DCH and CSQ, for the same number of steps each:
+    python benchmarks/hashing.py             # images and weights as for furniture.py; about 45 minutes of two cores
 
-- the teacher's own;
-- CompactResNet from scratch;
-- CompactResNet after regression of the teacher's features on the training images, without labels.
+The setting of Reddy et al.: the teacher, EfficientNet-Lite0, learned ImageNet and never saw such data. 200 objects are
+the classes: 8 images of each train and are the database, 2 others validate, 2 are queries. Bits come from a hash head,
+trained with six losses, for the same number of steps in each row:
 
-    python benchmarks/hashing.py --out hashing
+- on the teacher's own outputs (a linear layer);
+- behind four convolutions from scratch;
+- behind the same after regression of the teacher's outputs without labels, as many steps again;
+- from scratch for as many steps as both stages of the latter together.
 
-writes hashing.csv row by row (a run that was stopped goes on where it was), hashing.md and precision_recall.png into
-the folder.
+Learning rates were chosen with `--rates` on the validating images, from scratch, 32 bits, one seed.
 """
 
 import argparse
 import copy
-from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import torch
-from pytorch_metric_learning.losses import MultiSimilarityLoss
+from furniture_data import (
+    IMAGES,
+    TRAINED,
+    PlainStudent,
+    StoredViews,
+    embed,
+    images,
+    resized,
+    small_views,
+    split,
+    teacher_network,
+    teacher_outputs,
+)
+from furniture_teacher import Stored, prepared_teacher
 from pytorch_metric_learning.samplers import MPerClassSampler
-from record import append, claim, finished
+from record import complete, shown_by
+from torch import nn
 
-from pml_distill.datasets import Glyphs, glyph_hashing
-from pml_distill.evaluation import HashAccuracyCalculator, model_cost
-from pml_distill.losses import CentralSimilarityLoss, DeepCauchyHashingLoss, RegressionTeacherLoss
-from pml_distill.models import CompactResNet, HashHead
-from pml_distill.teachers import FrozenTeacher
+from pml_distill import losses
+from pml_distill.evaluation import HashAccuracyCalculator
+from pml_distill.models import HashHead
 from pml_distill.trainers import DistillationTrainer
-from pml_distill.utils.report import format_table, mean_and_error, shown
 
-BITS = (16, 32, 48, 64)
-LOSSES = ("dch", "csq")
-METHODS = ("teacher backbone", "student from scratch", "student after distillation")
-CLASSES, SIZE, WIDTH = 100, 32, 128
-CPU = torch.device("cpu")
-FIELDS = ("seed", "loss", "bits", "method", "map", "precision_at_radius_2", "parameters", "flops", "latency_ms")
-
-
-def resnet18() -> torch.nn.Module:
-    from torchvision.models import resnet18
-
-    model = resnet18(num_classes=WIDTH)
-    model.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    return model
+BITS, SIZE, BATCH, STEPS = (32, 64), 32, 64, 800
+#: Each loss by the number of classes and bits, and its learning rate.
+LOSSES = {
+    "DCH": (lambda classes, bits: losses.DeepCauchyHashingLoss(), 3e-3),
+    "CSQ": (losses.CentralSimilarityLoss, 3e-3),
+    "HashNet": (lambda classes, bits: losses.HashNetLoss(), 3e-3),
+    "DPSH": (lambda classes, bits: losses.DPSHLoss(), 3e-3),
+    "GreedyHash": (losses.GreedyHashLoss, 3e-3),
+    "OrthoHash": (losses.OrthoHashLoss, 3e-3),
+}
+METHODS = ("teacher, linear", "scratch", "distilled first", "scratch, as many steps")
+METRICS = ("map", "precision_at_radius_2", "validation")
+RESULTS = Path(__file__).parent / "results"
 
 
-def fit(models, loss_funcs, dataset, steps, rate, teacher=None):
-    """Train for a number of steps, batches of 16 classes by 4 images."""
-    parameters = [p for model in models.values() for p in model.parameters()]
+def fit(models: dict, parts: dict, data: StoredViews, steps: int, rate: float, teacher: object = None) -> None:
+    """Train for a number of steps; in batches of 16 objects by 4 images where there is a loss on labels."""
+    trained = nn.ModuleList([*models.values(), *parts.values()])
+    optimizer = torch.optim.AdamW(trained.parameters(), rate, weight_decay=0.05)
+    sampler = MPerClassSampler(data.labels, 4, BATCH, BATCH * steps) if "metric_loss" in parts else None
     DistillationTrainer(
         models=models,
-        optimizers={"trunk_optimizer": torch.optim.Adam(parameters, lr=rate)},
-        batch_size=64,
-        loss_funcs=loss_funcs,
-        dataset=dataset,
+        optimizers={"trunk_optimizer": optimizer},
+        batch_size=BATCH,
+        loss_funcs=parts,
+        dataset=data,
+        sampler=sampler,
+        iterations_per_epoch=steps,
+        lr_schedulers={
+            "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+        },
         teacher=teacher,
-        sampler=MPerClassSampler(dataset.labels, 4, 64, 64 * steps),
-        data_device=CPU,
+        data_device=torch.device("cpu"),
         dataloader_num_workers=0,
-    ).train(1, 1)
+    ).train(num_epochs=1)
 
 
-def backbones(seed: int, train, folder: Path, options) -> dict[str, torch.nn.Module]:
-    """Return the three backbones of a seed, from the folder if they are there."""
+class StoredOutputs(StoredViews):
+    """(output of the teacher, label, row) in place of images."""
+
+    def __getitems__(self, indices):
+        drawn = torch.randint(len(self.stored), (len(indices),)).tolist()
+        return [(self.stored[view, i], int(self.labels[i]), view * len(self) + i) for view, i in zip(drawn, indices)]
+
+
+@cache
+def outputs_of(part: slice) -> torch.Tensor:
+    return embed(teacher_network(), images()[0][split("train")[:TRAINED], part].flatten(0, 1))
+
+
+@cache
+def distilled(seed: int) -> nn.Module:
+    """The student after regression of the teacher's outputs, cut to its width by PCA."""
     torch.manual_seed(seed)
-    found = {
-        "teacher backbone": resnet18(),
-        "student from scratch": CompactResNet(SIZE, in_channels=1),
-    }
-    found["student after distillation"] = copy.deepcopy(found["student from scratch"])
-    path = folder / f"backbones_{seed}.pth"
-    if path.exists():
-        for name, state in torch.load(path).items():
-            found[name].load_state_dict(state)
-        return found
-    teacher, student = found["teacher backbone"], found["student after distillation"]
-    unseen = Glyphs("test", augment=True)
-    fit({"trunk": teacher}, {"metric_loss": MultiSimilarityLoss()}, unseen, options.teacher_steps, 1e-3)
-    frozen, distillation = FrozenTeacher(copy.deepcopy(teacher)), {"distillation_loss": RegressionTeacherLoss()}
-    fit({"trunk": student}, distillation, train, options.distillation_steps, 1e-3, frozen)
-    torch.save({name: model.state_dict() for name, model in found.items()}, path)
-    return found
+    student, outputs = new_student(), teacher_outputs("lite0", "weak")
+    prepared = prepared_teacher(outputs, "pca", None, seed, student.width)
+    targets = Stored(torch.cat([prepared(view) for view in outputs]))
+    parts = {"distillation_loss": losses.RegressionTeacherLoss()}
+    fit({"trunk": student}, parts, StoredViews(small_views("weak", SIZE), labels()), STEPS, 5e-3, targets)
+    return student
 
 
-def outputs(model, dataset) -> torch.Tensor:
-    images = torch.stack([image for image, _ in dataset])
-    model.eval()
-    with torch.no_grad():
-        return torch.cat([model(part) for part in images.split(256)])
+def new_student() -> nn.Module:
+    return PlainStudent().to(memory_format=torch.channels_last)
 
 
-def measure(seed, loss, bits, trunk, parts, steps):
-    """Tune a backbone; return a row of figures and the precision-recall curve."""
+def labels() -> torch.Tensor:
+    return torch.arange(TRAINED).repeat_interleave(IMAGES)
+
+
+def run(job: dict, rate: float | None = None) -> dict:
+    torch.set_num_threads(1)
+    seed, bits, method = job["seed"], job["bits"], job["method"]
+    of_teacher = method == METHODS[0]
+    start = copy.deepcopy(distilled(seed)) if method == "distilled first" else None
     torch.manual_seed(seed)
-    head = HashHead(WIDTH, bits)
-    metric_loss = DeepCauchyHashingLoss() if loss == "dch" else CentralSimilarityLoss(CLASSES, bits)
-    fit({"trunk": trunk, "embedder": head}, {"metric_loss": metric_loss}, parts["train"], steps, 1e-3)
-    model = torch.nn.Sequential(trunk, head)
-    query, database = (outputs(model, parts[part]) for part in ("query", "database"))
-    arguments = (query, parts["query"].labels, database, parts["database"].labels)
-    calculator = HashAccuracyCalculator(device=CPU)
-    values, cost = calculator.get_accuracy(*arguments), model_cost(model, (1, SIZE, SIZE), batch_sizes=(1,))
-    row = {
-        "map": values["mean_average_precision"],
-        "precision_at_radius_2": values["precision_within_radius"],
-        "parameters": cost.parameters,
-        "flops": cost.flops,
-        "latency_ms": cost.latency[1],
+    trunk = nn.Identity() if of_teacher else start or new_student()
+    head = HashHead(1280 if of_teacher else trunk.width, bits)
+    stored = teacher_outputs("lite0", "weak") if of_teacher else small_views("weak", SIZE)
+    new_loss, own_rate = LOSSES[job["loss"]]
+    steps = 2 * STEPS if method == METHODS[3] else STEPS
+    data = (StoredOutputs if of_teacher else StoredViews)(stored, labels())
+    fit({"trunk": trunk, "embedder": head}, {"metric_loss": new_loss(TRAINED, bits)}, data, steps, rate or own_rate)
+
+    def codes(part: slice) -> torch.Tensor:
+        if of_teacher:
+            return head.eval()(outputs_of(part)).detach()
+        shown = images()[0][split("train")[:TRAINED], part].flatten(0, 1)
+        return embed(nn.Sequential(trunk, head), resized(shown, SIZE))
+
+    database, calculator = codes(slice(0, IMAGES)), HashAccuracyCalculator(device=torch.device("cpu"))
+    found = {}
+    for name, part in (("validation", slice(IMAGES, IMAGES + 2)), ("test", slice(IMAGES + 2, IMAGES + 4))):
+        wanted = torch.arange(TRAINED).repeat_interleave(2)
+        found[name] = calculator.get_accuracy(codes(part), wanted, database, labels())
+    return job | {
+        "map": found["test"]["mean_average_precision"],
+        "precision_at_radius_2": found["test"]["precision_within_radius"],
+        "validation": found["validation"]["mean_average_precision"],
     }
-    return row, calculator.precision_recall_curve(*arguments)
 
 
-def report(rows: list[dict[str, str]], folder: Path) -> str:
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["loss"], int(row["bits"]), row["method"]].append(row)
-    lines = []
-    for (loss, bits, method), group in sorted(groups.items()):
-        line = {"method": method, "loss": loss, "bits": str(bits), "seeds": str(len(group))}
-        for field, name in (("map", "mAP"), ("precision_at_radius_2", "precision@radius 2")):
-            line[name] = shown([float(row[field]) for row in group])
-        line["parameters"] = f"{int(group[0]['parameters']) / 1e6:.2f} M"
-        line["FLOPs"] = f"{int(group[0]['flops']) / 1e6:.0f} M"
-        line["ms/image"] = f"{mean_and_error([float(row['latency_ms']) for row in group])[0]:.2f}"
-        lines.append(line)
-    table = format_table(lines)
-    (folder / "hashing.md").write_text(table + "\n", encoding="utf-8")
-    return table
+def choose_rates() -> None:
+    for loss in LOSSES:
+        for rate in (1e-3, 3e-3, 1e-2):
+            row = run({"seed": 0, "loss": loss, "bits": 32, "method": "scratch"}, rate)
+            print(f"{loss:<12} {rate:g}  mAP of validating images {row['validation']:.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="hashing", type=Path)
-    parser.add_argument("--seeds", default=5, type=int)
-    parser.add_argument("--teacher-steps", default=300, type=int)
-    parser.add_argument("--distillation-steps", default=200, type=int)
-    parser.add_argument("--steps", default=60, type=int, help="of hashing, for each backbone alike")
-    options = parser.parse_args()
-    claim(options.out, {name: getattr(options, name) for name in ("teacher_steps", "distillation_steps", "steps")})
-    path = options.out / "hashing.csv"
-    if not path.exists():
-        path.write_text(",".join(FIELDS) + "\n")
-    done = {(row["seed"], row["loss"], row["bits"], row["method"]) for row in finished(path)}
-    curves_path = options.out / "curves.pth"
-    curves = torch.load(curves_path) if curves_path.exists() else {}
-    for seed in range(options.seeds):
-        parts = glyph_hashing(CLASSES, SIZE, seed=0)
-        trunks = backbones(seed, parts["train"], options.out, options)
-        for loss in LOSSES:
-            for bits in BITS:
-                for method in METHODS:
-                    key = {"seed": str(seed), "loss": loss, "bits": str(bits), "method": method}
-                    if tuple(key.values()) in done:
-                        continue
-                    row, curve = measure(seed, loss, bits, copy.deepcopy(trunks[method]), parts, options.steps)
-                    append(path, key | row, FIELDS)
-                    print(f"seed {seed} {loss} {bits:>2} bits {method:<26} mAP {row['map']:.3f}", flush=True)
-                    if bits == max(BITS):
-                        curves[f"{loss}, {method}"] = curve
-                        torch.save(curves, curves_path)
-        if curves:
-            HashAccuracyCalculator.plot_precision_recall(options.out / "precision_recall.png", curves)
-    print(report(finished(path), options.out))
+    parser.add_argument("--rates", action="store_true", help="try learning rates on the validating images, no record")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--out", type=Path, default=RESULTS / "hashing.csv")
+    given = parser.parse_args()
+    if given.rates:
+        return choose_rates()
+    jobs = [
+        {"loss": loss, "bits": bits, "method": method, "seed": seed}
+        for seed in range(given.seeds)
+        for loss in LOSSES
+        for bits in BITS
+        for method in METHODS
+    ]
+    rows = complete(given.out, jobs, METRICS, run, given.processes)
+    print(shown_by(rows, ("loss", "bits", "method"), METRICS[:2]))
 
 
 if __name__ == "__main__":

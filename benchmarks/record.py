@@ -3,9 +3,13 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from pml_distill.utils.report import format_table, shown
 
 
 def claim(folder: Path, settings: dict) -> None:
@@ -40,3 +44,31 @@ def append(path: Path, row: dict, columns: Sequence[str]) -> None:
         file.write(text.getvalue().encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def complete(
+    path: Path, jobs: list[dict], metrics: Sequence[str], work: Callable[[dict], dict], processes: int
+) -> list[dict[str, str]]:
+    """Run the jobs that have no row in the file yet, several at a time; return the rows of all."""
+    columns = (*jobs[0], *metrics)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(",".join(columns) + "\n")
+    done = {tuple(row[key] for key in jobs[0]) for row in finished(path)}
+    missing = [job for job in jobs if tuple(map(str, job.values())) not in done]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for row in pool.imap_unordered(work, missing):
+            append(path, row, columns)
+            print(row, flush=True)
+    return finished(path)
+
+
+def shown_by(rows: list[dict[str, str]], keys: Sequence[str], metrics: Sequence[str]) -> str:
+    """A table of means and standard errors over the seeds, a line for each setting."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return format_table([
+        dict(zip(keys, group)) | {m: shown([float(row[m]) for row in own]) for m in metrics}
+        for group, own in groups.items()
+    ])  # fmt: skip
