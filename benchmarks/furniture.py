@@ -16,6 +16,7 @@ Losses other than the cosine have the weights of the recipe, not chosen here. Th
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,13 +46,14 @@ from pml_distill import losses
 from pml_distill.evaluation import neighbor_agreement, retrieval_accuracy
 from pml_distill.losses import MultipleDistillationLosses
 from pml_distill.samplers import DistributedMPerClassSampler, MixedSampler
-from pml_distill.trainers import DistillationTrainer
+from pml_distill.trainers import DistillationTrainer, LossWeightRamp
 from pml_distill.utils.report import format_table, shown
 
 MAP = "mean_average_precision_at_r"
 METRICS = ("precision_at_1", MAP, "in_teacher_gallery", "agreement", "validation", "teacher")
 BATCH, PER_CLASS = 64, 4
 RESULTS = Path(__file__).parent / "results"
+Attach = Callable[[nn.Module, torch.optim.Optimizer, int], None]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ REGIMES = {
     "1 of 8, strong augmentation": Regime(1, strength="strong", rate=3e-3),
     "all, strong augmentation": Regime(strength="strong"),
     "all, split by author": Regime(by="author"),
+    **{
+        f"{name}, pretrained student": Regime(labeled, student="mobilenet", size=64, epochs=16, rate=1e-3)
+        for name, labeled in (("no labels", 0), ("1 of 8", 1), ("all", IMAGES))
+    },
 }
 
 #: The recipe's default; what is added in the tables on losses and on the teacher's outputs changes one thing of it.
@@ -107,7 +113,8 @@ EXTRA = {
 }
 TABLES = {
     "regimes": (tuple(REGIMES)[:4], tuple(METHODS)),
-    "harder": (tuple(REGIMES)[4:], tuple(METHODS)),
+    "harder": (tuple(REGIMES)[4:7], tuple(METHODS)),
+    "pretrained": (tuple(REGIMES)[7:], tuple(METHODS)),
     "teacher": (("no labels", "all"), ("labels alone", "default", *(name for name in EXTRA if "teacher" in name))),
     "losses": (("all",), ("labels alone", "default", *(name for name in EXTRA if "Loss" in name))),
     "parts": (("4 of 8", "all"), ("labels alone", "default", "constant weight", "no projection", "teacher as it came")),
@@ -124,11 +131,22 @@ def new_student(regime: Regime, seed: int) -> tuple[nn.Module, int]:
     if regime.student == "plain":
         trunk: nn.Module = PlainStudent()
         return trunk.to(memory_format=torch.channels_last), 256
-    return teacher_network("mobilenet", regime.student == "mobilenet").requires_grad_(True), 1280
+    return teacher_network("mobilenet").requires_grad_(True), 1280
 
 
-def train(regime: Regime, method: Method, seed: int) -> tuple[nn.Module, nn.Module | None]:
-    """Train a student; return it and what standardises the teacher's outputs."""
+def train(
+    regime: Regime,
+    method: Method,
+    seed: int,
+    student: tuple[nn.Module, int] | None = None,
+    attach: Attach | None = None,
+) -> tuple[nn.Module, nn.Module | None]:
+    """Train a student; return it and what standardises the teacher's outputs.
+
+    Args:
+        student: a trunk and the width of its outputs; None: a new one.
+        attach: called with the trunk, its optimizer and the number of steps before the training.
+    """
     stored = small_views(regime.strength, regime.size, regime.by)
     count = stored.shape[1]
     labels = known_labels(count // IMAGES, regime.labeled, seed)
@@ -137,7 +155,7 @@ def train(regime: Regime, method: Method, seed: int) -> tuple[nn.Module, nn.Modu
     if prepared is not None:
         outputs = teacher_outputs("lite0", regime.strength, regime.by)
         targets = Stored(torch.cat([prepared(view) for view in outputs]))
-    trunk, width = new_student(regime, seed)
+    trunk, width = student or new_student(regime, seed)
     models = {"trunk": trunk, "embedder": nn.Linear(width, WIDTH)}
     several = regime.labeled > 1
     if targets is not None and (method.projection and several or targets.embeddings.shape[1] != WIDTH):
@@ -145,15 +163,18 @@ def train(regime: Regime, method: Method, seed: int) -> tuple[nn.Module, nn.Modu
     steps = regime.epochs * count // BATCH
     optimizers, schedules = {}, {}
     for name, model in models.items():
-        optimizers[f"{name}_optimizer"] = own = torch.optim.AdamW(model.parameters(), regime.rate, weight_decay=0.05)
+        decay = 0.0 if attach is not None and name == "trunk" else 0.05  # it would shorten the rows of compactors
+        optimizers[f"{name}_optimizer"] = own = torch.optim.AdamW(model.parameters(), regime.rate, weight_decay=decay)
         schedules[f"{name}_scheduler_by_iteration"] = torch.optim.lr_scheduler.OneCycleLR(
             own, regime.rate, total_steps=steps
         )
+    if attach is not None:
+        attach(trunk, optimizers["trunk_optimizer"], steps)
     parts: dict[str, Any] = {"metric_loss": MultiSimilarityLoss()} if regime.labeled else {}
     if method.losses:
         made = {name: getattr(losses, name)() for name, _ in method.losses}
         parts["distillation_loss"] = MultipleDistillationLosses(made, dict(method.losses))
-    ramps = {"distillation_loss": lambda share: max(0.0, 1 - share / method.until)}
+    ramp = LossWeightRamp(0, method.until, first=1, last=0) if method.losses and method.until and several else None
     torch.manual_seed(seed)
     DistillationTrainer(
         models=models,
@@ -161,7 +182,7 @@ def train(regime: Regime, method: Method, seed: int) -> tuple[nn.Module, nn.Modu
         batch_size=BATCH,
         loss_funcs=parts,
         loss_weights=dict.fromkeys(parts, 1.0),
-        loss_weight_ramps=ramps if method.losses and method.until and several else None,
+        loss_weight_ramps={"distillation_loss": ramp} if ramp else None,
         dataset=StoredViews(stored, labels),
         sampler=new_sampler(labels, regime, bool(method.losses)),
         iterations_per_epoch=steps,
@@ -256,7 +277,7 @@ def main() -> None:
         for name in tables
         for regime in TABLES[name][0]
         for method in TABLES[name][1]
-        if (regime, method) != ("no labels", "labels alone")
+        if not (regime.startswith("no labels") and method == "labels alone")
     }
     prepare({REGIMES[regime] for regime, _, _ in jobs}, given.split)
     rows = complete(path, list(jobs.values()), METRICS, partial(run, given.split), given.processes)

@@ -71,9 +71,10 @@ def main() -> None:
     parser.add_argument("--regime", choices=RUN, action="append", help="only these")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("furniture_runs"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=RESULTS / "furniture_recipe.csv")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / "furniture_recipe.csv"
+    path = given.out
     if not path.exists():
         path.write_text(",".join(COLUMNS) + "\n")
     done = {(row["regime"], row["seed"]) for row in finished(path)}

@@ -43,7 +43,7 @@ from pml_distill.evaluation import HashAccuracyCalculator
 from pml_distill.models import HashHead
 from pml_distill.trainers import DistillationTrainer
 
-BITS, SIZE, BATCH, STEPS = (32, 64), 32, 64, 800
+BITS, SIZE, BATCH, STEPS = (32, 64), 32, 64, 400
 #: Each loss by the number of classes and bits, and its learning rate.
 LOSSES = {
     "DCH": (lambda classes, bits: losses.DeepCauchyHashingLoss(), 3e-3),
