@@ -31,8 +31,8 @@ RECORD = [
     "capacity_speed --out {}/capacity_speed.csv",
     "search --out {}/search",
     "teacher_cache --out {}/teacher_cache",
-    "speed --out {}/speed.csv",
-    "scaling --out {}/scaling.csv",
+    "speed --out {}/speed",
+    "scaling --out {}/scaling",
 ]
 
 

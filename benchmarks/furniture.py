@@ -96,7 +96,10 @@ REGIMES = {
 
 #: The recipe's default; what is added in the tables on losses and on the teacher's outputs changes one thing of it.
 DEFAULT = Method()
+KINDS = ("raw", "center", "pca")
 OTHERS = {
+    "AbsoluteTeacherLoss": 3.0,
+    "RKDDistanceLoss": 10.0,
     "RKDAngleLoss": 10.0,
     "ProbabilisticTransferLoss": 15.0,
     "RelaxedContrastiveLoss": 8.0,
@@ -108,15 +111,23 @@ EXTRA = {
     "constant weight": replace(DEFAULT, until=0.0),
     "no projection": replace(DEFAULT, projection=False),
     "teacher as it came": replace(DEFAULT, tune=False),
-    **{f"teacher as it came, {kind}": replace(DEFAULT, tune=False, kind=kind) for kind in ("raw", "center", "pca")},
+    **{f"teacher as it came, {kind}": replace(DEFAULT, tune=False, kind=kind) for kind in KINDS},
     **{f"{name} {weight:g}": replace(DEFAULT, losses=((name, weight),)) for name, weight in OTHERS.items()},
+    **{
+        f"{name}, teacher as it came, {kind}": replace(DEFAULT, losses=((name, OTHERS[name]),), tune=False, kind=kind)
+        for name in ("RKDAngleLoss", "DarkRankLoss")
+        for kind in (*KINDS, "whiten")
+    },
 }
 TABLES = {
     "regimes": (tuple(REGIMES)[:4], tuple(METHODS)),
     "harder": (tuple(REGIMES)[4:7], tuple(METHODS)),
     "pretrained": (tuple(REGIMES)[7:], tuple(METHODS)),
     "teacher": (("no labels", "all"), ("labels alone", "default", *(name for name in EXTRA if "teacher" in name))),
-    "losses": (("all",), ("labels alone", "default", *(name for name in EXTRA if "Loss" in name))),
+    "losses": (
+        ("no labels", "1 of 8 images labelled", "all"),
+        ("labels alone", "default", *(name for name in EXTRA if "Loss" in name and "as it" not in name)),
+    ),
     "parts": (("4 of 8", "all"), ("labels alone", "default", "constant weight", "no projection", "teacher as it came")),
 }
 
