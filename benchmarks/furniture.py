@@ -89,7 +89,7 @@ REGIMES = {
     "all, strong augmentation": Regime(strength="strong"),
     "all, split by author": Regime(by="author"),
     **{
-        f"{name}, pretrained student": Regime(labeled, student="mobilenet", size=64, epochs=16, rate=1e-3)
+        f"{name}, pretrained student": Regime(labeled, student="mobilenet", size=64, epochs=16, rate=5e-4)
         for name, labeled in (("no labels", 0), ("1 of 8", 1), ("all", IMAGES))
     },
 }

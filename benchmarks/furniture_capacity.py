@@ -31,7 +31,7 @@ from pml_distill.capacity import CapacityDynamics, SizeBudget, export, insert_co
 from pml_distill.evaluation import model_cost
 
 SHAPE = (3, 64, 64)
-REGIME = Regime(student="mobilenet", size=64, epochs=16, rate=1e-3)
+REGIME = Regime(student="mobilenet", size=64, epochs=16, rate=5e-4)
 SHARES = {"half": 0.5, "third": 1 / 3}
 NETWORKS = ("whole", *SHARES, *(f"{share}, Torch-Pruning" for share in SHARES), "half, random weights")
 METRICS = ("precision_at_1", MAP, "validation", "teacher", "parameters", "flops")

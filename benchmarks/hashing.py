@@ -46,12 +46,12 @@ from pml_distill.trainers import DistillationTrainer
 BITS, SIZE, BATCH, STEPS = (32, 64), 32, 64, 400
 #: Each loss by the number of classes and bits, and its learning rate.
 LOSSES = {
-    "DCH": (lambda classes, bits: losses.DeepCauchyHashingLoss(), 3e-3),
-    "CSQ": (losses.CentralSimilarityLoss, 3e-3),
+    "DCH": (lambda classes, bits: losses.DeepCauchyHashingLoss(), 1e-2),
+    "CSQ": (losses.CentralSimilarityLoss, 1e-2),
     "HashNet": (lambda classes, bits: losses.HashNetLoss(), 3e-3),
     "DPSH": (lambda classes, bits: losses.DPSHLoss(), 3e-3),
-    "GreedyHash": (losses.GreedyHashLoss, 3e-3),
-    "OrthoHash": (losses.OrthoHashLoss, 3e-3),
+    "GreedyHash": (losses.GreedyHashLoss, 1e-2),
+    "OrthoHash": (losses.OrthoHashLoss, 1e-2),
 }
 METHODS = ("teacher, linear", "scratch", "distilled first", "scratch, as many steps")
 METRICS = ("map", "precision_at_radius_2", "validation")
