@@ -89,8 +89,8 @@ class StoredOutputs(StoredViews):
 
 
 @cache
-def outputs_of(part: slice) -> torch.Tensor:
-    return embed(teacher_network(), images()[0][split("train")[:TRAINED], part].flatten(0, 1))
+def teacher_outputs_of(first: int, last: int) -> torch.Tensor:
+    return embed(teacher_network(), images()[0][split("train")[:TRAINED], first:last].flatten(0, 1))
 
 
 @cache
@@ -129,7 +129,7 @@ def run(job: dict, rate: float | None = None) -> dict:
 
     def codes(part: slice) -> torch.Tensor:
         if of_teacher:
-            return head.eval()(outputs_of(part)).detach()
+            return head.eval()(teacher_outputs_of(part.start, part.stop)).detach()
         shown = images()[0][split("train")[:TRAINED], part].flatten(0, 1)
         return embed(nn.Sequential(trunk, head), resized(shown, SIZE))
 
