@@ -36,6 +36,7 @@ from furniture_data import (
     teacher_outputs,
     test_images,
 )
+from furniture_table import MAP, METRICS, frame, table
 from furniture_teacher import WIDTH, Stored, prepared_teacher
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from record import complete
@@ -47,10 +48,8 @@ from pml_distill.evaluation import neighbor_agreement, retrieval_accuracy
 from pml_distill.losses import MultipleDistillationLosses
 from pml_distill.samplers import DistributedMPerClassSampler, MixedSampler
 from pml_distill.trainers import DistillationTrainer, LossWeightRamp
-from pml_distill.utils.report import format_table, shown
+from pml_distill.utils.report import format_table
 
-MAP = "mean_average_precision_at_r"
-METRICS = ("precision_at_1", MAP, "in_teacher_gallery", "agreement", "validation", "teacher")
 BATCH, PER_CLASS = 64, 4
 RESULTS = Path(__file__).parent / "results"
 Attach = Callable[[nn.Module, torch.optim.Optimizer, int], None]
@@ -89,7 +88,8 @@ REGIMES = {
     "all, strong augmentation": Regime(strength="strong"),
     "all, split by author": Regime(by="author"),
     **{
-        f"{name}, pretrained student": Regime(labeled, student="mobilenet", size=64, epochs=16, rate=5e-4)
+        f"{name}, {kind}": Regime(labeled, student="mobilenet", size=size, epochs=16, rate=5e-4)
+        for kind, size in (("pretrained student", 64), ("pretrained student of 32 pixels", 32))
         for name, labeled in (("no labels", 0), ("1 of 8", 1), ("all", IMAGES))
     },
 }
@@ -122,7 +122,8 @@ EXTRA = {
 TABLES = {
     "regimes": (tuple(REGIMES)[:4], tuple(METHODS)),
     "harder": (tuple(REGIMES)[4:7], tuple(METHODS)),
-    "pretrained": (tuple(REGIMES)[7:], tuple(METHODS)),
+    "pretrained": (tuple(REGIMES)[7:10], tuple(METHODS)),
+    "tenth": (tuple(REGIMES)[10:], tuple(METHODS)),
     "teacher": (("no labels", "all"), ("labels alone", "default", *(name for name in EXTRA if "teacher" in name))),
     "losses": (
         ("no labels", "1 of 8 images labelled", "all"),
@@ -238,41 +239,6 @@ def measure(student: nn.Module, prepared: nn.Module, regime: Regime, part: str) 
     return row
 
 
-def frame(part: str, by: str) -> list[dict[str, str]]:
-    """What to compare with: the teacher as it came, a random network, pixels."""
-    tested, labels = test_images(part, by)
-    torch.manual_seed(0)
-    pixels = F.avg_pool2d(tested.float(), 6).flatten(1)
-    rows = {
-        "EfficientNet-Lite0 as it came": teacher_on(part, "lite0", by),
-        "the same, random weights": embed(teacher_network("lite0", False), tested),
-        "16 x 16 pixels": pixels - pixels.mean(1, keepdim=True),
-    }
-    found = {name: retrieval_accuracy(row, labels, metrics=("precision_at_1", MAP)) for name, row in rows.items()}
-    return [{"network": name, **{key: f"{value:.3f}" for key, value in row.items()}} for name, row in found.items()]
-
-
-def table(rows: list[dict[str, str]], methods: list[str]) -> str:
-    """MAP@R by regime and method, and the paired gain of each method over labels alone."""
-    lines = []
-    for regime in dict.fromkeys(row["regime"] for row in rows):
-        for method in methods:
-            own = by_seed(rows, MAP, regime=regime, method=method)
-            alone = by_seed(rows, MAP, regime=regime, method="labels alone")
-            if not own:
-                continue
-            line = {"learned from": regime, "method": method, "seeds": str(len(own))}
-            for metric, name in zip(
-                METRICS, ("precision@1", "MAP@R", "in teacher's gallery", "agreement", "", "teacher")
-            ):
-                if name:
-                    line[name] = shown(list(by_seed(rows, metric, regime=regime, method=method).values()))
-            gains = [own[seed] - alone[seed] for seed in own if seed in alone]
-            line["gain in MAP@R"] = shown(gains, "+.3f") if gains and method != "labels alone" else ""
-            lines.append(line)
-    return format_table(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=TABLES, action="append", help="only these")
@@ -295,10 +261,6 @@ def main() -> None:
     for name in tables:
         print(f"\n{name}\n" + table([row for row in rows if row["regime"] in TABLES[name][0]], list(TABLES[name][1])))
     print("\nframe\n" + format_table(frame(given.split, "object")))
-
-
-def by_seed(rows: list[dict[str, str]], metric: str, **wanted: str) -> dict[str, float]:
-    return {row["seed"]: float(row[metric]) for row in rows if all(row[key] == value for key, value in wanted.items())}
 
 
 def prepare(regimes: set[Regime], part: str) -> None:

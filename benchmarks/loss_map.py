@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from furniture import MAP, RESULTS, TABLES, by_seed
+from furniture import RESULTS, TABLES
+from furniture_table import MAP, by_seed
 from matplotlib import pyplot
 from record import finished
 
