@@ -16,6 +16,7 @@ Losses other than the cosine have the weights of the recipe, not chosen here. Th
 """
 
 import argparse
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -92,6 +93,11 @@ REGIMES = {
         for kind, size in (("pretrained student", 64), ("pretrained student of 32 pixels", 32))
         for name, labeled in (("no labels", 0), ("1 of 8", 1), ("all", IMAGES))
     },
+    "no labels, 64 pixels": Regime(0, size=64),
+    "all, 64 pixels": Regime(size=64),
+    "no labels, 64 pixels, three times as long": Regime(0, size=64, epochs=96),
+    "all, 64 pixels, three times as long": Regime(size=64, epochs=96),
+    "all, 64 pixels, 468 objects": Regime(size=64, by="all objects"),
 }
 
 #: The recipe's default; what is added in the tables on losses and on the teacher's outputs changes one thing of it.
@@ -123,7 +129,8 @@ TABLES = {
     "regimes": (tuple(REGIMES)[:4], tuple(METHODS)),
     "harder": (tuple(REGIMES)[4:7], tuple(METHODS)),
     "pretrained": (tuple(REGIMES)[7:10], tuple(METHODS)),
-    "tenth": (tuple(REGIMES)[10:], tuple(METHODS)),
+    "tenth": (tuple(REGIMES)[10:13], tuple(METHODS)),
+    "causes": (tuple(REGIMES)[13:], tuple(METHODS)),  # with --split val --seeds 1
     "teacher": (("no labels", "all"), ("labels alone", "default", *(name for name in EXTRA if "teacher" in name))),
     "losses": (
         ("no labels", "1 of 8 images labelled", "all"),
@@ -260,7 +267,12 @@ def main() -> None:
     rows = complete(path, list(jobs.values()), METRICS, partial(run, given.split), given.processes)
     for name in tables:
         print(f"\n{name}\n" + table([row for row in rows if row["regime"] in TABLES[name][0]], list(TABLES[name][1])))
-    print("\nframe\n" + format_table(frame(given.split, "object")))
+    found = frame(given.split, "object")
+    with open(given.out / "furniture_frame.csv", "w", newline="") as file:
+        table_of = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        table_of.writeheader()
+        table_of.writerows(found)
+    print("\nframe\n" + format_table(found))
 
 
 def prepare(regimes: set[Regime], part: str) -> None:

@@ -6,7 +6,8 @@ A page holds one line per thing to be written:
 - ``<!-- catalogue -->``: the table of all losses;
 - ``<!-- table: demo.csv | name | precision_at_1 flops -->``: figures of ``benchmarks/results/demo.csv``, one row for
   each value of the columns between the bars, mean ± standard error over its lines, and a link to the file. With
-  ``batch=512`` among those columns only the lines with that value count. Without columns the file is shown as it is;
+  ``batch=512`` among those columns only the lines with that value count, with ``loss=DCH/CSQ`` those with one of them;
+  ``_`` stands for a space in a value. Without columns the file is shown as it is;
 - ``<!-- results -->``: a link to each file in ``benchmarks/results``.
 
 Each subpackage has a page in the reference: its docstring and what it exports.
@@ -66,10 +67,14 @@ def catalogue_table() -> str:
 
 def csv_table(name: str, keys: list[str], columns: list[str], up: str = "") -> str:
     """Return the figures of a recorded result: mean ± standard error of ``columns`` for each value of ``keys``."""
-    wanted = [key.split("=") for key in keys if "=" in key]
+    wanted = {key: values.split("/") for key, _, values in (word.partition("=") for word in keys) if values}
     keys = [key for key in keys if "=" not in key]
     with open(RESULTS / name, newline="") as file:
-        lines = [line for line in csv.DictReader(file) if all(line[key] == value for key, value in wanted)]
+        lines = [
+            line
+            for line in csv.DictReader(file)
+            if all(line[key].replace(" ", "_") in values for key, values in wanted.items())
+        ]
     if not keys:
         header, rows = list(lines[0]), [[shown(value) for value in line.values()] for line in lines]
     else:
