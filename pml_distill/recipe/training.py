@@ -194,7 +194,9 @@ class Training:
         known = labels[labels != UNLABELED]
         if self.metric_loss is None or not len(known):
             return None, batch_size, share // batch_size
-        classes, complete, per_class = len(known.unique()) // processes, len(known) == len(labels), PER_CLASS
+        # Images without a label are of no use to labels alone: that student has whole batches of labelled ones.
+        complete = len(known) == len(labels) or self.distillation is None
+        classes, per_class = len(known.unique()) // processes, PER_CLASS
         part = batch_size if complete else batch_size // 2
         while part // per_class > classes:
             per_class *= 2
