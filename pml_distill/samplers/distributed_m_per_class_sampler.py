@@ -52,10 +52,8 @@ class DistributedMPerClassSampler(Sampler[int]):
         rank, processes, seed = process_rank(), num_processes(), joint_seed()
         own = self.batch_size // self.m
         if own * processes > len(self.classes):
-            raise ValueError(
-                f"{processes} processes with {own} classes each need {own * processes} classes, but labels "
-                f"has {len(self.classes)}; lower batch_size or raise m."
-            )
+            text = f"{processes} processes with {own} classes each need {own * processes} classes, but labels has"
+            raise ValueError(f"{text} {len(self.classes)}; lower batch_size or raise m.")
         generator = np.random.default_rng(seed)
         for _ in range(self.num_batches):
             drawn = generator.choice(len(self.classes), own * processes, replace=False)

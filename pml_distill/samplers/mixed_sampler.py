@@ -62,10 +62,8 @@ class MixedSampler(Sampler[int]):
                 f"at least 1 and at most {batch_size // m}."
             )
         if self.unlabeled_per_batch > len(self.unlabeled):
-            raise ValueError(
-                f"labeled_fraction {labeled_fraction} asks for {self.unlabeled_per_batch} unlabelled samples in a "
-                f"batch, but labels has {len(self.unlabeled)} (-1)."
-            )
+            text = f"labeled_fraction {labeled_fraction} asks for {self.unlabeled_per_batch} unlabelled samples in a"
+            raise ValueError(f"{text} batch, but labels has {len(self.unlabeled)} (-1).")
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size

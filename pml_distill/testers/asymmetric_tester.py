@@ -50,9 +50,8 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
     def __init__(self, *args: Any, teacher: Any, **kwargs: Any):
         super().__init__(*args, **{"data_and_label_getter": data_and_label} | kwargs)
         if not isinstance(teacher, torch.nn.Module):
-            raise ValueError(
-                f"teacher must be a module that embeds data, such as FrozenTeacher, but is a {type(teacher).__name__}."
-            )
+            text = "teacher must be a module that embeds data, such as FrozenTeacher"
+            raise ValueError(f"{text}, but is a {type(teacher).__name__}.")
         if self.pca:
             raise ValueError(f"pca must be None, but is {self.pca}: each network would be rotated by its own.")
         self.teacher = teacher
@@ -73,10 +72,8 @@ class AsymmetricTester(GlobalEmbeddingSpaceTester):
             # PML would give embeddings of a diverged network the figures of chance.
             check_finite(**{f"student's embeddings of {split}": own, f"teacher's embeddings of {split}": teachers})
             if own.shape != teachers.shape:
-                raise ValueError(
-                    f"The student's embeddings are {own.shape[1]} wide and the teacher's {teachers.shape[1]}; append a "
-                    "projection to the student's embedder."
-                )
+                text = f"The student's embeddings are {own.shape[1]} wide and the teacher's {teachers.shape[1]}"
+                raise ValueError(f"{text}; append a projection to the student's embedder.")
         return student
 
     def get_embeddings_for_eval(self, trunk_model: Any, embedder_model: Any, input_imgs: Any) -> torch.Tensor:

@@ -187,9 +187,8 @@ class BaseDistillationTrainer(Checkpoints, BaseTrainer):
                 _, projected, teacher = seen.data
                 self.losses["distillation_loss"] = loss(projected, seen.labels, pairs, ref_emb=teacher)
         if taps:
-            self.losses["feature_distillation_loss"] = self.loss_funcs["feature_distillation_loss"](
-                taps[0].features, taps[1].features, batch.all_or_none()
-            )
+            loss, maps = self.loss_funcs["feature_distillation_loss"], [tap.features for tap in taps]
+            self.losses["feature_distillation_loss"] = loss(*maps, batch.all_or_none())
         self.labels_seen = self.labels_seen or known.labels is None or rows(known) > 0
         return batch
 
@@ -295,12 +294,8 @@ class BaseDistillationTrainer(Checkpoints, BaseTrainer):
 
     def stepping_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers that are not frozen and have gradients; a scaler refuses one that has none."""
-        return [
-            optimizer
-            for name, optimizer in self.optimizers.items()
-            if name.removesuffix("_optimizer") not in self.freeze_these
-            and any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-        ]
+        used = [o for name, o in self.optimizers.items() if name.removesuffix("_optimizer") not in self.freeze_these]
+        return [o for o in used if any(p.grad is not None for group in o.param_groups for p in group["params"])]
 
     def initialize_dataloader(self) -> None:
         """Build the loader, at the place in the data where the checkpoint was written."""

@@ -33,10 +33,8 @@ class Batch(NamedTuple):
         elif labels is not None:
             labels = number(labels)
         if labels is not None and not 1 <= labels.ndim <= 2:
-            shape = tuple(labels.shape)
-            raise ValueError(
-                f"The labels of a batch must be (B,) or (B, C), but have shape {shape}. Without any, yield (data,)."
-            )
+            text = f"The labels of a batch must be (B,) or (B, C), but have shape {tuple(labels.shape)}."
+            raise ValueError(f"{text} Without any, yield (data,).")
         return cls(data, labels, index)
 
     def labeled_rows(self) -> torch.Tensor | None:

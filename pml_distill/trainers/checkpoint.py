@@ -85,15 +85,12 @@ def check_process(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless all processes load files of one epoch, each its own."""
     rank, epoch = process_rank(), state["epoch"]
     if state["rank"] != rank:
-        raise ValueError(
-            f"path {path} was written by process {state['rank']}, but this is process {rank}; each needs its own path."
-        )
+        text = f"path {path} was written by process {state['rank']}, but this is process {rank}"
+        raise ValueError(f"{text}; each needs its own path.")
     epochs = gathered(epoch)
     if len(set(epochs)) > 1:
-        raise ValueError(
-            f"path must be the checkpoint of one epoch in all processes, but {path} is of epoch {epoch}, and those of "
-            f"all processes are of the epochs {epochs}."
-        )
+        text = f"path must be the checkpoint of one epoch in all processes, but {path} is of epoch {epoch}"
+        raise ValueError(f"{text}, and those of all processes are of the epochs {epochs}.")
 
 
 def saved_parts(trainer: Any) -> dict[str, dict[str, Any]]:
@@ -111,12 +108,8 @@ def followers(teacher: Any) -> list[Any]:
 
 def memories(trainer: Any) -> list[tuple[str, CrossBatchMemory]]:
     """Return the cross-batch memories among the losses and inside of them."""
-    return [
-        (f"{key}.{name}", part)
-        for key, loss in trainer.loss_funcs.items()
-        for name, part in loss.named_modules()
-        if isinstance(part, CrossBatchMemory)
-    ]
+    named = ((f"{k}.{name}", part) for k, loss in trainer.loss_funcs.items() for name, part in loss.named_modules())
+    return [(name, part) for name, part in named if isinstance(part, CrossBatchMemory)]
 
 
 def without_numpy(state: Any) -> Any:

@@ -62,9 +62,7 @@ def check_parts(trainer: Any) -> None:
         for key, part in held.items():
             text = f'{name}["{key}"] must be {kind}, but is a {type(part).__name__}; leave out the key.'
             refuse(not hasattr(part, attribute), text)
-    text = (
-        'models has the key "teacher", where PML would train and save it. Pass teacher=FrozenTeacher(trunk, embedder).'
-    )
+    text = 'models has the key "teacher", which PML would train. Pass teacher=FrozenTeacher(trunk, embedder).'
     refuse("teacher" in trainer.models, text)
     unknown = [key for key in trainer.loss_weight_ramps if key not in trainer.loss_funcs]
     refuse(unknown, f"loss_weight_ramps has {unknown}, but loss_funcs has only {sorted(trainer.loss_funcs)}.")
@@ -176,31 +174,25 @@ def check_processes(trainer: Any) -> None:
         if isinstance(unwrapped(module), DistributedLossWrapper):
             gathered.append(name)
     why = f"while {' and '.join(joint)} does not" if joint else f"but {' and '.join(gathered)} gathers the embeddings"
-    refuse(
-        alone and (joint or gathered),
-        f"{' and '.join(alone)} would learn in each process for itself, {why}; put the networks into "
-        "DistributedDataParallel, or call fully_shard on them.",
-    )
+    advice = "put the networks into DistributedDataParallel, or call fully_shard on them"
+    text = f"{' and '.join(alone)} would learn in each process for itself, {why}; {advice}."
+    refuse(alone and (joint or gathered), text)
 
 
 def check_multi_hot_level(labels: torch.Tensor, level: Any, loss: Any) -> None:
     """Raise ``ValueError`` if a hashing loss would be given one column of multi-hot labels."""
     several = isinstance(level, int) and labels.ndim == 2 and labels.shape[1] > 1
-    refuse(
-        several and isinstance(without_wrapper(loss), BaseHashingLoss) and labels.max() <= 1,
-        f"label_hierarchy_level is {level}, which takes one column of the multi-hot labels {tuple(labels.shape)}; give "
-        'label_hierarchy_level="all".',
-    )
+    wrong = several and isinstance(without_wrapper(loss), BaseHashingLoss) and labels.max() <= 1
+    text = f"label_hierarchy_level is {level}, which takes one column of the multi-hot labels {tuple(labels.shape)}"
+    refuse(wrong, f'{text}; give label_hierarchy_level="all".')
 
 
 def check_labels_seen(trainer: Any) -> None:
     """Say after the first epoch that no label has been seen; of several processes one may have none."""
     wanting = [key for key in ("metric_loss", "classifier_loss") if trainer.wants(key)]
     if wanting and not trainer.labels_seen:
-        text = (
-            f'loss_funcs["{wanting[0]}"] has learned nothing: all labels of the first epoch are -1, which means that a '
-            "sample has none. Let the dataset yield (data, label)."
-        )
+        text = f'loss_funcs["{wanting[0]}"] has learned nothing: all labels of the first epoch are -1, that is, none.'
+        text += " Let the dataset yield (data, label)."
         refuse(num_processes() == 1, text)
         c_f.LOGGER.warning(text)
 

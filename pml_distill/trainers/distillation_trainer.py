@@ -6,8 +6,7 @@ from .base_distillation_trainer import BaseDistillationTrainer
 class DistillationTrainer(BaseDistillationTrainer, MetricLossOnly):
     """PML's ``MetricLossOnly`` with a teacher: ``metric_loss``, ``distillation_loss``, or features, or all.
 
-    Without ``metric_loss`` no labels are needed. All arguments and methods are those of
-    ``BaseDistillationTrainer``.
+    Without ``metric_loss`` no labels are needed. Arguments and methods are those of ``BaseDistillationTrainer``.
 
     Keys:
         models: ``trunk``, ``embedder``, ``projection``. loss_funcs: ``metric_loss``, ``distillation_loss``,

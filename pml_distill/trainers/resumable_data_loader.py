@@ -135,10 +135,8 @@ class ResumableDataLoader:
 
     def lists(self) -> dict[str, Any]:
         """Return the lists and arrays of the samplers, but for the dataset, which may be a list too."""
-        found = self.attributes((list, np.ndarray)).items()
-        return {
-            key: value for key, value in found if value is not self.dataset and (isinstance(value, list) or value.ndim)
-        }
+        found = {key: part for key, part in self.attributes((list, np.ndarray)).items() if part is not self.dataset}
+        return {key: part for key, part in found.items() if isinstance(part, list) or part.ndim}
 
     def restore_lists(self, order: dict[str, list]) -> None:
         """Bring the lists of the samplers into a recorded order."""
@@ -149,9 +147,7 @@ class ResumableDataLoader:
                 continue  # the sampler fills it itself
             present = plain(current)
             if present is None or sorted(map(repr, value)) != sorted(map(repr, present)):
-                raise ValueError(
-                    f"sampler must be as it was when the checkpoint was written, but {key} holds other items."
-                )
+                raise ValueError(f"sampler must be as it was at the checkpoint, but {key} holds other items.")
             if present != value:
                 current[:] = value
 
