@@ -10,17 +10,12 @@ class CrossQuality(torch.utils.data.Dataset):
     """Each sample twice: degraded for the student, as it is for the teacher.
 
     The student learns to embed an image of low quality where the teacher embeds the good one; what ``dataset``
-    augments, both see. torchvision's transforms degrade tensors: ``v2.Compose([v2.Resize(12), v2.Resize(32)])``,
-    ``v2.GaussianBlur(9, 2.0)``, ``v2.JPEG(10)`` behind ``v2.ToDtype(torch.uint8, scale=True)``.
-
+    augments, both see. Items are those of ``dataset`` as tuples, with ``Views(student=degrade(data), teacher=data)``.
     To test on degraded images, give PML's tester ``data_and_label_getter=lambda batch: (batch[0].student, batch[1])``.
 
     Args:
         dataset: any dataset of (data, label), (data, label, index) or data alone.
-        degrade: makes the student's view of one sample's data; it may be random.
-
-    Items:
-        those of ``dataset`` as tuples, their data replaced by ``Views(student=degrade(data), teacher=data)``.
+        degrade: makes the student's view of one sample's data, such as ``v2.GaussianBlur(9, 2.0)``; may be random.
 
     Example:
         >>> dataset = CrossQuality([("IMAGE", 0)], str.lower)

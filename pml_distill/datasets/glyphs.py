@@ -25,21 +25,15 @@ class Glyphs(ClassDisjointImages):
     Args:
         split: ``"train"``, ``"val"`` (a fifth of the training classes), ``"train+val"`` or ``"test"`` (half of
             all classes); the classes are disjoint.
-        size: side of the images, 8 to 64 pixels, by default 32.
-        channels: 1, or 3 equal ones, so that standard ResNets run on them.
-        augment: whether each read is jittered anew (affine map and noise, from torch's global generator); None:
-            for the training splits. Without, a fixed jittered copy.
-        return_index: whether items are (image, label, index).
+        size: side of the images, 8 to 64 pixels, by default 32. channels: 1, or 3 equal ones.
+        augment: whether each read is jittered anew (affine map and noise); None: for the training splits. Without, a
+            fixed jittered copy.
+        return_index: whether items are (image, label, index) instead of (image, label): float32 (channels, size, size),
+            about -1 to 1, and an int.
         seed: decides which classes belong to which split, and the fixed jitter.
-
-    Items:
-        (image, label): float32 (channels, size, size), about -1 to 1, and an int.
 
     Attributes:
         labels: (len,) int64 tensor. characters: the character of each class, by label.
-
-    Raises:
-        ValueError: ``split``, ``size`` or ``channels`` is none of the above.
     """
 
     default_size = 32

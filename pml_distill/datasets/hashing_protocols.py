@@ -88,16 +88,8 @@ def cifar10_hashing(
 class MultiLabelList(torch.utils.data.Dataset):
     """Images named in a text file, each line a path followed by 0/1 columns, as the lists of NUS-WIDE are.
 
-    Args:
-        list_file: the text file; columns separated by blanks.
-        root: folder to which the paths are relative.
-        transform: of the PIL images (RGB).
-
-    Items:
-        (image, label): the label is a (C,) float32 multi-hot tensor.
-
-    Attributes:
-        paths: of the images. labels: (N, C) float32 tensor.
+    Paths are relative to ``root``, columns separated by blanks; ``transform`` takes PIL images (RGB). Items are
+    (image, label) with a (C,) float32 multi-hot tensor; all of these are in ``labels``, (N, C).
 
     Raises:
         ValueError: a line without labels, or with others than the first line has; an empty list.

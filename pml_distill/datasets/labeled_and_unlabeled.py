@@ -9,19 +9,13 @@ from .items import UNLABELED, get_items, labels_of, read_item
 class LabeledAndUnlabeled(torch.utils.data.Dataset):
     """Two datasets as one: first all samples with labels, then all without.
 
-    ``MixedSampler(dataset.labels, ...)`` draws batches with so much of each.
+    ``MixedSampler(dataset.labels, ...)`` draws batches with so much of each. Items are (data, label), with label -1 for
+    a sample of ``unlabeled``; if both datasets yield an index, it goes on from the first to the second.
 
     Args:
         labeled: a dataset of (data, label), or (data, label, index).
         unlabeled: a dataset of such items too, whose labels are not used, or of data alone.
         labels: (N,) of the labelled samples; None: ``labeled.labels``, or ``labeled.targets``.
-
-    Items:
-        (data, label), the label being -1 for a sample of ``unlabeled``. If both datasets yield an index, it goes on
-        from the first to the second: (data, label, index). Where only one does, a batch of both goes without.
-
-    Attributes:
-        labels: (len,) int64 tensor, -1 for the samples of ``unlabeled``.
 
     Example:
         >>> dataset = LabeledAndUnlabeled([("a", 0), ("b", 1)], ["c", "d"], labels=[0, 1])

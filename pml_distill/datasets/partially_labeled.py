@@ -11,16 +11,14 @@ class PartiallyLabeled(torch.utils.data.Dataset):
     """A dataset of which a fraction has labels; the label of all other samples is -1.
 
     The labelled samples are drawn at random within each class: ``fraction`` of them, rounded, but two at least, since
-    a metric loss learns nothing from one. Test on ``dataset.dataset``: a tester would take -1 for a class.
+    a metric loss learns nothing from one. Items are (data, label) or (data, label, index). Test on ``dataset.dataset``:
+    a tester would take -1 for a class.
 
     Args:
         dataset: any dataset of (data, label, ...).
         fraction: of the labels to keep, from 0 to 1.
         labels: (N,) of all samples; None: ``dataset.labels``, or ``dataset.targets``.
         seed: of the draw.
-
-    Items:
-        (data, label), or (data, label, index), the label being -1 where it is not kept.
 
     Attributes:
         labels: (N,) int64 tensor, -1 where not kept; what ``MixedSampler`` needs.

@@ -15,31 +15,25 @@ from .keys import Keys, distinct, keys_of
 class SeededViews(torch.utils.data.Dataset):
     """Each sample in a fixed number of augmented views, a pure function of (seed, sample, view).
 
-    A teacher may see an image today, see ``TeacherCache``, and a student the same image bit for bit tomorrow, in
-    another process or order. Before a sample is read, the generators of ``random``, of ``np.random`` and of torch on
-    the CPU are set to a seed derived from the three; afterwards they are put back. It must wrap all that is random in
-    an item, so it is the outermost dataset but for those that only change labels.
+    Before a sample is read, the generators of ``random``, ``np.random`` and torch on the CPU are set to a seed derived
+    from the three; afterwards they are put back. It must wrap all that is random in an item, so it is the outermost
+    dataset but for those that only change labels. For the seed a sample is known by its id (``ids``, or
+    ``dataset.ids``), else by the content of its file, else by its row number, that in the whole dataset for a
+    ``Subset``. With ids or files, augmentations stay when samples are added, removed, reordered, renamed or moved.
 
-    For the seed a sample is known by its id (``ids``, or ``dataset.ids``), else by the content of its file (as of
-    ``ImageFolder``), else by its row number, that in the whole dataset for a ``Subset``. Samples with ids or files
-    keep their augmentations when others are added, removed or reordered, and when files are renamed or moved.
-
-    Reading a sample returns one of its views, drawn with torch's generator.
+    Items are (data, label, row), with label -1 where ``dataset`` has none, of a view drawn with torch's generator; the
+    row is ``view * len(dataset) + sample``.
 
     Args:
         dataset: any dataset with a length; see ``items`` for what it may yield.
-        seed: of the views, any whole number.
-        views: how many of each sample, at least 1. One makes the augmentation fixed.
+        seed: of the views. views: how many of each sample; one makes the augmentation fixed.
         reseed: a function, or several, called with a seed before each sample is read, for transforms that have a
             generator of their own, such as ``Compose.set_random_seed`` of albumentations.
         ids: a name for each sample, text or number, if the dataset itself has none.
 
-    Items:
-        (data, label, row), with label -1 where ``dataset`` has none; the row is ``view * len(dataset) + sample``.
-
     Raises:
-        ValueError: ``views`` is below 1, it or ``seed`` is no whole number, ``dataset`` has no length or no samples,
-            or ``ids`` are not one for each sample, all different.
+        ValueError: ``views`` is below 1; it or ``seed`` is no whole number; ``dataset`` has no length or no samples;
+            ``ids`` are not one for each sample, all different.
         RuntimeError: a sample cannot be read; the message names its row, view and file.
 
     Example:

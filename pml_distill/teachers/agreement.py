@@ -35,11 +35,7 @@ class TeacherItems(Dataset):
 
 
 class TeacherBatch:
-    """Makes a batch of ``TeacherItems``: what the teacher sees, rows, signatures, hashes.
-
-    Args:
-        collate_fn: makes a batch of items (data, label, row); None: what the teacher sees is stacked.
-    """
+    """Makes a batch of ``TeacherItems``: what the teacher sees, rows, signatures, hashes."""
 
     def __init__(self, collate_fn: Callable[[list], Any] | None = None):
         self.collate_fn = collate_fn
@@ -116,15 +112,13 @@ def check_repeats(dataset: SeededViews, in_a_worker: bool = False, start: Any = 
     sample = rows[same.argmin()] % len(dataset)
     if not same.all() and in_a_worker:
         raise ValueError(
-            f"dataset yields other data for sample {sample} in a worker of a DataLoader: something in it reads "
-            "torch.initial_seed() or the worker's number. Give SeededViews reseed=, a function that sets its generator "
-            "itself, such as albumentations' Compose.set_random_state."
+            f"dataset yields other data for sample {sample} in a worker of a DataLoader: it reads torch.initial_seed() "
+            "or the worker's number. Give SeededViews reseed=, such as albumentations' Compose.set_random_state."
         )
     if not same.all():
         raise ValueError(
-            f"dataset yields other data each time sample {sample} is read, though SeededViews has seeded random, "
-            "np.random and torch: something in it has a random generator of its own. Give SeededViews reseed=, a "
-            "function that seeds it, such as albumentations' Compose.set_random_seed."
+            f"dataset yields other data each time sample {sample} is read: something in it has a generator of its own. "
+            "Give SeededViews reseed=, a function that seeds it, such as albumentations' Compose.set_random_seed."
         )
 
 
@@ -143,15 +137,8 @@ def disagreements(
 ) -> list[str]:
     """Return a line for each way in which a dataset, and a teacher, are not those of a folder.
 
-    Where libraries, or the code of the teacher, have changed, a few rows are computed again.
-
-    Args:
-        file: the folder.
-        dataset: ``SeededViews``.
-        places: (num_rows,) of the dataset's rows in the folder, -1 for those that are not there.
-        fingerprint: what must agree with the manifest.
-        teacher: None not to compare it.
-        collate_fn: makes a batch of items for it.
+    ``places`` are those of the dataset's rows in the folder, -1 where there is none; ``fingerprint`` must agree with
+    the manifest. Where libraries, or the code of the teacher, have changed, a few rows are computed again.
     """
     shows_teacher, pixels = shows_the_teacher(dataset), file.arrays[PIXELS]
     lines = differences(fingerprint, file.manifest, shows_teacher)
@@ -179,8 +166,6 @@ def disagreements(
         if embeddings.shape != stored.shape or not alike(stored, embeddings).all():
             return [*changed, "embedding: what the teacher returns for samples that are stored"]
     if changed:
-        told = (
-            f"The teacher cache in {file.folder} was written with other libraries, but what was computed again agrees"
-        )
-        warnings.warn(f"{told}: {'; '.join(changed)}.", stacklevel=4)
+        told = "was written with other libraries, but what was computed again agrees"
+        warnings.warn(f"The teacher cache in {file.folder} {told}: {'; '.join(changed)}.", stacklevel=4)
     return []

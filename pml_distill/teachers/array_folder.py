@@ -35,9 +35,6 @@ class ArrayFolder:
     end the process. Files that grow are made in the folder ``next`` and take the places of the old ones when they are
     whole; ``settle`` goes on with that after a kill.
 
-    Args:
-        folder: what ``create`` has made.
-
     Raises:
         ValueError: ``folder`` holds no outputs, some of another format, or a damaged file.
     """
@@ -62,11 +59,7 @@ class ArrayFolder:
 
     @classmethod
     def create(cls, folder: Path, keys: Any, manifest: dict[str, Any], old: "ArrayFolder | None" = None) -> None:
-        """Make the files for these keys, without any row but those of ``old``, whose keys come first.
-
-        Raises:
-            OSError: the disk has less room than they need, or is full.
-        """
+        """Make the files for these keys, with the rows of ``old``, whose keys come first; ``OSError`` if it is full."""
         folder.mkdir(exist_ok=True)
         manifest = manifest | {"rows": len(keys)}
         places, files = manifest["views"] * len(keys), layout(manifest)
@@ -129,12 +122,7 @@ class ArrayFolder:
         return found
 
     def write(self, places: np.ndarray, outputs: Mapping[str, torch.Tensor], pixels: Any, content: Any) -> None:
-        """Write rows at increasing places, ``view * num_rows + row``: for each output a tensor (len(places), width).
-
-        Raises:
-            ValueError: an output has another shape; a value is not finite in the precision of the folder.
-            OSError: the disk is full.
-        """
+        """Write rows at increasing places, ``view * num_rows + row``: for each output a tensor (len(places), width)."""
         values: dict[str, Any] = {name: self.stored(name, outputs[name], places) for name in self.widths}
         checks = np.stack([checksums(value) for value in values.values()], axis=1)
         try:
@@ -182,10 +170,9 @@ class ArrayFolder:
         return wrong
 
     def read(self, name: str, places: np.ndarray) -> torch.Tensor:
-        """Return rows of an output, (len(places), width), in the order of ``places``, but read in that of the file.
+        """Return rows of an output in the order of ``places``; ``ValueError`` if one does not have its checksum.
 
-        Raises:
-            ValueError: a row is not written or, when it is first read, does not have its checksum.
+        They are read in the order of the file.
         """
         order, array, verified = np.argsort(places, kind="stable"), self.arrays[name], self.verified[name]
         places = places[order]
@@ -292,12 +279,7 @@ def write_at(path: Path, offset: int, content: np.ndarray) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one writer; the lock goes with the process that holds it, however it ends.
-
-    Raises:
-        RuntimeError: another process holds it, or another writer of this one.
-        OSError: the file system knows no locks.
-    """
+    """Hold the folder for one writer, or raise ``RuntimeError``; the lock ends with the process, however it ends."""
     import fcntl  # not on Windows, where caches can be read
 
     folder = folder.resolve()

@@ -15,42 +15,26 @@ def ask(
 
     A teacher is any callable from data to embeddings, such as a frozen network or a function. One with
     ``needs_index = True``, such as ``CachedTeacher``, is called with the rows of the batch too.
-
-    Raises:
-        ValueError: the teacher returns something other than one tensor.
     """
     output = teacher(data, index) if getattr(teacher, "needs_index", False) else teacher(data)
     return one_tensor(output, name)
 
 
 def checked_rows(index: Any, data: Any, num_rows: int) -> np.ndarray:
-    """Return the index of a batch as rows from 0 to ``num_rows - 1``, one for each sample of the data.
-
-    Raises:
-        ValueError: it is missing, not an integer tensor (B,), or not as long as the data.
-        IndexError: it is out of range.
-    """
+    """Return the index of a batch as rows from 0 to ``num_rows - 1``, one for each sample of the data."""
     if index is None:
-        raise ValueError(
-            "The teacher needs the index of each sample: a batch must be (data, labels, index), as SeededViews "
-            "yields it."
-        )
+        raise ValueError("The teacher needs the index of each sample: a batch must be (data, labels, index).")
     if not isinstance(index, torch.Tensor):
         raise ValueError(f"index must be a tensor of integers, but is a {type(index).__name__}.")
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(
-            f"index must hold integers and have the shape (batch,), but is {index.dtype} of {tuple(index.shape)}."
-        )
+        told = f"{index.dtype} of {tuple(index.shape)}"
+        raise ValueError(f"index must hold integers and have the shape (batch,), but is {told}.")
     if isinstance(data, torch.Tensor) and len(data) != len(index):
-        raise ValueError(
-            f"index must have one row for each sample, but has {len(index)} for data of {tuple(data.shape)}."
-        )
+        told = f"{len(index)} for data of {tuple(data.shape)}"
+        raise ValueError(f"index must have one row for each sample, but has {told}.")
     rows = index.cpu().numpy()
     if len(rows) and not (0 <= rows.min() and rows.max() < num_rows):
-        raise IndexError(
-            f"index must be from 0 to {num_rows - 1}, the rows of the teacher cache, but goes from {rows.min()} to "
-            f"{rows.max()}."
-        )
+        raise IndexError(f"index must be from 0 to {num_rows - 1}, but goes from {rows.min()} to {rows.max()}.")
     return rows
 
 

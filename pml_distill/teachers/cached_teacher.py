@@ -1,7 +1,6 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,9 @@ from .fingerprint import dataset_fingerprint, differences, module_fingerprint, p
 class CachedTeacher:
     """A teacher whose embeddings ``TeacherCache`` has written: the network is not needed, nor its time.
 
-    It serves wherever ``FrozenTeacher`` does: in trainers, in ``EnsembleTeacher``, in a loop of your own. Rows are read
-    in the order of the file, from a memory map that all processes of a machine share, so that a cache may be larger
-    than the memory. Each is held against its checksum when it is first read. A copied or pickled ``CachedTeacher``
-    holds the folder's name and opens it anew.
+    It serves wherever ``FrozenTeacher`` does. Rows are read in the order of the file, from a memory map that all
+    processes of a machine share, and each is held against its checksum when it is first read. A copied or pickled
+    ``CachedTeacher`` holds the folder's name and opens it anew.
 
     Args:
         folder: where ``TeacherCache`` has written, or several folders, in which samples are looked up in turn.
@@ -95,10 +93,8 @@ class CachedTeacher:
         if missing:
             absent = np.flatnonzero(self.rows < 0)
             such = f", not such as {dataset.keys.names[absent[0]]}" if dataset and len(absent) else ""
-            told = f"incomplete: {total - missing} of {total} rows are written{such}"
-            raise ValueError(
-                f"The teacher cache in {first.folder} is {told}. TeacherCache.write() goes on with the others."
-            )
+            told = f"{total - missing} of {total} rows are written{such}. TeacherCache.write() goes on with the others"
+            raise ValueError(f"The teacher cache in {first.folder} is incomplete: {told}.")
         self.described = self.described | {"transform": transforms}
 
     def places(self, rows: np.ndarray, number: int) -> np.ndarray:
@@ -131,11 +127,7 @@ class CachedTeacher:
         return self.read("embeddings", rows, device)
 
     def logits(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the rows in ``index``, (B, C) on the CPU.
-
-        Raises:
-            ValueError: the cache holds none; give ``TeacherCache`` a ``classifier``.
-        """
+        """Return the logits of the rows in ``index``, (B, C) on the CPU; ``ValueError`` if the cache has none."""
         if "logits" not in self.file.widths:
             raise ValueError(f"The teacher cache in {self.file.folder} has no logits; write one with a classifier.")
         return self.read("logits", checked_rows(index, None, self.views * len(self.rows)))
@@ -163,11 +155,7 @@ class CachedTeacher:
         self.__dict__.update(state, files=[ArrayFolder(folder) for folder in state["files"]], rows=rows)
 
     def tap(self, names: Sequence[str]) -> "CachedTap":
-        """Return what takes the pooled outputs of the teacher's modules, as ``FeatureTap`` does of a network's.
-
-        Raises:
-            ValueError: the cache holds no features of these names.
-        """
+        """Return what takes the pooled outputs of the teacher's modules, as ``FeatureTap`` does of a network's."""
         return CachedTap(self, names)
 
     def check_dataset(self, dataset: Any) -> None:
@@ -192,12 +180,7 @@ class CachedTeacher:
 
 
 class CachedTap:
-    """The pooled outputs of a cached teacher's modules in its latest batch, as feature maps of one pixel.
-
-    Args:
-        teacher: the cached teacher.
-        names: of the modules.
-    """
+    """The pooled outputs of a cached teacher's modules in its latest batch, as feature maps of one pixel."""
 
     def __init__(self, teacher: CachedTeacher, names: Sequence[str]):
         widths = teacher.file.widths
@@ -215,9 +198,7 @@ class CachedTap:
         self.teacher.taps.append(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.teacher.taps.remove(self)
 
 

@@ -13,15 +13,8 @@ class EMATeacher(torch.nn.Module):
     .. math:: \theta_t \leftarrow d \, \theta_t + (1 - d) \, \theta_s
 
     Call ``update()`` after each step of the optimizer. Weights and running statistics of batch norms are averaged;
-    counters are copied. The average is in ``state_dict()``: save it in your checkpoint beside the student's, and a
-    resumed run goes on as if it had never stopped.
-
-    Args:
-        student: what is averaged, from data to embeddings. It is not part of the teacher.
-        decay: d, from 0 to below 1.
-
-    Raises:
-        ValueError: ``decay`` is out of range; the student returns no single tensor.
+    counters are copied. ``state_dict()`` holds the average, not the student. d is ``decay``, from 0 to
+    below 1.
 
     Example:
         >>> student = torch.nn.Linear(2, 2)

@@ -16,17 +16,14 @@ class EnsembleTeacher(torch.nn.Module):
 
     The result has length 1. Its cosine similarities are the weighted means of the teachers' own, and its squared
     Euclidean distances those of their squared distances, so that any loss on pairs or rankings learns from the mean.
-    A plain distance is the root of the mean of the squares, which is larger than the mean of the distances where the
-    teachers disagree: that mean is in general no distance between any points, so that no ``ref_emb`` has it. Widths may
-    differ and add up.
+    Widths may differ and add up.
 
     Args:
         teachers: callables from data to embeddings, such as ``FrozenTeacher``; modules must be frozen.
         weights: one positive number per teacher, scaled to sum to 1; None: all alike.
 
     Raises:
-        ValueError: no list, or an empty one; another number of weights, or one that is not positive and finite; a
-            teacher whose parameters require gradients, or that returns no single tensor.
+        ValueError: no list, or an empty one; wrong weights; a teacher whose parameters require gradients.
 
     Example:
         >>> from pml_distill.teachers import FrozenTeacher

@@ -20,11 +20,7 @@ PLAIN = (bool, int, float, str, tuple, list, dict, torch.dtype)
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
-    """Return a hash of the architecture, the weights and the buffers of a module, and of the stored teachers in it.
-
-    Raises:
-        ValueError: it asks a teacher that is neither a module nor stored.
-    """
+    """Return a hash of the architecture, the weights and the buffers of a module, and of the stored teachers in it."""
     digest = hashlib.sha256()
     for name, part in modules_of(module):
         own = f"{type(part).__name__}({part.extra_repr()})" if list(part.children()) else repr(part)
@@ -32,10 +28,8 @@ def module_fingerprint(module: torch.nn.Module) -> str:
         for number, teacher in enumerate([*getattr(part, "teachers", ()), getattr(part, "teacher", None)]):
             if teacher is not None and not isinstance(teacher, torch.nn.Module):
                 if not hasattr(teacher, "fingerprint"):
-                    raise ValueError(
-                        f"teachers[{number}] of the ensemble is a {type(teacher).__name__}, and what it returns cannot "
-                        "be told from what another does; use modules and CachedTeacher."
-                    )
+                    told = f"teachers[{number}] of the ensemble is a {type(teacher).__name__}"
+                    raise ValueError(f"{told}, whose weights are not known; use modules and CachedTeacher.")
                 digest.update(f"{number} {teacher.fingerprint}".encode())
     # Means and standard deviations of images are often buffers that no state dict holds.
     for name, value in sorted((dict(module.named_buffers()) | module.state_dict()).items()):
@@ -92,12 +86,8 @@ def dataset_fingerprint(dataset: SeededViews) -> dict[str, Any]:
         for name, value in getattr(part, "__dict__", {}).items():
             # torchvision has ``transform`` in ``transforms`` once more.
             seen = name != "transforms" or not hasattr(part, "transform")
-            if (
-                value is not None
-                and seen
-                and re.search("transform|teacher", name)
-                and not re.search("student|target", name)
-            ):
+            seen = seen and re.search("transform|teacher", name) and not re.search("student|target", name)
+            if value is not None and seen:
                 transforms.append(f"{name}: {described(value)}")
             elif name in IDENTITIES:
                 labels.append(f"{name} of {type(part).__name__}: {digest_of(value)}")

@@ -11,24 +11,16 @@ from ..utils.tensors import one_tensor
 class FrozenTeacher(torch.nn.Module):
     """A network that teaches: a callable from a batch to embeddings (B, Dt), without gradients.
 
-    The given modules are put into eval mode and their parameters no longer require gradients; both hold for as
-    long as the teacher lives, whatever ``train()`` is called on it. A trainer keeps it outside of ``models``, so
-    that it never drifts with the batch-norm statistics and never enters a checkpoint. A student that shall start as
-    its teacher is to be copied before: a later copy is frozen like the original.
+    The given modules are put into eval mode and their parameters no longer require gradients, whatever ``train()`` is
+    called. Copy a student that shall start as its teacher before: a later copy is frozen like the original.
 
     Args:
         trunk: the network, images in, features or embeddings out; or its name, such as ``"timm/NAME"``, for
             ``network_by_name``. What its images must look like is then in ``preprocessing``.
         embedder: what turns the trunk's output into embeddings; None for nothing.
-        dtype: the precision to run in, such as ``torch.bfloat16``: a converted copy is made then, and the given
-            modules keep theirs. None for the modules' own. Autocast of the caller does not apply.
+        dtype: the precision to run in, such as ``torch.bfloat16``, of a copy that is made then; None for the modules'
+            own. Tensors are moved to the trunk's device and precision; autocast of the caller does not apply.
         **named: for ``network_by_name``: ``weights`` of a file, or ``pretrained=False``.
-
-    Shapes:
-        data: what the trunk takes; a tensor is moved to its device and precision. Returns (B, Dt).
-
-    Raises:
-        ValueError: ``trunk`` or ``embedder`` is no module; what they return is no tensor.
 
     Example:
         >>> teacher = FrozenTeacher(torch.nn.Linear(8, 4))

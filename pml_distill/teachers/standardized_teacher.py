@@ -30,19 +30,9 @@ class StandardizedTeacher(torch.nn.Module):
       variance 1, but by one scale for all, which keeps distances in proportion ("PHI-S: Distribution Balancing for
       Label-Free Multi-Teacher Distillation", Ranzinger et al. 2024, the standardisation of NVIDIA's RADIO).
 
-    Embeddings are taken as the teacher returns them. The result is not normalised; most losses do that themselves.
-
-    Args:
-        teacher: any teacher, such as ``FrozenTeacher`` or ``CachedTeacher``; a module must be frozen.
-        width: of the result; None for the teacher's own.
-        kind: one of the above.
-
-    Shapes:
-        data, index: what the teacher takes. Returns (B, width).
-
-    State:
-        ``state_dict()`` holds the mean and the matrix but not the teacher: what was fitted with a cache serves its
-        network as well.
+    Embeddings (B, Dt) are taken as the teacher returns them; the result, (B, width), is not normalised. ``width=None``
+    is the teacher's own. ``state_dict()`` holds mean and matrix but not the teacher: what was fitted with a cache
+    serves its network as well.
 
     Raises:
         ValueError: ``kind`` is unknown; ``width`` is below 1 or given for ``"center"``; the teacher is not frozen; it
@@ -83,15 +73,9 @@ class StandardizedTeacher(torch.nn.Module):
     def fit(self, loader: Iterable[Any]) -> "StandardizedTeacher":
         """Take mean and covariance from one pass over a loader, in float64, and return the teacher.
 
-        Under ``torch.distributed`` all processes call this, each with its share of the images. Their sums are joined,
-        and all have the same result.
-
-        Args:
-            loader: yields batches: (data, labels, index), (data, labels) or data.
-
-        Raises:
-            ValueError: ``loader`` is empty; embeddings are not (B, Dt), or NaN or infinite, or all alike; ``width``
-                exceeds Dt; there is no Hadamard matrix of this width for ``"phi-s"``.
+        Batches are (data, labels, index), (data, labels) or data. Under ``torch.distributed`` all processes call this,
+        each with its share of the images, and have the same result. ``ValueError``: ``loader`` is empty; embeddings are
+        not (B, Dt) and finite, or all alike; ``width`` exceeds Dt; no Hadamard matrix has this width for ``"phi-s"``.
         """
         moments = None
         for batch in loader:
@@ -137,9 +121,7 @@ class StandardizedTeacher(torch.nn.Module):
             mixing = hadamard(width)
             if mixing is None:
                 smaller = next(size for size in range(width, 0, -1) if hadamard(size) is not None)
-                raise ValueError(
-                    f'No Hadamard matrix of width {width} is known here for "phi-s". Give width={smaller}.'
-                )
+                raise ValueError(f'No Hadamard matrix for "phi-s" has the width {width}. Give width={smaller}.')
             return mixing.double() @ rotation / (width * mean_variance).sqrt()
         if count <= width:
             warnings.warn(

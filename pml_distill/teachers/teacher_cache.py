@@ -37,9 +37,6 @@ from .frozen_teacher import FrozenTeacher
 class TeacherCache:
     """Writes a teacher's embeddings of all views of all samples into a folder, for ``CachedTeacher`` to serve.
 
-    The teacher's forward pass is the larger part of a distillation step, and what it returns for a fixed image never
-    changes. Written once, it costs a read of a memory map in each run that follows.
-
     The folder holds plain ``.npy`` files, see ``ArrayFolder``. Only missing rows are computed: after a kill, and for
     samples that are new. Rows belong to samples by id or file (see ``SeededViews``), so that a dataset may grow,
     shrink, be reordered or moved. Samples without either are known by their row number; then labels and length of the
@@ -54,14 +51,13 @@ class TeacherCache:
         batch_size: of the teacher; a cache that has been begun keeps its own.
         classifier: turns embeddings into logits, to be stored too, as ``"logits"``.
         features: names of modules of ``teacher.trunk``, whose outputs, (B, C) or averaged over the places of
-            (B, C, H, W) and the like, are stored too, for ``feature_distillation_loss``; see ``FeatureTap``.
+            (B, C, H, W) and the like, are stored too, for ``feature_distillation_loss``.
         collate_fn: makes a batch of items (data, label, row), as in a ``DataLoader``; None: data are stacked.
         strict: False to use a folder that belongs to something else, with a warning.
 
     Raises:
-        ValueError: a teacher that is not frozen, without a trunk where ``features`` are asked for, or an ensemble with
-            a cache of another dataset or a teacher that is no module; a dataset that is no ``SeededViews``, or yields
-            other data at each read; ``dtype`` or ``batch_size`` out of range.
+        ValueError: a teacher that is not frozen, has no trunk for ``features``, or asks a cache of another dataset; a
+            dataset that is no ``SeededViews``, or yields other data at each read; ``dtype`` or ``batch_size``.
 
     Example:
         >>> import tempfile
@@ -98,15 +94,10 @@ class TeacherCache:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
         if features and not isinstance(teacher, FrozenTeacher):
-            raise ValueError(
-                f"features names modules of teacher.trunk, but teacher is a {type(teacher).__name__}, not a "
-                "FrozenTeacher."
-            )
+            kind = type(teacher).__name__
+            raise ValueError(f"features names modules of teacher.trunk, but teacher is a {kind}, not a FrozenTeacher.")
         if not isinstance(dataset, SeededViews):
-            raise ValueError(
-                "dataset must be SeededViews(dataset, ...), whose items never change, but is a "
-                f"{type(dataset).__name__}."
-            )
+            raise ValueError(f"dataset must be SeededViews(dataset, ...), but is a {type(dataset).__name__}.")
         for cache in caches(teacher):
             cache.check_dataset(dataset)
         features = tuple(dict.fromkeys(features))
@@ -209,10 +200,8 @@ class TeacherCache:
         seconds = [s * num_rows / len(rows) / processes for s in (read - begun, time.perf_counter() - read)]
         for name, values in outputs.items():
             if values.ndim != 2 or len(values) != len(rows):
-                raise ValueError(
-                    f"The teacher's {name} of {len(rows)} samples must have the shape ({len(rows)}, width), but have "
-                    f"{tuple(values.shape)}."
-                )
+                told = f"must have the shape ({len(rows)}, width), but have {tuple(values.shape)}"
+                raise ValueError(f"The teacher's {name} of {len(rows)} samples {told}.")
             manifest["outputs"][name] = values.shape[1]
         size = num_rows * sum(manifest["outputs"].values()) * self.dtype.itemsize / 2**20
         tqdm.write(
@@ -278,11 +267,7 @@ class TeacherCache:
 
 
 def pooled(name: str, output: torch.Tensor) -> torch.Tensor:
-    """Average the output of a module over all but batch and channels.
-
-    Raises:
-        ValueError: it is not plain where the channels are.
-    """
+    """Average the output of a module over all but batch and channels."""
     if output.ndim not in (2, 4, 5):
         raise ValueError(
             f"features has {name!r}, whose output has the shape {tuple(output.shape)}, but must have (batch, channels) "

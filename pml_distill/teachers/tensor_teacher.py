@@ -23,13 +23,11 @@ class TensorTeacher:
         ids: of the N samples, if the ``index`` of a batch holds these. None: it holds rows, ``view * N + sample``.
 
     Shapes:
-        data: not looked at, but for its device and length. index: (B,) numbers, or a list of texts where ``ids`` are.
-        Returns (B, Dt) on the device of ``data``.
+        index: (B,) numbers, or a list of texts where ``ids`` are. Returns (B, Dt) on the device of ``data``.
 
     Raises:
         ValueError: embeddings have another shape, or are NaN or infinite; ids are not one for each sample, or one comes
             twice; a file holds several tensors; ``index`` is missing or has an id that is unknown.
-        IndexError: ``index`` is out of range.
 
     Example:
         >>> teacher = TensorTeacher(torch.eye(3), ids=["a", "b", "c"])
@@ -83,14 +81,7 @@ class TensorTeacher:
         """Write the embeddings into a folder for ``CachedTeacher``, which finds them by the ids of a dataset.
 
         Ids may be the paths of files in the dataset's root. Embeddings of one view serve all views of a sample.
-
-        Args:
-            folder: a new one.
-            dtype: to store, as in ``TeacherCache``; None: that of the embeddings, or float32.
-
-        Raises:
-            ValueError: the folder holds a cache already; a number is not finite in ``dtype``.
-            OSError: the disk is too small or full.
+        ``dtype=None`` stores that of the embeddings, or float32. ``ValueError``: the folder holds a cache already.
         """
         folder, dtype = Path(folder), dtype or (self.table.dtype if self.table.dtype in STORED else torch.float32)
         views, rows, width = self.table.shape
@@ -100,13 +91,8 @@ class TensorTeacher:
             if (folder / MANIFEST).exists():
                 raise ValueError(f"folder {folder} holds a teacher cache already. Choose another, or delete it.")
             manifest = new_manifest(views, {"embeddings": width}, dtype, CHUNK)
-            manifest |= {
-                "imported": True,
-                "teacher": self.fingerprint,
-                "classifier": None,
-                "seed": None,
-                "transform": [],
-            }
+            manifest |= {"imported": True, "teacher": self.fingerprint}
+            manifest |= {"classifier": None, "seed": None, "transform": []}
             ArrayFolder.create(folder, lines, manifest)
             file = ArrayFolder(folder)
             for start in range(0, views * rows, CHUNK):
