@@ -230,7 +230,7 @@ def write_keys(folder: Path, keys: Any, manifest: dict[str, Any]) -> None:
     """Write the keys of the rows, then the manifest: where there is one, all is there."""
     text = "\n".join(str(key) if isinstance(key, int) else json.dumps(key) for key in keys) + "\n"
     manifest = manifest | {"rows": len(keys), "rows_crc32": zlib.crc32(text.encode())}
-    manifest = manifest | {"checksum": crc_of(manifest)}
+    manifest |= {"checksum": zlib.crc32(json.dumps(manifest).encode())}
     for name, content in ((ROWS, text), (MANIFEST, json.dumps(manifest, indent=1))):
         with whole_file(folder / name) as unfinished:
             unfinished.write_bytes(content.encode())
@@ -247,14 +247,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}).") from error
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has the format {manifest.get('format')!r}, but this version reads {FORMAT!r}.")
-    if manifest.pop("checksum", None) != crc_of(manifest):
+    if manifest.pop("checksum", None) != zlib.crc32(json.dumps(manifest).encode()):
         raise ValueError(f"{path} is damaged (its checksum differs). Delete the folder and write the cache again.")
     return manifest
-
-
-def crc_of(manifest: dict[str, Any]) -> int:
-    """Return the checksum of a manifest without its own."""
-    return zlib.crc32(json.dumps(manifest).encode())
 
 
 def settle(folder: Path) -> None:

@@ -7,6 +7,21 @@ import torch
 from ..utils.tensors import one_tensor
 
 
+class AlwaysEval(torch.nn.Module):
+    """A module that stays in eval mode, whatever ``train()`` is called."""
+
+    def train(self, mode: bool = True) -> "AlwaysEval":
+        """Stay in eval mode."""
+        return super().train(False)
+
+
+def refuse_unfrozen(teacher: Any, name: str = "teacher") -> None:
+    """Raise ``ValueError`` if a teacher is a module that would learn."""
+    if isinstance(teacher, torch.nn.Module) and any(parameter.requires_grad for parameter in teacher.parameters()):
+        told = f"{name}, a {type(teacher).__name__}, has parameters that require gradients"
+        raise ValueError(f"{told}; pass FrozenTeacher(trunk, embedder).")
+
+
 @torch.no_grad()
 def ask(
     teacher: Callable[..., Any], data: Any, index: torch.Tensor | None = None, name: str = "teacher"

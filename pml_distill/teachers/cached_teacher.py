@@ -64,9 +64,9 @@ class CachedTeacher:
                 )
         #: Of each sample its row, and the number of the folder that has it.
         self.folder_of, self.rows = np.zeros(1, dtype=np.int8), np.arange(first.num_rows)
-        self.strict, self.described = strict, first.manifest
+        self.strict, ours = strict, {} if dataset is None else dataset_fingerprint(dataset)
         if dataset is not None:
-            self.described = dataset_fingerprint(dataset) | {"keys": dataset.keys.digest}
+            self.described = ours | {"keys": dataset.keys.digest}
             self.folder_of, self.rows = np.zeros(len(dataset), dtype=np.int8), np.full(len(dataset), -1)
             for number, file in enumerate(self.files):
                 left = np.flatnonzero(self.rows < 0)
@@ -75,10 +75,10 @@ class CachedTeacher:
             raise ValueError("dataset must be given for several folders, and where samples were added or renamed.")
         else:
             self.described = first.manifest | {"keys": first.keys().digest}
-        self.views = first.views if dataset is None else dataset.views
+        self.views = self.described["views"]
         # Joined datasets may each have transforms of its own.
         transforms = list(dict.fromkeys(text for file in self.files for text in file.manifest["transform"]))
-        ours = {} if dataset is None else dataset_fingerprint(dataset)
+        self.described = self.described | {"transform": transforms}
         if set(ours.get("transform", ())) == set(transforms):
             ours.pop("transform", None)
         ours |= {} if teacher is None else {"teacher": module_fingerprint(teacher)}
@@ -95,7 +95,6 @@ class CachedTeacher:
             such = f", not such as {dataset.keys.names[absent[0]]}" if dataset and len(absent) else ""
             told = f"{total - missing} of {total} rows are written{such}. TeacherCache.write() goes on with the others"
             raise ValueError(f"The teacher cache in {first.folder} is incomplete: {told}.")
-        self.described = self.described | {"transform": transforms}
 
     def places(self, rows: np.ndarray, number: int) -> np.ndarray:
         """Return where a folder has these rows of the dataset, -1 for those that it has not."""

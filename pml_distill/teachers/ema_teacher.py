@@ -5,9 +5,10 @@ import torch
 
 from ..utils.modules import unwrapped
 from ..utils.tensors import one_tensor
+from .ask import AlwaysEval
 
 
-class EMATeacher(torch.nn.Module):
+class EMATeacher(AlwaysEval):
     r"""A teacher that is the moving average of its own student (Mean Teacher, Tarvainen & Valpola 2017).
 
     .. math:: \theta_t \leftarrow d \, \theta_t + (1 - d) \, \theta_s
@@ -51,10 +52,6 @@ class EMATeacher(torch.nn.Module):
     def forward(self, data: Any) -> torch.Tensor:
         """Return the averaged network's embeddings."""
         return one_tensor(self.average(data), "student")
-
-    def train(self, mode: bool = True) -> "EMATeacher":
-        """Stay in eval mode."""
-        return super().train(False)
 
 
 def values_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

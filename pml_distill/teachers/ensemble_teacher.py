@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from ..utils.tensors import in_float32
-from .ask import ask
+from .ask import AlwaysEval, ask, refuse_unfrozen
 
 
-class EnsembleTeacher(torch.nn.Module):
+class EnsembleTeacher(AlwaysEval):
     r"""Several teachers as one: their normalised embeddings side by side, each times the root of its weight.
 
     .. math:: t = \big[ \sqrt{w_1} \, t_1 / \|t_1\|, \dots, \sqrt{w_K} \, t_K / \|t_K\| \big], \quad \sum_k w_k = 1
@@ -44,11 +44,7 @@ class EnsembleTeacher(torch.nn.Module):
                 f"weights must be {len(teachers)} positive numbers, one for each of the teachers, but are {weights}."
             )
         for number, teacher in enumerate(teachers):
-            if isinstance(teacher, torch.nn.Module) and any(p.requires_grad for p in teacher.parameters()):
-                raise ValueError(
-                    f"teachers[{number}], a {type(teacher).__name__}, has parameters that require gradients; "
-                    "pass FrozenTeacher(trunk, embedder)."
-                )
+            refuse_unfrozen(teacher, f"teachers[{number}]")
         self.teachers = list(teachers)
         self.frozen = torch.nn.ModuleList(t for t in teachers if isinstance(t, torch.nn.Module))
         self.weights = [weight / sum(weights) for weight in weights]
@@ -71,7 +67,3 @@ class EnsembleTeacher(torch.nn.Module):
     def extra_repr(self) -> str:
         """Name the weights."""
         return f"weights={self.weights}"
-
-    def train(self, mode: bool = True) -> "EnsembleTeacher":
-        """Stay in eval mode."""
-        return super().train(False)

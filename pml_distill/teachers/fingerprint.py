@@ -105,7 +105,7 @@ def shows_the_teacher(dataset: Any) -> bool:
 def differences(ours: dict[str, Any], stored: dict[str, Any], shows_teacher: bool = True) -> list[str]:
     """Return a line for each part of our fingerprint that differs from what is stored."""
     return [
-        f"{name}: {shown(stored.get(name))} in the cache, {shown(value)} now"
+        f"{name}: {str(stored.get(name)):.120} in the cache, {str(value):.120} now"
         for name, value in ours.items()
         if value != stored.get(name)
         # Of transforms that only the teacher sees there are none then.
@@ -156,12 +156,6 @@ def digest_of(values: Any) -> str:
 def without_addresses(text: str) -> str:
     """Drop the addresses of objects, which change from run to run."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message, cut to a readable length."""
-    text = str(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def refuse(folder: Path, lines: Sequence[str], strict: bool = True) -> None:

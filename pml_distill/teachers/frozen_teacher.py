@@ -6,9 +6,10 @@ import torch
 
 from ..utils.feature_tap import FeatureTap
 from ..utils.tensors import one_tensor
+from .ask import AlwaysEval
 
 
-class FrozenTeacher(torch.nn.Module):
+class FrozenTeacher(AlwaysEval):
     """A network that teaches: a callable from a batch to embeddings (B, Dt), without gradients.
 
     The given modules are put into eval mode and their parameters no longer require gradients, whatever ``train()`` is
@@ -66,7 +67,3 @@ class FrozenTeacher(torch.nn.Module):
     def tap(self, names: Sequence[str]) -> FeatureTap:
         """Return what takes the outputs of modules of the trunk while the teacher runs."""
         return FeatureTap(self.trunk, names)
-
-    def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Stay in eval mode."""
-        return super().train(False)

@@ -9,14 +9,14 @@ from ..datasets.items import read_item
 from ..losses.hash_centers import hadamard
 from ..utils.distributed import gathered
 from ..utils.tensors import in_float32
-from .ask import ask
+from .ask import AlwaysEval, ask, refuse_unfrozen
 
 KINDS = ("center", "pca", "whiten", "phi-s")
 #: Added to each variance, as a share of their mean: what half precision does to embeddings lies below it.
 RIDGE = 1e-5
 
 
-class StandardizedTeacher(torch.nn.Module):
+class StandardizedTeacher(AlwaysEval):
     r"""A teacher whose embeddings are centred, rotated and scaled by statistics of the training images.
 
     .. math:: y = A \, (t - \mu)
@@ -53,11 +53,7 @@ class StandardizedTeacher(torch.nn.Module):
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, but is {kind!r}.")
         if width is not None and (width < 1 or kind == "center"):
             raise ValueError(f"width must be at least 1, or None, as for 'center'; given are {width} and {kind!r}.")
-        if isinstance(teacher, torch.nn.Module) and any(p.requires_grad for p in teacher.parameters()):
-            raise ValueError(
-                f"teacher, a {type(teacher).__name__}, has parameters that require gradients; pass "
-                "FrozenTeacher(trunk, embedder)."
-            )
+        refuse_unfrozen(teacher)
         self.teacher, self.width, self.kind = teacher, width, kind
         self.register_buffer("mean", torch.empty(0))
         self.register_buffer("matrix", torch.empty(0, 0))
@@ -146,10 +142,6 @@ class StandardizedTeacher(torch.nn.Module):
     def forward(self, data: Any, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return the standardised embeddings of a batch."""
         return self.standardize(ask(self.teacher, data, index))
-
-    def train(self, mode: bool = True) -> "StandardizedTeacher":
-        """Stay in eval mode."""
-        return super().train(False)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the mean and the matrix."""

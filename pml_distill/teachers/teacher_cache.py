@@ -85,10 +85,8 @@ class TeacherCache:
         strict: bool = True,
     ):
         if not isinstance(teacher, torch.nn.Module) or any(p.requires_grad for p in teacher.parameters()):
-            raise ValueError(
-                f"teacher, a {type(teacher).__name__}, must be a module without parameters that require gradients; "
-                "pass FrozenTeacher(trunk, embedder)."
-            )
+            told = f"teacher, a {type(teacher).__name__}, must be a module without parameters that require gradients"
+            raise ValueError(f"{told}; pass FrozenTeacher(trunk, embedder).")
         if dtype not in STORED:
             raise ValueError(f"dtype must be one of {', '.join(map(str, STORED))}, but is {dtype}.")
         if batch_size < 1:
