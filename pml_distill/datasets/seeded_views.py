@@ -101,7 +101,9 @@ class SeededViews(torch.utils.data.Dataset):
         """Return the item of a row, and leave the generators where it leaves them."""
         view, sample = divmod(row, len(self))
         try:
-            key = hashlib.blake2b(f"{self.seed} {self.seed_name(sample)} {view}".encode(), digest_size=4).digest()
+            content = self.content(sample)
+            name = content.hex() if any(content) else self.keys.names[sample]
+            key = hashlib.blake2b(f"{self.seed} {name} {view}".encode(), digest_size=4).digest()
             # 32 bits are what NumPy takes.
             seed = int.from_bytes(key, "little")
             random.seed(seed)
@@ -114,11 +116,6 @@ class SeededViews(torch.utils.data.Dataset):
             file = f", file {self.keys.paths[sample]}" if self.keys.paths else ""
             raise RuntimeError(f"Sample {sample}{file} cannot be read (row {row}, view {view}): {error!r}") from error
         return data, UNLABELED if label is None else label, row
-
-    def seed_name(self, sample: int) -> str | int:
-        """Return what a sample's views are seeded with."""
-        content = self.content(sample)
-        return content.hex() if any(content) else self.keys.names[sample]
 
     def content(self, sample: int) -> bytes:
         """Return a hash of a sample's file, zeros where it has none."""

@@ -117,7 +117,7 @@ class StandardizedTeacher(AlwaysEval):
             mixing = hadamard(width)
             if mixing is None:
                 smaller = next(size for size in range(width, 0, -1) if hadamard(size) is not None)
-                raise ValueError(f'No Hadamard matrix for "phi-s" has the width {width}. Give width={smaller}.')
+                raise ValueError(f'No Hadamard matrix of width {width} is known for "phi-s". Give width={smaller}.')
             return mixing.double() @ rotation / (width * mean_variance).sqrt()
         if count <= width:
             warnings.warn(
